@@ -1,0 +1,23 @@
+"""HERO step caching for diffusion transformers, as a torch.compile backend."""
+
+from .backends import Backend, Stats, backend
+from .checks import UnsupportedModel
+from .config import Config
+from .policy import Policy
+from .state import Session, reset, session
+from .steps import StepGraphs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "Config",
+    "Policy",
+    "Session",
+    "Stats",
+    "StepGraphs",
+    "UnsupportedModel",
+    "backend",
+    "reset",
+    "session",
+]

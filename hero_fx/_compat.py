@@ -1,0 +1,180 @@
+"""Private PyTorch APIs that hero_fx needs, each wrapped in one place (torch 2.11 to 2.15)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+__all__ = ["Compiled", "FakeTensor", "FakeTensorMode"]
+
+Compiled = Callable[..., Any]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake mode with static shapes that lets real constants of a graph pass."""
+    # Inductor's FX cache wants a shape environment, even where no size is symbolic.
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def to_fake(mode: FakeTensorMode, value: Any) -> Any:
+    """`value` with real (or other-mode) tensors replaced by static fake ones of `mode`; symbolic ints become ints."""
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, FakeTensor):
+        if value.fake_mode is mode:
+            return value
+        size, stride = [int(s) for s in value.shape], [int(s) for s in value.stride()]
+        with mode:
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def specialize(gm: fx.GraphModule) -> bool:
+    """Turns every symbolic size of a Dynamo graph into a guard on its present value; true if there was one.
+
+    Token counts are baked into a rewritten graph, so another resolution must compile again: these guards make Dynamo
+    do so, and each compiled resolution owns its state.
+    """
+    found = False
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        symbols = [value] if isinstance(value, torch.SymInt) else []
+        if isinstance(value, torch.Tensor):
+            symbols = [s for s in (*value.shape, *value.stride()) if isinstance(s, torch.SymInt)]
+        for symbol in symbols:
+            int(symbol)
+            found = True
+    return found
+
+
+def frame_module() -> torch.nn.Module | None:
+    """The module whose forward Dynamo is compiling right now, if the frame has one."""
+    frame = _root_frame()
+    if frame is None:
+        return None
+    values: Mapping[str, Any] = frame.f_locals
+    candidates = [values.get("self"), *values.values()]
+    return next((v for v in candidates if isinstance(v, torch.nn.Module)), None)
+
+
+def frame_resumes_after_break() -> bool:
+    """True if Dynamo is compiling the rest of a function after a graph break."""
+    frame = _root_frame()
+    return frame is not None and frame.f_code.co_name.startswith("torch_dynamo_resume_in")
+
+
+def graph_break_reason(gm: fx.GraphModule) -> str | None:
+    """Why Dynamo ended this graph early, or None if it holds the frame to its return."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    return str(reason.reason)
+
+
+def _root_frame() -> Any:
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:  # not called from Dynamo
+        return None
+
+
+def argument_name(node: fx.Node) -> str:
+    """The user's name of a Dynamo graph input: the last part of its source, `timestep` for `L['kwargs']['timestep']`."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
+    while source is not None:
+        for attribute in ("index", "member", "local_name"):
+            value = getattr(source, attribute, None)
+            if isinstance(value, str):
+                return value
+        source = getattr(source, "base", None)
+    return node.name
+
+
+def is_model_input(node: fx.Node) -> bool:
+    """False for a parameter or buffer that Dynamo lifted to a graph input, true for what the caller passes."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return False
+    if (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+        return False
+    source = getattr(node.meta.get("grapharg"), "source", None) or getattr(node, "_dynamo_source", None)
+    while source is not None:
+        if getattr(source, "member", None) in ("_parameters", "_buffers"):
+            return False
+        if "NNModule" in type(source).__name__:
+            return False
+        source = getattr(source, "base", None)
+    return True
+
+
+def copy_dynamo_marks(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Carries over what AOTAutograd reads from a Dynamo graph: which inputs have a fixed address.
+
+    Further placeholders of `target` (feature state, marked `meta["static_address"]`) are marked as fixed too, so that
+    CUDA graphs neither copy the weights nor refuse the mutated state.
+    """
+    compile_id = source.meta.get("dynamo_compile_id")
+    if compile_id is None or not hasattr(source, "_param_name_to_source"):
+        return
+    target.meta["dynamo_compile_id"] = compile_id
+    target._param_name_to_source = {}  # type: ignore[assignment]
+    old = source.graph.find_nodes(op="placeholder")
+    new = target.graph.find_nodes(op="placeholder")
+    for node in new:
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        if node.meta.get("static_address"):
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    for before, after in zip(old, new, strict=False):
+        after._dynamo_source = getattr(before, "_dynamo_source", None)  # type: ignore[attr-defined]
+        if "tensor_dict" in before.meta:
+            after.meta["tensor_dict"] = before.meta["tensor_dict"]
+
+
+def is_static_address(node: fx.Node) -> bool:
+    """True if AOTAutograd will treat this graph input as one whose address never changes."""
+    return bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
+@contextmanager
+def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
+    with tracing(TracingContext(mode)):
+        yield
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: FakeTensorMode,
+    *,
+    compile_mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
+    wrapper = torch._TorchCompileInductorWrapper(compile_mode, dict(options or {}), False)
+    with _own_tracing_context(mode), torch.no_grad():
+        return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+    """AOTAutograd without Inductor (`backend="aot_eager"`)."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    with _own_tracing_context(mode), torch.no_grad():
+        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Hands an artifact to TORCH_TRACE / tlparse; costs nothing when tracing is off."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
+    )

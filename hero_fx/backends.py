@@ -1,0 +1,296 @@
+"""The torch.compile backend: `torch.compile(model, backend=hero_fx.backend(...))`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from hero_fx.passes.emit import slots_of, value_of
+
+from . import _compat
+from .checks import check_call, check_graph, check_structure, find_timestep
+from .config import Config
+from .diffusers_context import listen
+from .policy import Policy
+from .runtime import Step, Stepper
+from .steps import StepGraphs, build_steps, find_structure, normalized
+
+__all__ = ["Backend", "Stats", "backend", "hero_fx"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a backend has compiled and run so far."""
+
+    graphs: int
+    """Dynamo graphs compiled (one per model and resolution)."""
+    full_steps: int
+    cached_steps: int
+    state_bytes: int
+    """Bytes of feature state held now, over all sessions and lanes."""
+    sessions: int
+    """Sessions that hold state."""
+
+
+class Backend:
+    """A torch.compile backend with the options of `hero_fx.backend`; one object may compile several models."""
+
+    __name__ = "hero_fx"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.graphs: list[StepGraphs] = []
+        self.steppers: list[Stepper] = []
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"hero_fx.backend({self.config!r})"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> _compat.Compiled:
+        """Compiles one Dynamo graph; `mode` and `options` are torch.compile's and go to Inductor."""
+        config = self.config
+        if mode or options:
+            config = replace(
+                config, mode=mode or config.mode, options={**(config.options or {}), **(options or {})} or None
+            )
+        policy = config.make_policy()
+        if policy is None:
+            return _compile_plain(gm, inputs, config)
+        try:
+            steps, timestep = self._steps(gm, inputs, config, policy)
+        except ValueError as error:
+            if config.strict:
+                raise
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"hero_fx compiles this model without step caching: {error}", stacklevel=2)
+            return _compile_plain(gm, inputs, config)
+        for fallback in steps.fallbacks:
+            warnings.warn(
+                f"hero_fx: {fallback.branch} cannot be refreshed for sampled tokens only and is computed in full at "
+                f"every step: {fallback.reason}",
+                stacklevel=2,
+            )
+        return self._compile(gm, inputs, config, policy, steps, timestep)
+
+    def trace(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> StepGraphs:
+        """The step graphs of a Dynamo graph, without compiling them. Raises what compiling would raise."""
+        policy = self.config.make_policy()
+        if policy is None:
+            raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
+        return self._steps(gm, inputs, self.config, policy)[0]
+
+    def stats(self) -> Stats:
+        """Counts of full and cached steps, and bytes of feature state, over everything this backend compiled."""
+        return Stats(
+            graphs=len(self.graphs),
+            full_steps=sum(s.counts["full"] for s in self.steppers),
+            cached_steps=sum(s.counts["cached"] for s in self.steppers),
+            state_bytes=sum(s.store.nbytes for s in self.steppers),
+            sessions=len({name for s in self.steppers for name in s.store.sessions}),
+        )
+
+    def reset(self) -> None:
+        """Forgets the trajectories of everything this backend compiled and frees their state; compiled code stays."""
+        for stepper in self.steppers:
+            stepper.store.drop()
+
+    def _steps(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config, policy: Policy
+    ) -> tuple[StepGraphs, int]:
+        check_call(gm, inputs)
+        if _compat.specialize(gm):
+            log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
+        normal, records = normalized(gm, inputs)
+        structure = find_structure(normal)
+        if structure.branches:
+            check_graph(gm)
+        check_structure(normal, structure)
+        timestep = find_timestep(normal, config.timestep)
+        return build_steps(normal, structure, policy, config, records), timestep
+
+    def _compile(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        config: Config,
+        policy: Policy,
+        steps: StepGraphs,
+        timestep: int,
+    ) -> Stepper:
+        stepper = Stepper(
+            full=_compile_step(gm, steps.full, config),
+            cached=[_compile_step(gm, cached, config) for cached in steps.cached],
+            policy=policy,
+            schedule=config.make_schedule(),
+            state=steps.state,
+            sampler=steps.sampler,
+            timestep=timestep,
+            context=listen(_compat.frame_module()),
+        )
+        self.graphs.append(steps)
+        self.steppers.append(stepper)
+        return stepper
+
+
+def _compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
+    """Hands a step graph to the inner compiler."""
+    _compat.copy_dynamo_marks(source, gm)
+    inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    mode = next(value.fake_mode for value in inputs if isinstance(value, _compat.FakeTensor))
+    run: _compat.Compiled
+    if config.inner == "eager":
+        run = gm.forward
+    elif config.inner == "aot_eager":
+        run = _compat.compile_with_aot_eager(gm, inputs, mode)
+    elif config.inner == "inductor":
+        run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
+    else:
+        assert callable(config.inner)
+        run = config.inner(gm, inputs)
+    slots = list(slots_of(gm))
+    device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+    state = [value_of(node).device for node, _ in slots]
+    return Step(run, tuple(slot for _, slot in slots), state[0] if state else device)
+
+
+def _compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> _compat.Compiled:
+    """What torch.compile does without hero_fx."""
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "inductor":
+        return torch._TorchCompileInductorWrapper(config.mode, dict(config.options or {}), None)(gm, inputs)  # type: ignore[no-any-return]
+    return torch._dynamo.lookup_backend(config.inner)(gm, inputs)
+
+
+def backend(
+    policy: str | Policy = "hero",
+    *,
+    interval: int = 2,
+    schedule: str | Sequence[object] = "uniform",
+    num_steps: int | None = None,
+    warmup: int = 3,
+    cooldown: int = 1,
+    refresh_layers: int | float = 0.5,
+    refresh_ratio: float = 1 / 6,
+    patch: tuple[int, int, int] = (1, 2, 3),
+    order: int = 1,
+    selection: Literal["per_step", "per_layer"] = "per_step",
+    keys: Literal["sampled", "sampled+text", "all"] = "all",
+    text: Literal["skip", "live"] = "skip",
+    cache_point: str | tuple[str, str] | None = None,
+    unsampled: Literal["reuse", "extrapolate"] = "reuse",
+    age_weighting: bool = True,
+    state_dtype: torch.dtype | None = None,
+    form: Literal["literal"] = "literal",
+    grid: tuple[int, int, int] | None = None,
+    timestep: str | int | None = None,
+    seed: int = 0,
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> Backend:
+    """A torch.compile backend that caches features between denoising steps.
+
+    ::
+
+        model = torch.compile(model, backend=hero_fx.backend(interval=2, num_steps=50))
+
+    Between full steps, layers 0..M-1 recompute a sampled share of the image tokens and take cached features for the
+    rest (paper Eq. 4-5); the other layers extrapolate their features and run neither attention nor FFN (Eq. 6). Which
+    step a call belongs to is read from the model's timestep input, so the denoising loop stays as it is.
+
+    Args:
+        policy: `"hero"`, a baseline on the same machinery (`"fora"`, `"taylorseer"`, `"toca"`, `"duca"`), `"full"` (plain
+            compilation), or an object with the members of `hero_fx.Policy`.
+        interval: N; a full step every N steps. 1 makes every step full.
+        schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
+        num_steps: T, the steps of a trajectory. Without it the end of a trajectory is not known, and `cooldown` has no
+            effect.
+        warmup, cooldown: how many first and last steps are full (`schedule="uniform"`).
+        refresh_layers: M, as a count or as a float share of the depth.
+        refresh_ratio: alpha, the share of image tokens recomputed at a cached step (for ToCa and DuCa: in FFNs).
+        patch: (frames, height, width) of the patches in each of which a share alpha is sampled, in tokens.
+        order: order of the extrapolation (hero, taylorseer); 1 is linear.
+        selection: draw tokens once per step, or for each layer.
+        keys: keys and values that refreshed tokens attend to: those of the sampled tokens, these and the text's from the
+            last full step, or a cache of all, updated where sampled.
+        text: text tokens reuse cached features in shallow layers, or are recomputed.
+        cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
+            (shallow, deep). Default: hero `("pre_gate", "post_gate")`, others `"pre_gate"`.
+        unsampled: shallow tokens that are not sampled reuse their cached features, or extrapolate them.
+        age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
+        state_dtype: floating-point dtype to store features in; None keeps their own.
+        form: `"literal"`, one cache per branch.
+        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
+        timestep: name or position of the input with the diffusion time, where it is not found by itself.
+        seed: seed of the sampling.
+        inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.
+        mode, options: Inductor's, as in `torch.compile`; those given to `torch.compile` come on top.
+        strict: raise if the model cannot be accelerated (True), or warn once and compile plainly (False).
+
+    Returns:
+        A callable backend; `.stats()` counts steps and bytes, `hero_fx.explain(...)` tells what it did.
+
+    Raises:
+        ValueError: an option is out of range or has no effect with the policy; the message names it and the mend.
+    """
+    return Backend(
+        Config(
+            policy=policy,
+            interval=interval,
+            schedule=schedule,
+            num_steps=num_steps,
+            warmup=warmup,
+            cooldown=cooldown,
+            refresh_layers=refresh_layers,
+            refresh_ratio=refresh_ratio,
+            patch=patch,
+            order=order,
+            selection=selection,
+            keys=keys,
+            text=text,
+            cache_point=cache_point,
+            unsampled=unsampled,
+            age_weighting=age_weighting,
+            state_dtype=state_dtype,
+            form=form,
+            grid=grid,
+            timestep=timestep,
+            seed=seed,
+            inner=inner,
+            mode=mode,
+            options=options,
+            strict=strict,
+        )
+    )
+
+
+def hero_fx(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> _compat.Compiled:
+    """The backend by name, without an import: `torch.compile(model, backend="hero_fx", options={"interval": 2})`.
+
+    `options` are those of `backend`; Inductor's own go into `options={"options": {...}}`.
+    """
+    return Backend(Config.from_options(dict(options or {})))(gm, inputs, mode=mode)

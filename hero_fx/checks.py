@@ -1,0 +1,154 @@
+"""Loud failure: what a graph must be like for step caching to make sense, each with the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from hero_fx.passes.branches import Structure
+from hero_fx.passes.emit import value_of
+
+from . import _compat
+
+__all__ = ["UnsupportedModel", "check_call", "check_graph", "check_structure", "find_timestep"]
+
+aten = torch.ops.aten
+
+
+class UnsupportedModel(ValueError):
+    """hero_fx cannot accelerate this graph; the message says why and what to do. `strict=False` warns instead."""
+
+
+def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Refuses training and autograd."""
+    module = _compat.frame_module()
+    if (module is not None and module.training) or _has_live_dropout(gm):
+        raise UnsupportedModel(
+            "the model is in training mode (model.training=True), but hero_fx is for inference: call model.eval() first"
+        )
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise UnsupportedModel(
+            "gradients are enabled (torch.is_grad_enabled()=True and parameters require them), but cached steps have no "
+            "backward: call the model under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _has_live_dropout(gm: fx.GraphModule) -> bool:
+    for node in gm.graph.nodes:
+        if node.target in (torch.nn.functional.dropout, torch.dropout):
+            training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+            share = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            if training and share:
+                return True
+    return False
+
+
+def check_graph(gm: fx.GraphModule) -> None:
+    """Refuses a part of a model that a graph break cut off."""
+    if _compat.frame_resumes_after_break():
+        raise UnsupportedModel(
+            "this graph is what follows a graph break, so the model's layers may be split over several graphs; "
+            "find the break with torch.compile(..., fullgraph=True) or TORCH_LOGS=graph_breaks and remove it"
+        )
+    reason = _compat.graph_break_reason(gm)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"a graph break ends this graph early ({reason.strip().splitlines()[0]}), so the model's layers may be split "
+            "over several graphs; find it with torch.compile(..., fullgraph=True) and remove it"
+        )
+
+
+def check_structure(normal: fx.GraphModule, structure: Structure) -> None:
+    """Refuses a graph without branches, of one block, or that begins or ends between layers."""
+    if not structure.branches:
+        raise UnsupportedModel(
+            "no attention or FFN branch was found: no residual update x + f(x) of hidden states [batch, tokens, width]; "
+            "compile the whole transformer (the module whose forward runs all blocks)"
+        )
+    if structure.depth == 1:
+        raise UnsupportedModel(
+            "the graph holds a single transformer block. In a regional compile (compile_repeated_blocks) all blocks share "
+            "one compiled graph, and their caches would mix: compile the whole transformer, torch.compile(model, ...)"
+        )
+    nodes = {node.name: node for node in normal.graph.nodes}
+    entering = [s.root for s in structure.streams if nodes[s.root].op == "placeholder"]
+    returned = set(normal.graph.output_node().all_input_nodes)
+    leaving = [u.add for b in structure.branches for u in b.updates if nodes[u.add] in returned]
+    if entering and leaving:
+        raise UnsupportedModel(
+            f"the residual stream enters the graph as an input ({entering[0]}) and leaves it as an output ({leaving[0]}), "
+            "so this is a part of a model: compile the whole transformer, without graph breaks between its layers"
+        )
+
+
+_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+
+
+def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
+    """Position of the graph input that carries the diffusion time.
+
+    By argument (`wanted`: a name, or a position among the graph's inputs), by name, then by structure: the model input
+    that feeds a sinusoidal embedding.
+
+    Raises:
+        UnsupportedModel: there is none, or `wanted` does not name one.
+    """
+    inputs = normal.graph.find_nodes(op="placeholder")
+    tensors = [
+        (i, node)
+        for i, node in enumerate(inputs)
+        if node.meta.get("model_input") and isinstance(value_of(node), torch.Tensor)
+    ]
+    names = [node.meta["argument"] for _, node in tensors]
+    if wanted is not None:
+        for i, node in tensors:
+            if wanted in (node.meta["argument"], node.name, i):
+                return i
+        raise UnsupportedModel(
+            f"timestep={wanted!r} names no tensor input of the graph; its tensor inputs are {', '.join(names) or 'none'}"
+        )
+    for name in _NAMES:
+        for i, node in tensors:
+            if node.meta["argument"] == name and node.users:
+                return i
+    for i, node in tensors:
+        if value_of(node).dim() <= 2 and _feeds_sinusoid(node):
+            return i
+    scalars = [
+        node.meta["argument"]
+        for node in inputs
+        if node.meta.get("model_input") and not isinstance(value_of(node), torch.Tensor)
+    ]
+    hint = (
+        f" (Python numbers among them: {', '.join(scalars)}; pass a tensor, or every step recompiles)"
+        if scalars
+        else ""
+    )
+    raise UnsupportedModel(
+        f"no timestep was found among the graph's inputs {', '.join(names) or '(none are tensors)'}{hint}; name it with "
+        "hero_fx.backend(timestep='...')"
+    )
+
+
+def _feeds_sinusoid(node: fx.Node) -> bool:
+    """True if sin and cos of (a scaled, broadcast copy of) the input are taken."""
+    seen, todo, found = {node}, [node], set()
+    while todo:
+        for user in todo.pop().users:
+            if user.target in (aten.sin.default, aten.cos.default):
+                found.add(user.target)
+            elif user not in seen and user.target in _SCALES:
+                seen.add(user)
+                todo.append(user)
+    return len(found) == 2
+
+
+_SCALES = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
+    aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.unsqueeze.default, aten.expand.default, aten.view.default,
+    aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.select.int, aten.type_as.default,
+    aten.outer.default, aten.ger.default, aten.einsum.default,
+}  # fmt: skip

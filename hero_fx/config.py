@@ -1,0 +1,226 @@
+"""The options of `hero_fx.backend`, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+import torch
+
+from hero_fx.passes.plan import CachePoint, Keys, Text, Unsampled
+
+from .policy import DuCa, Fora, Hero, Policy, TaylorSeer, ToCa
+from .schedule import Schedule, make_schedule
+
+__all__ = ["Config"]
+
+_POLICIES = ("hero", "fora", "taylorseer", "toca", "duca", "full")
+_INNER = ("inductor", "aot_eager", "eager")
+# Which policies an option means something to; the others take any.
+_USED_BY = {
+    "refresh_layers": ("hero",),
+    "refresh_ratio": ("hero", "toca", "duca"),
+    "patch": ("hero",),
+    "order": ("hero", "taylorseer"),
+    "selection": ("hero",),
+    "keys": ("hero",),
+    "text": ("hero", "toca", "duca"),
+    "unsampled": ("hero",),
+    "age_weighting": ("hero",),
+    "seed": ("hero",),
+    "grid": ("hero", "toca", "duca"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Every option of `hero_fx.backend`; see there for what they mean together."""
+
+    policy: str | Policy = "hero"
+    """`"hero"`, `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or a policy object."""
+    interval: int = 2
+    """N: a full step every N steps."""
+    schedule: str | Sequence[object] = "uniform"
+    """`"uniform"`, `"toca"` (needs `num_steps`), or T truth values, true = full step."""
+    num_steps: int | None = None
+    """T, the number of denoising steps; lets the last `cooldown` steps be full."""
+    warmup: int = 3
+    """The first steps that are full."""
+    cooldown: int = 1
+    """The last steps that are full; without `num_steps` the end is not known and none is forced."""
+    refresh_layers: int | float = 0.5
+    """M, the layers with patch-wise refresh: a count, or a float as share of depth."""
+    refresh_ratio: float = 1 / 6
+    """alpha: the share of image tokens that a cached step recomputes."""
+    patch: tuple[int, int, int] = (1, 2, 3)
+    """(frames, height, width) of the patches that tokens are sampled from."""
+    order: int = 1
+    """Order of the extrapolation; 1 is Eq. 6."""
+    selection: str = "per_step"
+    """`"per_step"`: one selection for all layers; `"per_layer"`: one for each."""
+    keys: Keys = "all"
+    """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"all"`."""
+    text: Text = "skip"
+    """`"skip"`: text reuses its cached features; `"live"`: text tokens are recomputed with the sampled ones."""
+    cache_point: str | tuple[str, str] | None = None
+    """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero `("pre_gate", "post_gate")`, others pre."""
+    unsampled: Unsampled = "reuse"
+    """What shallow tokens that are not sampled do: `"reuse"` (the paper) or `"extrapolate"`."""
+    age_weighting: bool = True
+    """Sample tokens with a probability that grows with their age; false: uniformly."""
+    state_dtype: torch.dtype | None = None
+    """Floating-point dtype of the feature state; None: the features' own."""
+    form: str = "literal"
+    """`"literal"`: a cache for every branch, as the equations say."""
+    grid: tuple[int, int, int] | None = None
+    """(frames, height, width) of the image tokens, where the graph does not show it."""
+    timestep: str | int | None = None
+    """The argument with the diffusion time, by name or position among the graph's inputs; None: found."""
+    seed: int = 0
+    """Seed of the sampling: the same seed gives the same video."""
+    inner: str | Callable[..., Any] = "inductor"
+    """What compiles the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"`, or a backend callable."""
+    mode: str | None = None
+    """Inductor's mode, as in `torch.compile(mode=...)`."""
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
+    """Inductor's options, as in `torch.compile(options=...)`."""
+    strict: bool = True
+    """True: a model that cannot be accelerated is an error; false: one warning, and plain compilation."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.policy, str):
+            _one_of("policy", self.policy, _POLICIES, "or a policy object")
+            self._no_idle_options(self.policy)
+        elif not isinstance(self.policy, Policy):
+            raise ValueError(
+                f"policy={self.policy!r} is neither a name ({', '.join(_POLICIES)}) nor an object with name, steps and kind"
+            )
+        _count("interval", self.interval, 1)
+        _count("warmup", self.warmup, 1)
+        _count("cooldown", self.cooldown, 0)
+        if self.num_steps is not None:
+            _count("num_steps", self.num_steps, 1)
+        _count("order", self.order, 0)
+        if isinstance(self.refresh_layers, bool) or not isinstance(self.refresh_layers, (int, float)):
+            raise ValueError(
+                f"refresh_layers={self.refresh_layers!r} must be a count of layers or a share of the depth"
+            )
+        if self.refresh_layers < 0 or (isinstance(self.refresh_layers, float) and self.refresh_layers > 1):
+            raise ValueError(
+                f"refresh_layers={self.refresh_layers!r} must be a count from 0 to the depth, or a float from 0.0 to 1.0 "
+                "as share of the depth"
+            )
+        if not 0 < self.refresh_ratio <= 1:
+            raise ValueError(f"refresh_ratio={self.refresh_ratio!r} must be above 0 and at most 1, such as 1/6")
+        _triple("patch", self.patch)
+        if self.grid is not None:
+            _triple("grid", self.grid)
+        _one_of("selection", self.selection, ("per_step", "per_layer"))
+        _one_of("keys", self.keys, get_args(Keys))
+        _one_of("text", self.text, get_args(Text))
+        _one_of("unsampled", self.unsampled, get_args(Unsampled))
+        _one_of("form", self.form, ("literal",))
+        points = self.cache_point if isinstance(self.cache_point, tuple) else (self.cache_point,)
+        if len(points) > 2:
+            raise ValueError(f"cache_point={self.cache_point!r} must be one value or a pair for (shallow, deep) layers")
+        for point in points:
+            if point is not None or isinstance(self.cache_point, tuple):
+                _one_of("cache_point", point, get_args(CachePoint), "or a pair of them for (shallow, deep)")
+        if isinstance(self.cache_point, tuple) and self.policy != "hero":
+            raise ValueError(
+                f"cache_point={self.cache_point!r}: only policy='hero' has shallow and deep layers; give one value"
+            )
+        if self.state_dtype is not None and not (
+            isinstance(self.state_dtype, torch.dtype) and self.state_dtype.is_floating_point
+        ):
+            raise ValueError(f"state_dtype={self.state_dtype!r} must be a floating-point torch.dtype or None")
+        if not callable(self.inner):
+            _one_of("inner", self.inner, _INNER, "or a backend callable")
+        if self.inner != "inductor" and (self.mode or self.options):
+            raise ValueError(
+                f"mode={self.mode!r} and options={self.options!r} are Inductor's; with inner={self.inner!r} leave them out"
+            )
+        self.make_schedule()
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """A configuration from a dict of options, as `torch.compile(backend="hero_fx", options=...)` passes it."""
+        names = [f.name for f in fields(cls)]
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise ValueError(
+                f"unknown option{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))} for backend 'hero_fx'; allowed are "
+                f"{', '.join(names)} (Inductor's own options go into options={{'options': {{...}}}})"
+            )
+        return cls(**options)
+
+    def make_schedule(self) -> Schedule:
+        """Which steps are full."""
+        return make_schedule(
+            self.schedule,
+            interval=self.interval,
+            num_steps=self.num_steps,
+            warmup=self.warmup,
+            cooldown=self.cooldown,
+        )
+
+    def make_policy(self) -> Policy | None:
+        """The policy object; None for `"full"`, which rewrites nothing."""
+        point: Any = self.cache_point
+        shallow, deep = point if isinstance(point, tuple) else (point or "pre_gate", point or "post_gate")
+        match self.policy:
+            case "hero":
+                return Hero(
+                    refresh_layers=self.refresh_layers,
+                    order=self.order,
+                    keys=self.keys,
+                    text=self.text,
+                    cache_point=(shallow, deep),
+                    unsampled=self.unsampled,
+                    per_layer=self.selection == "per_layer",
+                )
+            case "fora":
+                return Fora(cache_point=shallow)
+            case "taylorseer":
+                return TaylorSeer(order=self.order, cache_point=shallow)
+            case "toca":
+                return ToCa(ratio=self.refresh_ratio, interval=self.interval, text=self.text, cache_point=shallow)
+            case "duca":
+                return DuCa(ratio=self.refresh_ratio, interval=self.interval, text=self.text, cache_point=shallow)
+            case "full":
+                return None
+        assert isinstance(self.policy, Policy)
+        return self.policy
+
+    def _no_idle_options(self, policy: str) -> None:
+        """An option that the policy does not look at must not be set: it would be ignored in silence."""
+        defaults = {f.name: f.default for f in fields(Config)}
+        for name, users in _USED_BY.items():
+            value = getattr(self, name)
+            if policy not in users and value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with policy={policy!r}; it is for "
+                    f"{', '.join(map(repr, users))}: leave it out"
+                )
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{' ' + more if more else ''}")
+
+
+def _count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def _triple(name: str, value: object) -> None:
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 3
+        or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in value)
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be three whole numbers (frames, height, width) of at least 1, such as (1, 2, 3)"
+        )

@@ -1,0 +1,184 @@
+"""From one Dynamo graph to the graphs of the step kinds: normalise, find branches, plan, rewrite. Nothing is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from hero_fx.passes.branches import Structure, find_branches
+from hero_fx.passes.cleanup import DropDeadCode
+from hero_fx.passes.emit import StateSlot, slots_of, value_of
+from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
+from hero_fx.passes.normalize import DropIdentities, Functionalize, normalize
+from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
+from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve
+from hero_fx.passes.record import RecordFeatures
+from hero_fx.passes.refresh import RefreshBranches, RefreshScored
+
+from .config import Config
+from .policy import Policy
+from .selection import PatchSampler
+
+__all__ = ["StateSpec", "StepGraphs", "build_steps", "normalized"]
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One tensor of feature state."""
+
+    slot: StateSlot
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraphs:
+    """The graphs of one model at one resolution: what plain compilation would run, and what HERO runs in its place."""
+
+    normal: fx.GraphModule
+    """The normalised graph, as the model is."""
+    structure: Structure
+    plans: tuple[StepPlan, ...]
+    """What each kind of cached step does, branch by branch."""
+    recordings: tuple[Recording, ...]
+    fallbacks: tuple[Fallback, ...]
+    """Branches that could not be refreshed and are computed in full instead."""
+    full: fx.GraphModule
+    """Full step: computes all, records features."""
+    cached: tuple[fx.GraphModule, ...]
+    """Cached steps, one graph per kind."""
+    sampler: PatchSampler | None
+    """The patch-wise sampling, where the plan refreshes tokens."""
+    records: tuple[PassRecord, ...]
+    """What each pass did."""
+
+    @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """The feature state of one lane: every state tensor that some step graph reads or writes."""
+        specs: dict[StateSlot, StateSpec] = {}
+        for gm in (self.full, *self.cached):
+            for node, slot in slots_of(gm):
+                if isinstance(slot, StateSlot):
+                    value = value_of(node)
+                    specs[slot] = StateSpec(slot, tuple(value.shape), value.dtype, value.device)
+        return tuple(specs.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of feature state per lane."""
+        return sum(spec.nbytes for spec in self.state)
+
+
+def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    """The normalised form of a Dynamo graph."""
+    normal = normalize(gm, inputs)
+    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), DropDeadCode()))
+    return normal, pipeline(normal)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes have the same names and fake values."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, (env := {}))  # type: ignore[var-annotated]
+    graph.output(output)
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
+
+
+def build_steps(
+    normal: fx.GraphModule,
+    structure: Structure,
+    policy: Policy,
+    config: Config,
+    records: tuple[PassRecord, ...] = (),
+) -> StepGraphs:
+    """Plans and rewrites.
+
+    Raises:
+        ValueError: the options do not fit the model (boundary beyond the depth, patch larger than the grid, ...).
+    """
+    grid = _grid(structure, config)
+    plans, fallbacks = resolve(normal, structure, policy.steps(structure))
+    sampler = _sampler(structure, config, grid, plans)
+    kept = recordings(plans)
+    full = copy_graph(normal)
+    done = list(records)
+    dtype = config.state_dtype
+    record: tuple[Pass, ...] = (RecordFeatures(structure=structure, recordings=kept, state_dtype=dtype),)
+    done += Pipeline(label="full", passes=record)(full)
+    cached = []
+    for number, plan in enumerate(plans):
+        gm = copy_graph(normal)
+        passes: tuple[Pass, ...] = (
+            RefreshBranches(structure=structure, plan=plan, count=sampler.count if sampler else 0, state_dtype=dtype),
+            RefreshScored(structure=structure, plan=plan, grid=grid, state_dtype=dtype),
+            ExtrapolateBranches(structure=structure, plan=plan, state_dtype=dtype),
+            ReuseBranches(structure=structure, plan=plan, state_dtype=dtype),
+            DropDeadCode(),
+        )
+        done += Pipeline(label="cached" if len(plans) == 1 else f"cached{number}", passes=passes)(gm)
+        cached.append(gm)
+    return StepGraphs(
+        normal=normal,
+        structure=structure,
+        plans=plans,
+        recordings=kept,
+        fallbacks=fallbacks,
+        full=full,
+        cached=tuple(cached),
+        sampler=sampler,
+        records=tuple(done),
+    )
+
+
+def find_structure(normal: fx.GraphModule) -> Structure:
+    """The residual branches of a normalised graph."""
+    return find_branches(normal)
+
+
+def _grid(structure: Structure, config: Config) -> tuple[int, int, int] | None:
+    if config.grid is None:
+        return structure.grid
+    frames, height, width = config.grid
+    if frames * height * width != structure.image_tokens:
+        raise ValueError(
+            f"grid={config.grid} holds {frames * height * width} tokens but the model has {structure.image_tokens} image "
+            "tokens; give (frames, height, width) after patch embedding"
+        )
+    return frames, height, width
+
+
+def _sampler(
+    structure: Structure, config: Config, grid: tuple[int, int, int] | None, plans: Sequence[StepPlan]
+) -> PatchSampler | None:
+    strategies = [strategy for plan in plans for _, strategy in plan]
+    refreshes = [s for s in strategies if isinstance(s, Refresh)]
+    if not refreshes and not any(isinstance(s, ScoredRefresh) for s in strategies):
+        return None
+    if grid is None:
+        raise ValueError(
+            f"grid=None: the token grid of the {structure.image_tokens} image tokens could not be read from the graph; "
+            "pass grid=(frames, height, width) in tokens to hero_fx.backend"
+        )
+    if not refreshes:
+        return None
+    draws = structure.depth if any(s.per_layer for s in refreshes) else 1
+    return PatchSampler(
+        grid=grid,
+        patch=(config.patch[0], config.patch[1], config.patch[2]),
+        ratio=config.refresh_ratio,
+        seed=config.seed,
+        draws=draws,
+        age_weighting=config.age_weighting,
+    )

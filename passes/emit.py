@@ -1,0 +1,188 @@
+"""Adding nodes to a normalised graph: every new node gets its fake value, and state is explicit in and explicit out.
+
+A rewritten graph has the inputs of the graph it came from, then extra inputs in the order the passes made them. What
+an extra input means is in `node.meta["slot"]`, one of the frozen dataclasses below; the runtime fills them by slot:
+
+=============  ==================================================================================
+`StateSlot`    a tensor of feature state, updated in place by a `copy_` at the end of the graph
+`ScalarSlot`   a 0-d tensor with a number of this call (steps since the last full step, ...)
+`IndexSlot`    indices [K] of the sampled image tokens of this step
+=============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hero_fx._compat import FakeTensor, FakeTensorMode
+
+__all__ = ["Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "drop_dead_code", "slots_of", "value_of"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlot:
+    """One tensor of feature state; `name` is unique in a compiled model and the same in all its step graphs."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarSlot:
+    """A number of the call: `x` (steps since the last full step), `x2`, ... (x^i / i!), `inverse_gap_1`, ..."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSlot:
+    """Indices of the sampled image tokens; `layer` is None where all layers share one selection."""
+
+    layer: int | None
+
+
+Slot = StateSlot | ScalarSlot | IndexSlot
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of a node of a normalised graph (for an output with several values, a tuple)."""
+    return node.meta["val"]
+
+
+def slots_of(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Slot]]:
+    """The extra inputs of a rewritten graph, in order."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if "slot" in node.meta:
+            yield node, node.meta["slot"]
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise AssertionError("a normalised graph has a fake value at every node")
+
+
+class Emitter:
+    """Inserts nodes into the graph of `gm`, in front of a chosen node, with their fake values."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.mode = fake_mode_of(gm)
+        self.output: fx.Node = self.graph.output_node()
+        self._slots = {slot: node for node, slot in slots_of(gm)}
+        self._stack: dict[str, Any] = {}
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go in front of `node` and are named after the same module."""
+        previous, self._stack = (
+            self._stack,
+            {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta},
+        )
+        with self.graph.inserting_before(node):
+            yield
+        self._stack = previous
+
+    def after(self, node: fx.Node) -> Any:
+        """New nodes go right behind `node`."""
+        return self.before(node.next)
+
+    def call(self, op: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """A call of `op`; nodes among the arguments stand for their values."""
+        node = self.graph.create_node("call_function", op, args, kwargs, name)
+        node.meta.update(self._stack)
+        self.revalue(node)
+        return node
+
+    def revalue(self, node: fx.Node) -> None:
+        """Computes the fake value of a node from those of its arguments."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+        with self.mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def inline(self, function: Callable[..., torch.Tensor], *args: fx.Node) -> fx.Node:
+        """The nodes of a plain PyTorch function of tensors, traced and copied in; returns its result."""
+        with self.mode, torch.no_grad():
+            traced = make_fx(function, pre_dispatch=True)(*[value_of(a) for a in args])
+        traced.graph.eliminate_dead_code()
+        env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                env[node] = self.graph.node_copy(node, env.__getitem__)
+                env[node].meta.update(self._stack)
+        (result,) = traced.graph.output_node().args
+        assert isinstance(result, fx.Node), "an inlined function returns one tensor"
+        return env[result]
+
+    def state(self, slot: StateSlot, like: torch.Tensor, dtype: torch.dtype | None = None) -> fx.Node:
+        """The input for a tensor of feature state with the shape and device of `like`, contiguous.
+
+        `dtype` stores floating-point features in another dtype than their own.
+        """
+        return self._input(slot, slot.name, like, static=True, dtype=dtype if like.is_floating_point() else None)
+
+    def read(self, state: fx.Node, like: torch.Tensor) -> fx.Node:
+        """The value of a state input in the dtype of `like`."""
+        if value_of(state).dtype == like.dtype:
+            return state
+        return self.call(aten.to.dtype, state, like.dtype)
+
+    def scalar(self, name: str, device: torch.device) -> fx.Node:
+        """The input for a 0-d float32 tensor; 0-d tensors do not promote the dtype of what they scale."""
+        with self.mode:
+            like = torch.empty((), dtype=torch.float32, device=device)
+        return self._input(ScalarSlot(name), name, like)
+
+    def indices(self, layer: int | None, count: int, device: torch.device) -> fx.Node:
+        """The input for int64 indices [count] of sampled tokens."""
+        with self.mode:
+            like = torch.empty(count, dtype=torch.int64, device=device)
+        return self._input(IndexSlot(layer), "idx" if layer is None else f"idx_{layer}", like)
+
+    def write_back(self, state: fx.Node, value: fx.Node) -> None:
+        """`state` becomes `value` at the end of the graph, after everything that reads it."""
+        with self.before(self.output):
+            self.call(aten.copy_.default, state, value)
+
+    def _input(
+        self,
+        slot: Slot,
+        name: str,
+        like: torch.Tensor,
+        *,
+        static: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        if slot in self._slots:
+            return self._slots[slot]
+        last: fx.Node = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.create_node("placeholder", name, name=name)
+        node.target = node.name
+        with self.mode:
+            node.meta["val"] = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+        node.meta["slot"] = slot
+        if static:
+            node.meta["static_address"] = True
+        self._slots[slot] = node
+        return node
+
+
+def drop_dead_code(graph: fx.Graph, *, keep: Sequence[fx.Node] = ()) -> int:
+    """Removes unused nodes that have no side effect; in-place ops and graph inputs stay."""
+    removed = 0
+    for node in reversed(graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users and not node.is_impure() and node not in keep:
+            graph.erase_node(node)
+            removed += 1
+    return removed

@@ -1,0 +1,207 @@
+"""What a cached step does with each branch: the vocabulary between policies (which decide) and passes (which rewrite)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from .branches import Branch, Stream, Structure, Update, body_of
+from .emit import StateSlot, value_of
+from .subset import check_whole
+from .tokens import ATTENTION, Info, NoRule, Tokens, follow
+
+__all__ = [
+    "CachePoint", "Extrapolate", "Fallback", "Full", "Keys", "Recording", "Refresh", "Reuse", "ScoredRefresh",
+    "StepPlan", "Strategy", "Text", "Unsampled", "analyse", "cached_node", "recordings", "resolve", "term_slot",
+]  # fmt: skip
+
+CachePoint = Literal["pre_gate", "post_gate"]
+Keys = Literal["sampled", "sampled+text", "all"]
+Text = Literal["skip", "live"]
+Unsampled = Literal["reuse", "extrapolate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Full:
+    """Compute the branch as the model does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reuse:
+    """Add the features of the last full step (FORA)."""
+
+    cache_point: CachePoint = "pre_gate"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extrapolate:
+    """Estimate the features from those of the last full steps: sum over i <= order of Y_i x^i / i! (HERO Eq. 6)."""
+
+    order: int = 1
+    cache_point: CachePoint = "post_gate"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refresh:
+    """Recompute sampled image tokens, take the cached features for all others (HERO Eq. 4)."""
+
+    cache_point: CachePoint = "pre_gate"
+    keys: Keys = "all"
+    text: Text = "skip"
+    unsampled: Unsampled = "reuse"
+    per_layer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRefresh:
+    """Recompute the image tokens with the highest scores, take the cached features for all others (ToCa, DuCa)."""
+
+    cache_point: CachePoint = "pre_gate"
+    text: Text = "skip"
+    ratio: float = 0.25
+    score: Literal["attention", "values"] = "attention"
+    """Attention received (ToCa), or 1 - |v| (DuCa)."""
+    interval: int = 2
+    """N of the staleness bonus 0.25 * age / N."""
+
+
+Strategy = Full | Reuse | Extrapolate | Refresh | ScoredRefresh
+StepPlan = tuple[tuple[Branch, Strategy], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A branch that cached steps compute in full although the policy wanted to refresh it, and why."""
+
+    branch: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a full step keeps of one branch."""
+
+    branch: Branch
+    cache_point: CachePoint
+    terms: int
+    """Taylor terms Y_0 .. Y_{terms-1} per stream; 1 is the features alone."""
+    keys: Keys | None = None
+    """Keep keys and values of its attention: of all tokens, or of the text tokens."""
+    score: ScoredRefresh | None = None
+    """Keep the scores that select tokens for this branch."""
+
+
+def cached_node(gm_nodes: dict[str, fx.Node], update: Update, cache_point: CachePoint) -> fx.Node:
+    """The node whose value is cached: the feature, or the gated update."""
+    return gm_nodes[update.feature if cache_point == "pre_gate" else update.update]
+
+
+def term_slot(branch: Branch, streams: Sequence[Stream], update: Update, term: int) -> StateSlot:
+    """The state tensor of Taylor term `term` of one stream of a branch."""
+    stream = streams[update.stream].name.replace("+", "_").replace("#", "_")
+    return StateSlot(f"{branch.label}_{stream}_y{term}")
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The token axis through one branch."""
+
+    sources: tuple[fx.Node, ...]
+    body: tuple[fx.Node, ...]
+    targets: tuple[fx.Node, ...]
+    infos: dict[fx.Node, Info]
+
+    def tokens(self, node: fx.Node) -> Tokens:
+        tokens = self.infos[node]
+        assert isinstance(tokens, Tokens)
+        return tokens
+
+
+def analyse(gm: fx.GraphModule, structure: Structure, branch: Branch, cache_point: CachePoint) -> Analysis:
+    """Follows the token axis from the streams a branch reads to what is cached of it.
+
+    Raises:
+        NoRule: the branch cannot be computed for a part of its tokens.
+    """
+    sources, body, targets = body_of(gm, branch, to_update=cache_point == "post_gate")
+    seeds = {node: structure.streams[stream].tokens for node, (_, stream) in zip(sources, branch.reads, strict=True)}
+    infos = follow(body, seeds)
+    check_whole(infos, structure.lengths)
+    for target, update in zip(targets, branch.updates, strict=True):
+        if infos.get(target) != structure.streams[update.stream].tokens:
+            raise NoRule(target, "its tokens are not those of the stream it is added to")
+    return Analysis(tuple(sources), tuple(body), tuple(targets), infos)
+
+
+def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> fx.Node:
+    """The attention node in the branch's layer that image tokens both query and are keys of.
+
+    Raises:
+        NoRule: the layer has none.
+    """
+    for other in structure.branches:
+        if other.layer != branch.layer or not other.attention:
+            continue
+        infos = analyse(gm, structure, other, "pre_gate").infos
+        for name in other.attention:
+            node = next(n for n in gm.graph.nodes if n.name == name)
+            op = ATTENTION[node.target]
+            query, key = node.args[op.query], node.args[op.key]
+            assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+            heads = (value_of(query).shape[1], value_of(key).shape[1])
+            if infos.get(key) is not None and heads[0] == heads[1]:
+                return node
+    last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
+    raise NoRule(last, "its layer has no self-attention to score tokens by")
+
+
+def resolve(
+    gm: fx.GraphModule, structure: Structure, steps: Sequence[StepPlan]
+) -> tuple[tuple[StepPlan, ...], tuple[Fallback, ...]]:
+    """Replaces refreshes that cannot be done by `Full`, and says why."""
+    reasons: dict[str, str] = {}
+    for plan in steps:
+        for branch, strategy in plan:
+            if not isinstance(strategy, (Refresh, ScoredRefresh)) or branch.label in reasons:
+                continue
+            try:
+                analyse(gm, structure, branch, strategy.cache_point)
+                if isinstance(strategy, ScoredRefresh):
+                    self_attention(gm, structure, branch)
+            except NoRule as error:
+                reasons[branch.label] = str(error)
+    resolved = tuple(
+        tuple((branch, Full() if branch.label in reasons else strategy) for branch, strategy in plan) for plan in steps
+    )
+    return resolved, tuple(Fallback(label, reason) for label, reason in reasons.items())
+
+
+def recordings(steps: Sequence[StepPlan]) -> tuple[Recording, ...]:
+    """What full steps must keep so that all cached steps have what they read."""
+    result = []
+    for strategies in zip(*steps, strict=True):
+        branch = strategies[0][0]
+        wanted = [s for _, s in strategies if not isinstance(s, Full)]
+        if not wanted:
+            continue
+        points = {s.cache_point for s in wanted}
+        assert len(points) == 1, "all step kinds of a policy cache a branch at the same point"
+        result.append(
+            Recording(
+                branch=branch,
+                cache_point=points.pop(),
+                terms=max(_terms(s) for s in wanted),
+                keys=next((s.keys for s in wanted if isinstance(s, Refresh) and s.keys != "sampled"), None),
+                score=next((s for s in wanted if isinstance(s, ScoredRefresh)), None),
+            )
+        )
+    return tuple(result)
+
+
+def _terms(strategy: Strategy) -> int:
+    if isinstance(strategy, Extrapolate):
+        return strategy.order + 1
+    return 2 if isinstance(strategy, Refresh) and strategy.unsampled == "extrapolate" else 1

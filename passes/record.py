@@ -1,0 +1,187 @@
+"""Full steps: record the features that cached steps will read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .branches import Branch, Structure
+from .emit import Emitter, StateSlot, value_of
+from .plan import Recording, ScoredRefresh, analyse, cached_node, self_attention, term_slot
+from .tokens import ATTENTION, Tokens
+
+__all__ = ["RecordFeatures", "image_range", "key_slots", "score_slots"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordFeatures:
+    """Keeps each branch's features, and their differences to the full step before, in feature state.
+
+    Before::
+
+        linear = aten.linear.default(norm, weight)
+        mul = aten.mul.Tensor(gate, linear)
+        add = aten.add.Tensor(x, mul)
+
+    After, with two Taylor terms (Eq. 6: the features and their difference per step)::
+
+        linear, mul, add as before
+        sub = aten.sub.Tensor(linear, y0)
+        mul_1 = aten.mul.Tensor(sub, inverse_gap_1)         # 1 / d, or 0 while there is no full step before
+        copy_ = aten.copy_.default(y0, linear)
+        copy__1 = aten.copy_.default(y1, mul_1)
+
+    Legal because it only adds readers of existing values and writes to inputs that nothing else in the graph reads
+    after the write: all `copy_` stand at the end. The outputs are those of the untouched graph, bit for bit.
+    """
+
+    structure: Structure
+    recordings: tuple[Recording, ...]
+    state_dtype: torch.dtype | None = None
+    name: str = "record_features"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        emitter = Emitter(gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        sites = 0
+        scores: dict[fx.Node, fx.Node] = {}
+        for recording in self.recordings:
+            branch = recording.branch
+            for update in branch.updates:
+                feature = cached_node(nodes, update, recording.cache_point)
+                slots = [term_slot(branch, self.structure.streams, update, i) for i in range(recording.terms)]
+                self._terms(emitter, feature, slots)
+                sites += 1
+            if recording.keys is not None:
+                sites += self._keys(emitter, gm, recording)
+            if recording.score is not None:
+                self._score(emitter, gm, branch, recording.score, scores)
+                sites += 1
+        return sites
+
+    def _terms(self, emitter: Emitter, feature: fx.Node, slots: list[StateSlot]) -> None:
+        """Y_0 = F and Y_i = (Y_{i-1} - Y_{i-1} of the full step before) / d."""
+        value, writes = feature, []
+        with emitter.before(emitter.output):
+            for i, slot in enumerate(slots):
+                state = emitter.state(slot, value_of(feature), self.state_dtype)
+                writes.append((state, value))
+                if i + 1 < len(slots):
+                    gap = emitter.scalar(f"inverse_gap_{i + 1}", value_of(feature).device)
+                    change = emitter.call(aten.sub.Tensor, value, emitter.read(state, value_of(feature)))
+                    value = emitter.call(aten.mul.Tensor, change, gap)
+            for state, new in writes:
+                emitter.write_back(state, new)
+
+    def _keys(self, emitter: Emitter, gm: fx.GraphModule, recording: Recording) -> int:
+        """Keys and values, as attention gets them: of all tokens, or of the tokens that cached steps skip."""
+        sites = 0
+        analysis = analyse(gm, self.structure, recording.branch, recording.cache_point)
+        for number, name in enumerate(recording.branch.attention):
+            node = next(n for n in analysis.body if n.name == name)
+            op = ATTENTION[node.target]
+            for role, argument in (("k", op.key), ("v", op.value)):
+                source = node.args[argument]
+                assert isinstance(source, fx.Node)
+                tokens = analysis.infos.get(source)
+                if not isinstance(tokens, Tokens):
+                    continue
+                for slot, start, stop in key_slots(recording.branch, number, role, tokens, recording.keys == "all"):
+                    with emitter.before(emitter.output):
+                        piece = source
+                        if stop - start != tokens.length:
+                            piece = emitter.call(aten.slice.Tensor, source, tokens.dim, start, stop)
+                        state = emitter.state(slot, value_of(piece), self.state_dtype)
+                        emitter.write_back(state, piece)
+                    sites += 1
+        return sites
+
+    def _score(
+        self,
+        emitter: Emitter,
+        gm: fx.GraphModule,
+        branch: Branch,
+        strategy: ScoredRefresh,
+        known: dict[fx.Node, fx.Node],
+    ) -> None:
+        """The part of a token's score that full steps measure, and its age, which they reset."""
+        attention = self_attention(gm, self.structure, branch)
+        op = ATTENTION[attention.target]
+        start, stop = image_range(gm, self.structure, attention)
+        if attention not in known:
+            with emitter.before(emitter.output):
+                if strategy.score == "attention":
+                    query, key = attention.args[op.query], attention.args[op.key]
+                    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+                    scale = attention.kwargs.get("scale") or value_of(query).shape[-1] ** -0.5
+                    assert isinstance(scale, float)
+                    known[attention] = emitter.inline(
+                        lambda q, k: attention_received(q, k, scale, start, stop), query, key
+                    )
+                else:
+                    values = attention.args[op.value]
+                    assert isinstance(values, fx.Node)
+                    known[attention] = emitter.inline(lambda v: small_values(v, start, stop), values)
+        score_slot, stamp_slot = score_slots(branch)
+        score = emitter.state(score_slot, value_of(known[attention]))
+        stamp = emitter.state(stamp_slot, value_of(known[attention]))
+        emitter.write_back(score, known[attention])
+        with emitter.before(emitter.output):
+            fresh = emitter.call(aten.zeros_like.default, stamp)
+        emitter.write_back(stamp, fresh)
+
+
+def attention_received(query: torch.Tensor, key: torch.Tensor, scale: float, start: int, stop: int) -> torch.Tensor:
+    """ToCa's score [B, N]: column sums of softmax(q k^T) over all queries, mean over heads, of unit length over the image.
+
+    Args:
+        query: [B, heads, L, head_dim]; key likewise; `start:stop` are the image tokens among the keys.
+    """
+    weights = torch.softmax(torch.matmul(query * scale, key.transpose(-2, -1)).float(), dim=-1)
+    received = weights.sum(dim=-2).mean(dim=1)[:, start:stop]
+    return torch.nn.functional.normalize(received, p=2.0, dim=1)
+
+
+def small_values(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """DuCa's score [B, N]: 1 - |v| / max |v| over the image tokens, for values [B, heads, L, head_dim]."""
+    image = values[:, :, start:stop].float()
+    norm = image.square().sum(dim=(1, 3)).sqrt()
+    return 1.0 - norm / norm.amax(dim=1, keepdim=True)
+
+
+def image_range(gm: fx.GraphModule, structure: Structure, attention: fx.Node) -> tuple[int, int]:
+    """Where the image tokens are among the keys of an attention node."""
+    branch = next(b for b in structure.branches if attention.name in b.attention)
+    key = attention.args[ATTENTION[attention.target].key]
+    tokens = analyse(gm, structure, branch, "pre_gate").infos[key]  # type: ignore[index]
+    assert isinstance(tokens, Tokens)
+    offset = 0
+    for segment in tokens.segments:
+        if segment.source == structure.image:
+            return offset, offset + segment.length
+        offset += segment.length
+    raise AssertionError("image tokens are keys of their own self-attention")
+
+
+def key_slots(
+    branch: Branch, number: int, role: str, tokens: Tokens, everything: bool
+) -> list[tuple[StateSlot, int, int]]:
+    """State for keys (`role` "k") or values ("v") of one attention op: (slot, first token, end), all or text only."""
+    base = f"{branch.label}_{role}{number or ''}"
+    if everything:
+        return [(StateSlot(base), 0, tokens.length)]
+    slots, offset = [], 0
+    for segment in tokens.segments:
+        if segment.source != "image" and not segment.source.startswith("%"):
+            slots.append((StateSlot(f"{base}_{segment.source}"), offset, offset + segment.length))
+        offset += segment.length
+    return slots
+
+
+def score_slots(branch: Branch) -> tuple[StateSlot, StateSlot]:
+    """(measured score [B, N], step at which each token was last fresh [B, N]) of a branch."""
+    return StateSlot(f"{branch.label}_score"), StateSlot(f"{branch.label}_stamp")

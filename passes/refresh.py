@@ -1,0 +1,309 @@
+"""Cached steps, shallow layers: some tokens are computed anew, the others take their cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .branches import Branch, Structure
+from .emit import Emitter, value_of
+from .extrapolate import taylor
+from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, analyse, term_slot
+from .record import key_slots, score_slots
+from .subset import Keep, Rows, Subset
+from .tokens import ATTENTION, Tokens
+
+__all__ = ["RefreshBranches", "RefreshScored"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshBranches:
+    """Computes a branch for the sampled image tokens and merges the result into its cached features (Eq. 4).
+
+    Before::
+
+        norm = aten.layer_norm.default(x, [D])  # x: [B, N, D]
+        linear = aten.linear.default(norm, weight)
+        add = aten.add.Tensor(x, linear)
+
+    After, for the sampled tokens idx [K]::
+
+        sampled = aten.index_select.default(x, 1, idx)  # [B, K, D]
+        norm_1 = aten.layer_norm.default(sampled, [D])
+        linear_1 = aten.linear.default(norm_1, weight)
+        merged = aten.index_copy.default(y0, 1, idx, linear_1)
+        add = aten.add.Tensor(x, merged)
+        copy_ = aten.copy_.default(y0, merged)
+
+    Legal in the paper's sense for the merge (Eq. 4, numerics change), and exact for the part: every op between the
+    stream and the feature is pointwise in tokens or moves them whole (`tokens.follow`), so computing on gathered
+    tokens is gathering what would be computed. Attention is where tokens meet: sampled queries see the keys and values
+    of the sampled tokens (`keys="sampled"`), also the text's from the last full step (`"sampled+text"`), or a cache of
+    all keys and values in which the sampled ones are brought up to date (`"all"`).
+    """
+
+    structure: Structure
+    plan: StepPlan
+    count: int
+    """K, the number of sampled image tokens."""
+    state_dtype: torch.dtype | None = None
+    name: str = "refresh"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        sites = 0
+        for branch, strategy in self.plan:
+            if isinstance(strategy, Refresh):
+                self._branch(gm, branch, strategy)
+                sites += 1
+        return sites
+
+    def _branch(self, gm: fx.GraphModule, branch: Branch, strategy: Refresh) -> None:
+        emitter = Emitter(gm)
+        analysis = analyse(gm, self.structure, branch, strategy.cache_point)
+        device = value_of(analysis.targets[0]).device
+        index = emitter.indices(branch.layer if strategy.per_layer else None, self.count, device)
+        keep = _keep(self.structure, Rows(index), strategy.text)
+
+        def attend(subset: Subset, node: fx.Node) -> fx.Node:
+            return self._attend(gm, branch, strategy, analysis, subset, node)
+
+        _recompute(gm, self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+
+    def _attend(
+        self, gm: fx.GraphModule, branch: Branch, strategy: Refresh, analysis: Analysis, subset: Subset, node: fx.Node
+    ) -> fx.Node:
+        op, emitter = ATTENTION[node.target], subset.emitter
+        tokens = subset.tokens(node.args[op.key])  # type: ignore[arg-type]
+        number = branch.attention.index(node.name)
+        args, seen = list(node.args), subset
+        args[op.query] = subset.env[node.args[op.query]]  # type: ignore[index]
+        for role, argument in (("k", op.key), ("v", op.value)):
+            source = node.args[argument]
+            assert isinstance(source, fx.Node)
+            if tokens is None:  # cross-attention to keys of no stream
+                continue
+            fresh = subset.env[source]
+            if strategy.keys == "sampled":
+                args[argument] = fresh
+                continue
+            everything = strategy.keys == "all"
+            cached = {}
+            for slot, start, stop in key_slots(branch, number, role, tokens, everything):
+                like = value_of(source).narrow(tokens.dim, start, stop - start)
+                state = emitter.state(slot, like, self.state_dtype)
+                cached[start] = (state, emitter.read(state, like))
+            if everything:
+                state, value = cached[0]
+                args[argument] = subset.merge(value, tokens, fresh)
+                emitter.write_back(state, args[argument])  # type: ignore[arg-type]
+            else:
+                args[argument], seen = _beside(subset, tokens, fresh, {s: v for s, (_, v) in cached.items()})
+        return _attention_call(gm, node, args, analysis, subset, None if strategy.keys == "all" else seen)
+
+
+def _keep(structure: Structure, rows: Rows, text: str) -> dict[str, Keep]:
+    """What a cached step keeps of each token source."""
+    return {
+        source: rows if source == structure.image else "all" if text == "live" else "none"
+        for source in structure.lengths
+    }
+
+
+def _beside(subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node]) -> tuple[fx.Node, Subset]:
+    """Fresh keys with the cached ones of skipped sources in their places, and the selection that the sum stands for."""
+    seen = Subset(
+        subset.emitter,
+        subset.infos,
+        {source: "all" if keep == "none" else keep for source, keep in subset.keep.items()},
+        subset.attention,
+    )
+    pieces, at, offset = [], 0, 0
+    for segment in tokens.segments:
+        count = subset.kept(Tokens(tokens.dim, (segment,)))
+        if count:
+            piece = fresh
+            if count != subset.kept(tokens):
+                piece = subset.emitter.call(aten.slice.Tensor, fresh, tokens.dim, at, at + count)
+            pieces.append(piece)
+            at += count
+        elif offset in cached:
+            pieces.append(cached[offset])
+        offset += segment.length
+    if len(pieces) == 1:
+        return pieces[0], seen
+    return subset.emitter.call(aten.cat.default, pieces, tokens.dim), seen
+
+
+def _attention_call(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    args: list,  # type: ignore[type-arg]
+    analysis: Analysis,
+    queries: Subset,
+    keys: Subset | None,
+) -> fx.Node:
+    """The attention op on kept queries; its mask keeps the kept queries' rows and the kept keys' columns."""
+    op = ATTENTION[node.target]
+    kwargs = dict(node.kwargs)
+    mask = kwargs.get(op.mask_name) if op.mask_name in kwargs else None
+    position = op.mask if op.mask is not None and len(args) > op.mask else None
+    if position is not None:
+        mask = args[position]
+    if isinstance(mask, fx.Node):
+        for operand, dim, subset in ((op.query, -2, queries), (op.key, -1, keys)):
+            tokens = analysis.infos.get(node.args[operand])  # type: ignore[arg-type]
+            shape = value_of(mask).shape
+            if isinstance(tokens, Tokens) and subset is not None and shape[dim] == tokens.length != 1:
+                mask = subset.gather(mask, tokens.at(len(shape) + dim))
+        if position is not None:
+            args[position] = mask
+        else:
+            kwargs[op.mask_name] = mask  # type: ignore[index]
+    return queries.emitter.call(node.target, *args, **kwargs)
+
+
+def _recompute(
+    gm: fx.GraphModule,
+    structure: Structure,
+    branch: Branch,
+    strategy: Refresh | ScoredRefresh,
+    analysis: Analysis,
+    emitter: Emitter,
+    keep: dict[str, Keep],
+    attend: Callable[[Subset, fx.Node], fx.Node],
+    dtype: torch.dtype | None,
+) -> None:
+    """Emits the branch for the kept tokens, merges each stream's part into its cache and puts it in the feature's place."""
+    anchor = _anchor(gm, analysis)
+    terms = 2 if _extrapolates(strategy) else 1
+    with emitter.before(anchor):
+        subset = Subset(emitter, analysis.infos, keep, attend)
+        for source in analysis.sources:
+            subset.seed(source)
+        for node in analysis.body:
+            subset.emit(node)
+        merged = []
+        for target, update in zip(analysis.targets, branch.updates, strict=True):
+            slots = [term_slot(branch, structure.streams, update, i) for i in range(terms)]
+            estimate, states = taylor(emitter, slots, value_of(target), dtype)
+            fresh, tokens = subset.env[target], analysis.tokens(target)
+            if fresh is None:
+                merged.append(estimate)
+                continue
+            merged.append(subset.merge(estimate, tokens, fresh))
+            kept = merged[-1]
+            if terms == 2:
+                # The cache stays a line in x: what is stored reaches the fresh value at this step's x.
+                slope = subset.gather(emitter.read(states[1], value_of(target)), tokens)
+                assert slope is not None
+                rise = emitter.call(aten.mul.Tensor, slope, emitter.scalar("x", value_of(target).device))
+                start = emitter.call(aten.sub.Tensor, fresh, rise)
+                kept = subset.merge(emitter.read(states[0], value_of(target)), tokens, start)
+            emitter.write_back(states[0], kept)
+    for target, value in zip(analysis.targets, merged, strict=True):
+        target.replace_all_uses_with(value)
+
+
+def _extrapolates(strategy: Strategy) -> bool:
+    return isinstance(strategy, Refresh) and strategy.unsampled == "extrapolate"
+
+
+def _anchor(gm: fx.GraphModule, analysis: Analysis) -> fx.Node:
+    """The first reader of a target; what the emitted nodes need (gates, tables) is moved in front of it."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    anchor = min((user for t in analysis.targets for user in t.users), key=order.__getitem__)
+    inside = set(analysis.body)
+
+    def hoist(node: fx.Node) -> None:
+        if order[node] >= order[anchor] and node.op == "call_function":
+            for source in node.all_input_nodes:
+                hoist(source)
+            anchor.prepend(node)
+            order[node] = order[anchor] - 1
+
+    for node in analysis.body:
+        for source in node.all_input_nodes:
+            if source not in inside:
+                hoist(source)
+    return anchor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshScored:
+    """Computes a branch for the image tokens with the highest scores, chosen in the graph (ToCa, DuCa).
+
+    Before::
+
+        linear = aten.linear.default(x, weight)
+        add = aten.add.Tensor(x, linear)
+
+    After::
+
+        topk = aten.topk.default(total, K)  # score + 0.25 * age / N, best of each 2x2 cell + 0.4
+        best = getitem(topk, 1)  # [B, K]
+        sampled = aten.gather.default(x, 1, best)
+        linear_1 = aten.linear.default(sampled, weight)
+        merged = aten.scatter.src(y0, 1, best, linear_1)
+        add = aten.add.Tensor(x, merged)
+
+    Legal as for `RefreshBranches`; only branches without attention among their own tokens are planned this way.
+    """
+
+    structure: Structure
+    plan: StepPlan
+    grid: tuple[int, int, int] | None = None
+    state_dtype: torch.dtype | None = None
+    name: str = "refresh_scored"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        sites = 0
+        for branch, strategy in self.plan:
+            if isinstance(strategy, ScoredRefresh):
+                self._branch(gm, branch, strategy)
+                sites += 1
+        return sites
+
+    def _branch(self, gm: fx.GraphModule, branch: Branch, strategy: ScoredRefresh) -> None:
+        emitter = Emitter(gm)
+        analysis = analyse(gm, self.structure, branch, strategy.cache_point)
+        count = max(1, round(strategy.ratio * self.structure.image_tokens))
+        target = value_of(analysis.targets[0])
+        with emitter.before(_anchor(gm, analysis)):
+            with emitter.mode:
+                like = torch.empty(target.shape[0], self.structure.image_tokens, device=target.device)
+            score, stamp = (emitter.state(slot, like) for slot in score_slots(branch))
+            x = emitter.scalar("x", target.device)
+            grid = self.grid or (1, 1, self.structure.image_tokens)
+            best = emitter.inline(
+                lambda s, t, x: best_tokens(s, x - t, strategy.interval, grid, count), score, stamp, x
+            )
+            now = emitter.call(aten.expand.default, x, [target.shape[0], count])
+            stamped = emitter.call(aten.scatter.src, stamp, 1, best, now)
+            emitter.write_back(stamp, stamped)
+        keep = _keep(self.structure, Rows(best), strategy.text)
+
+        def attend(subset: Subset, node: fx.Node) -> fx.Node:
+            raise AssertionError("a branch with self-attention is not refreshed by score")
+
+        _recompute(gm, self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+
+
+def best_tokens(
+    score: torch.Tensor, age: torch.Tensor, interval: int, grid: tuple[int, int, int], count: int
+) -> torch.Tensor:
+    """Indices [B, count] of the best image tokens: score [B, N] + 0.25 age / interval, the best of each 1x2x2 cell + 0.4."""
+    frames, height, width = grid
+    total = score + 0.25 * age / interval
+    cells = total.reshape(-1, frames, height, width)
+    rows, columns = height + height % 2, width + width % 2
+    padded = torch.nn.functional.pad(cells, (0, columns - width, 0, rows - height), value=float("-inf"))
+    blocks = padded.reshape(-1, frames, rows // 2, 2, columns // 2, 2)
+    best = blocks.amax(dim=(3, 5), keepdim=True)
+    bonus = (blocks == best).reshape(-1, frames, rows, columns)[:, :, :height, :width]
+    total = total + 0.4 * bonus.reshape(total.shape).to(total.dtype)
+    return torch.topk(total, count, dim=1).indices

@@ -1,0 +1,444 @@
+"""The token axis, followed through a graph as segments of the sequence.
+
+A residual stream [B, N, D] holds tokens along one axis. On its way through a branch that axis is moved (transpose),
+split off and joined (slice, split, cat of text and image), and met by tensors that are indexed by token (rotary
+tables, masks, per-token modulation). `follow` says of every node between the streams and the branch output where its
+token axis is and which tokens of which source lie along it: `Tokens(dim=2, segments=(text[0:9], image[0:120]))`.
+
+An op either carries the axis by a rule of `_RULES`, or is pointwise in it, or `follow` raises `NoRule` with its name:
+nothing is guessed. The rules need sizes only, so the analysis changes nothing and allocates nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from .emit import value_of
+
+__all__ = ["ATTENTION", "AttentionOp", "NoRule", "Segment", "Tokens", "follow", "is_matmul"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start:stop` of a source (a residual stream's own tokens, or tokens that only the branch knows)."""
+
+    source: str
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.source}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Where a tensor's token axis is (from the left) and what lies along it."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(s.length for s in self.segments)
+
+    def at(self, dim: int) -> Tokens:
+        return Tokens(dim, self.segments)
+
+    def cut(self, start: int, stop: int) -> Tokens:
+        """The tokens `start:stop` of this axis."""
+        kept, offset = [], 0
+        for segment in self.segments:
+            low, high = max(start, offset), min(stop, offset + segment.length)
+            if low < high:
+                kept.append(Segment(segment.source, segment.start + low - offset, segment.start + high - offset))
+            offset += segment.length
+        return Tokens(self.dim, tuple(kept))
+
+    def __str__(self) -> str:
+        return f"dim {self.dim}: " + " ".join(map(str, self.segments))
+
+
+class NoRule(Exception):
+    """The token axis could not be followed through a node."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(f"{node.name} = {node.target}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOp:
+    """Where an attention op takes queries, keys, values and mask (argument positions), and its token axis."""
+
+    query: int = 0
+    key: int = 1
+    value: int = 2
+    mask: int | None = 3
+    mask_name: str | None = "attn_mask"
+    dim: int = -2
+
+
+ATTENTION: Mapping[Any, AttentionOp] = {aten.scaled_dot_product_attention.default: AttentionOp()}
+
+_MATMULS = {
+    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
+    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
+}  # fmt: skip
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """True for the ops whose work caching saves: projections, convolutions, attention."""
+    if node.op != "call_function":
+        return False
+    return (
+        node.target in ATTENTION
+        or (getattr(node.target, "_schema", None) is not None
+        and (
+            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
+        ))
+    )
+
+
+Info = Tokens | None | tuple["Tokens | None", ...]
+Lookup = Callable[[Any], Tokens | None]
+
+
+def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens]) -> dict[fx.Node, Info]:
+    """Tokens of every node that depends on a seed.
+
+    Args:
+        nodes: nodes in topological order; those without an argument in the result are passed over.
+        seeds: residual streams and their tokens.
+
+    Returns:
+        The seeds and all followed nodes; a node with several outputs has a tuple.
+
+    Raises:
+        NoRule: a node moves the axis in a way that no rule describes.
+    """
+    known: dict[fx.Node, Info] = dict(seeds)
+
+    def look(value: Any) -> Tokens | None:
+        info = known.get(value) if isinstance(value, fx.Node) else None
+        assert not isinstance(info, tuple), "only getitem reads a node with several outputs"
+        return info
+
+    for node in nodes:
+        if node in known or node.op != "call_function":
+            continue
+        if not any(source in known for source in node.all_input_nodes):
+            continue
+        if node.target is operator.getitem:
+            parts = known[node.args[0]]  # type: ignore[index]
+            assert isinstance(parts, tuple)
+            known[node] = parts[node.args[1]]  # type: ignore[index]
+            continue
+        if all(known.get(source) is None for source in node.all_input_nodes):
+            known[node] = None
+            continue
+        rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
+        if node.target in ATTENTION:
+            rule = _attention
+        if rule is None:
+            raise NoRule(node, "no rule says what this op does to the token axis")
+        known[node] = rule(node, look)
+    return known
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    return dim % rank if rank else 0
+
+
+def _rank(node: Any) -> int:
+    return value_of(node).dim()  # type: ignore[no-any-return]
+
+
+def _first(node: fx.Node, look: Lookup) -> tuple[fx.Node, Tokens]:
+    """The tensor a one-input op works on; other inputs must not carry tokens."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    tokens = look(source)
+    if tokens is None or any(look(n) is not None for n in node.all_input_nodes if n is not source):
+        raise NoRule(node, "the token axis comes in through an argument that the rule does not expect")
+    return source, tokens
+
+
+def _pointwise(node: fx.Node, look: Lookup) -> Tokens:
+    """Broadcasting ops: all inputs with tokens agree once aligned from the right."""
+    rank, out = value_of(node).dim(), None
+    for source in node.all_input_nodes:
+        tokens = look(source)
+        if tokens is None:
+            continue
+        aligned = tokens.at(tokens.dim + rank - _rank(source))
+        if out is not None and aligned != out:
+            raise NoRule(node, f"its inputs carry different tokens ({out} and {aligned})")
+        out = aligned
+    assert out is not None
+    if value_of(node).shape[out.dim] != out.length:
+        raise NoRule(node, "the token axis is broadcast against itself")
+    return out
+
+
+def _from_left(node: fx.Node, look: Lookup) -> Tokens:
+    """view_as_real and view_as_complex: only the last axis changes."""
+    source, tokens = _first(node, look)
+    if tokens.dim == _rank(source) - 1:
+        raise NoRule(node, "it mixes values along the token axis")
+    return tokens
+
+
+def _along_last(dims: Callable[[fx.Node], int]) -> Callable[[fx.Node, Lookup], Tokens]:
+    """Ops that mix the last `dims(node)` axes only (linear, norms): the token axis must lie in front of them."""
+
+    def rule(node: fx.Node, look: Lookup) -> Tokens:
+        source, tokens = _first(node, look)
+        if tokens.dim >= _rank(source) - dims(node):
+            raise NoRule(node, "it mixes values along the token axis")
+        return tokens
+
+    return rule
+
+
+def _over_dim(argument: int, default: int = -1) -> Callable[[fx.Node, Lookup], Tokens]:
+    """Ops that mix one axis of unchanged rank (softmax, glu, cumsum)."""
+
+    def rule(node: fx.Node, look: Lookup) -> Tokens:
+        source, tokens = _first(node, look)
+        dim = node.args[argument] if len(node.args) > argument else default
+        if normal_dim(dim, _rank(source)) == tokens.dim:  # type: ignore[arg-type]
+            raise NoRule(node, "it mixes values along the token axis")
+        return tokens
+
+    return rule
+
+
+def _reduction(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    dims = next((a for a in node.args[1:] if isinstance(a, (list, tuple)) and a), node.kwargs.get("dim"))
+    if dims is None and len(node.args) > 1 and isinstance(node.args[1], int):
+        dims = node.args[1]
+    if dims is None:
+        raise NoRule(node, "it reduces over the token axis")
+    reduced = {normal_dim(d, _rank(source)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
+    if tokens.dim in reduced:
+        raise NoRule(node, "it reduces over the token axis")
+    keeps = value_of(node).dim() == _rank(source)
+    return tokens if keeps else tokens.at(tokens.dim - sum(d < tokens.dim for d in reduced))
+
+
+def _matmul(node: fx.Node, look: Lookup) -> Tokens:
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node)
+    tokens = look(left)
+    if tokens is None or look(right) is not None or tokens.dim == _rank(left) - 1 or _rank(right) > _rank(left):
+        raise NoRule(node, "a product over or between token axes has no rule")
+    return tokens
+
+
+def _reshape(node: fx.Node, look: Lookup) -> Tokens:
+    """The token axis survives a reshape if an axis of the same length has as many elements in front of it."""
+    source, tokens = _first(node, look)
+    before, after = value_of(source).shape, value_of(node).shape
+    front = prod(before[: tokens.dim])
+    for dim, size in enumerate(after):
+        if size == tokens.length and prod(after[:dim]) == front:
+            return tokens.at(dim)
+    raise NoRule(node, f"it merges or splits the token axis ({list(before)} -> {list(after)})")
+
+
+def _transpose(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    a, b = (normal_dim(d, _rank(source)) for d in node.args[1:3])  # type: ignore[arg-type]
+    return tokens.at({a: b, b: a}.get(tokens.dim, tokens.dim))
+
+
+def _permute(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    order = [normal_dim(d, _rank(source)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    return tokens.at(order.index(tokens.dim))
+
+
+def _unsqueeze(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    dim = normal_dim(node.args[1], _rank(source) + 1)  # type: ignore[arg-type]
+    return tokens.at(tokens.dim + (dim <= tokens.dim))
+
+
+def _drop_dim(node: fx.Node, look: Lookup) -> Tokens:
+    """squeeze.dim and select.int: one axis goes."""
+    source, tokens = _first(node, look)
+    dim = normal_dim(node.args[1] if len(node.args) > 1 else -1, _rank(source))  # type: ignore[arg-type]
+    if dim == tokens.dim:
+        raise NoRule(node, "it picks one token")
+    gone = value_of(node).dim() < _rank(source)
+    return tokens.at(tokens.dim - (gone and dim < tokens.dim))
+
+
+def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
+    """(dim, start, stop) of an `aten.slice` or `aten.slice_scatter` node of step 1, within the sliced axis."""
+    skip = 2 if node.target is aten.slice_scatter.default else 1
+    dim, start, stop, step = (*node.args[skip:], *(0, None, None, 1)[len(node.args) - skip :])
+    dim = node.kwargs.get("dim", dim)
+    start, stop = node.kwargs.get("start", start), node.kwargs.get("end", stop)
+    if node.kwargs.get("step", step) != 1:
+        raise NoRule(node, "it slices the token axis with a step")
+    dim = normal_dim(dim, _rank(node.args[0]))  # type: ignore[arg-type]
+    size = value_of(node.args[0]).shape[dim]  # type: ignore[arg-type]
+    low, high, _ = slice(start, stop).indices(size)
+    return dim, low, high
+
+
+def _slice(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    if normal_dim(dim, _rank(source)) != tokens.dim:  # type: ignore[arg-type]
+        return tokens
+    _, start, stop = slice_bounds(node)
+    return tokens.cut(start, stop)
+
+
+def _slice_scatter(node: fx.Node, look: Lookup) -> Tokens:
+    base, source = look(node.args[0]), look(node.args[1])
+    dim = normal_dim(node.args[2] if len(node.args) > 2 else 0, value_of(node).dim())  # type: ignore[arg-type]
+    if base is None or source is None:
+        raise NoRule(node, "it mixes tokens with values that are none")
+    if dim != base.dim:
+        return base
+    _, start, stop = slice_bounds(node)
+    if base.cut(start, stop) != source:
+        raise NoRule(node, f"it moves tokens ({source} lands on {base.cut(start, stop)})")
+    return base
+
+
+def split_sizes(node: fx.Node, dim: int) -> list[int]:
+    """Sizes of the parts that a split, chunk or unbind gives along `dim`."""
+    return [value.shape[dim] for value in value_of(node)]
+
+
+def _split(node: fx.Node, look: Lookup) -> tuple[Tokens, ...]:
+    source, tokens = _first(node, look)
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    if normal_dim(dim, _rank(source)) != tokens.dim:  # type: ignore[arg-type]
+        return tuple(tokens for _ in value_of(node))
+    parts, offset = [], 0
+    for size in split_sizes(node, tokens.dim):
+        parts.append(tokens.cut(offset, offset + size))
+        offset += size
+    return tuple(parts)
+
+
+def _unbind(node: fx.Node, look: Lookup) -> tuple[Tokens, ...]:
+    source, tokens = _first(node, look)
+    dim = normal_dim(node.args[1] if len(node.args) > 1 else 0, _rank(source))  # type: ignore[arg-type]
+    if dim == tokens.dim:
+        raise NoRule(node, "it takes the token axis apart")
+    return tuple(tokens.at(tokens.dim - (dim < tokens.dim)) for _ in value_of(node))
+
+
+def _cat(node: fx.Node, look: Lookup) -> Tokens:
+    inputs: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    rank = value_of(node).dim()
+    dim = normal_dim(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0), rank)  # type: ignore[arg-type]
+    infos = [look(n) for n in inputs]
+    present = [i for i in infos if i is not None]
+    if any(i.dim != present[0].dim for i in present):
+        raise NoRule(node, "its inputs carry tokens along different axes")
+    if dim != present[0].dim:
+        if any(i != present[0] for i in infos):
+            raise NoRule(node, "its inputs carry different tokens")
+        return present[0]
+    segments: list[Segment] = []
+    for source, info in zip(inputs, infos, strict=True):
+        # Tokens that no stream holds (registers, a fixed prompt) are a source of their own, kept whole.
+        own = (Segment(f"%{source.name}", 0, value_of(source).shape[dim]),)
+        segments.extend(own if info is None else info.segments)
+    return Tokens(dim, tuple(segments))
+
+
+def _stack(node: fx.Node, look: Lookup) -> Tokens:
+    inputs: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    infos = [look(n) for n in inputs]
+    if infos[0] is None or any(i != infos[0] for i in infos):
+        raise NoRule(node, "its inputs carry different tokens")
+    dim = normal_dim(node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0), value_of(node).dim())  # type: ignore[arg-type]
+    return infos[0].at(infos[0].dim + (dim <= infos[0].dim))
+
+
+def _expand(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    out = tokens.at(tokens.dim + value_of(node).dim() - _rank(source))
+    if value_of(node).shape[out.dim] != tokens.length:
+        raise NoRule(node, "it repeats the token axis")
+    return out
+
+
+def _attention(node: fx.Node, look: Lookup) -> Tokens:
+    op = ATTENTION[node.target]
+    query, key, value = (node.args[i] for i in (op.query, op.key, op.value))
+    tokens, k, v = look(query), look(key), look(value)
+    for name, source, info in (("query", query, tokens), ("key", key, k), ("value", value, v)):
+        if info is not None and info.dim != normal_dim(op.dim, _rank(source)):
+            raise NoRule(node, f"the token axis of its {name} is not where the op attends")
+    mask = (
+        node.args[op.mask] if op.mask is not None and len(node.args) > op.mask else node.kwargs.get(op.mask_name or "")
+    )
+    causal = node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5] and op.mask == 3)
+    if look(mask) is not None or causal:
+        raise NoRule(node, "its mask depends on the tokens themselves or on their order")
+    if tokens is None or k != v:
+        raise NoRule(node, "queries without tokens, or keys and values with different ones")
+    return tokens
+
+
+def _packets(*names: str) -> list[Any]:
+    return [getattr(aten, name) for name in names if hasattr(aten, name)]
+
+
+_RULES: dict[Any, Callable[[fx.Node, Lookup], Info]] = {
+    **dict.fromkeys(
+        _packets(
+            "add", "sub", "rsub", "mul", "div", "neg", "abs", "square", "sqrt", "rsqrt", "pow", "exp", "log", "sin",
+            "cos", "tanh", "sigmoid", "relu", "silu", "gelu", "softplus", "elu", "leaky_relu", "hardtanh", "erf",
+            "mish", "hardswish", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "where", "masked_fill",
+            "lerp", "addcmul", "addcdiv", "reciprocal", "floor", "round", "sign", "isnan", "nan_to_num", "eq", "ne",
+            "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "to", "_to_copy", "type_as", "clone",
+            "contiguous", "detach", "alias", "dropout", "conj", "resolve_conj",
+            "zeros_like", "ones_like", "empty_like", "float", "result_type", "copy", "expand_as", "threshold", "logaddexp",
+        ),
+        _pointwise,
+    ),
+    **dict.fromkeys(_packets("view_as_real", "view_as_complex"), _from_left),
+    aten.linear: _along_last(lambda node: 1),
+    **dict.fromkeys(_packets("layer_norm", "rms_norm"), _along_last(lambda node: len(node.args[1]))),  # type: ignore[arg-type]
+    **dict.fromkeys(_packets("softmax", "_softmax", "log_softmax", "cumsum"), _over_dim(1)),
+    aten.glu: _over_dim(1),
+    **dict.fromkeys(_packets("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm"), _reduction),
+    **dict.fromkeys(_packets("matmul", "mm"), _matmul),
+    **dict.fromkeys(_packets("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape),
+    **dict.fromkeys(_packets("transpose", "swapaxes"), _transpose),
+    **dict.fromkeys(_packets("permute"), _permute),
+    aten.unsqueeze: _unsqueeze,
+    **dict.fromkeys(_packets("squeeze", "select"), _drop_dim),
+    aten.slice: _slice,
+    aten.slice_scatter: _slice_scatter,
+    **dict.fromkeys(_packets("split", "split_with_sizes", "chunk", "tensor_split"), _split),
+    aten.unbind: _unbind,
+    **dict.fromkeys(_packets("cat", "concat", "concatenate"), _cat),
+    aten.stack: _stack,
+    aten.expand: _expand,
+}  # fmt: skip

@@ -1,0 +1,146 @@
+"""Compiled trajectories against the eager reference, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+
+from . import tiny
+from .reference import Config, trajectory
+
+STEPS, LAYERS = 12, 4
+
+
+def reference_outputs(
+    model: Any, backend: hero_fx.Backend, config: Config, kwargs: dict[str, Any], steps: int
+) -> list[Tensor]:
+    """The same closed loop, with the tokens that the backend selects."""
+    schedule = backend.config.make_schedule()
+    mask = [schedule.is_full(step) for step in range(steps)]
+    selections = backend.steppers[0].selections
+    latents = kwargs["hidden_states"]
+    times = tiny.timesteps(steps)
+
+    def inputs(step: int) -> dict[str, Any]:
+        return {**kwargs, "hidden_states": latents, "timestep": times[step].expand(latents.shape[0])}
+
+    def indices(step: int, layer: int) -> Tensor:
+        assert selections is not None
+        drawn = selections.at(tuple(mask[: step + 1]))
+        return drawn[layer if len(drawn) > 1 else 0]
+
+    outputs = []
+    with torch.no_grad():
+        for out in trajectory(model, config, mask, indices if selections else None, inputs):
+            outputs.append(out)
+            latents = latents - out / steps
+    return outputs
+
+
+def check(
+    reference: dict[str, Any],
+    *,
+    rotary: bool = True,
+    batch: int = 2,
+    inner: str = "eager",
+    bound: float = 1e-5,
+    steps: int = STEPS,
+    **options: Any,
+) -> hero_fx.Backend:
+    model = tiny.cogvideox(layers=LAYERS, rotary=rotary)
+    graph = tiny.captured(layers=LAYERS, rotary=rotary, batch=batch)
+    backend = hero_fx.backend(inner=inner, num_steps=steps, **options)
+    kwargs = tiny.inputs(batch=batch, rotary=rotary)
+    ours = tiny.denoise(graph.compiled(backend), kwargs, tiny.timesteps(steps))
+    theirs = reference_outputs(model, backend, Config(**reference), kwargs, steps)
+    assert backend.stats().cached_steps > 0
+    assert tiny.worst(ours, theirs) < bound
+    plain = tiny.denoise(model, kwargs, tiny.timesteps(steps))
+    assert tiny.worst(ours, plain) > 1e-4, "caching changed nothing: the comparison shows nothing"
+    return backend
+
+
+HERO: dict[str, Any] = {"policy": "hero", "refresh_layers": 2, "cache_point": ("pre_gate", "post_gate")}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rotary", [False, True], ids=["sincos", "rotary"])
+def test_hero_as_it_is_by_default(batch: int, rotary: bool) -> None:
+    check(HERO, batch=batch, rotary=rotary)
+
+
+@pytest.mark.parametrize("keys", ["sampled", "sampled+text", "all"])
+@pytest.mark.parametrize("text", ["skip", "live"])
+@pytest.mark.parametrize("unsampled", ["reuse", "extrapolate"])
+@pytest.mark.parametrize("shallow", ["pre_gate", "post_gate"])
+def test_hero_keys_text_unsampled_and_gate(keys: str, text: str, unsampled: str, shallow: str) -> None:
+    points = (shallow, "post_gate")
+    choice = {"keys": keys, "text": text, "unsampled": unsampled, "cache_point": points}
+    check(HERO | choice, interval=3, **choice)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"interval": 1, "warmup": 3, "schedule": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1]},
+        {"interval": 4},
+        {"schedule": "toca", "interval": 3},
+        {"selection": "per_layer", "interval": 3},
+        {"age_weighting": False, "interval": 3},
+        {"patch": (2, 3, 4), "refresh_ratio": 0.3, "interval": 3},
+        {"seed": 7, "refresh_ratio": 5 / 6},
+        {"warmup": 1, "cooldown": 0, "interval": 3},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_hero_schedules_and_selections(options: dict[str, Any]) -> None:
+    check(HERO, **options)
+
+
+@pytest.mark.parametrize("layers", [0, 1, LAYERS])
+@pytest.mark.parametrize("deep", ["pre_gate", "post_gate"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_hero_boundary_gate_and_order(layers: int, deep: str, order: int) -> None:
+    points = ("pre_gate", deep)
+    choice = {"refresh_layers": layers, "order": order, "cache_point": points}
+    check(HERO | choice, interval=3, **choice)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rotary", [False, True], ids=["sincos", "rotary"])
+@pytest.mark.parametrize("point", ["pre_gate", "post_gate"])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("fora", {}),
+        ("taylorseer", {"order": 1}),
+        ("taylorseer", {"order": 2}),
+        ("toca", {"text": "skip"}),
+        ("toca", {"text": "live"}),
+        ("duca", {"text": "skip"}),
+        ("duca", {"text": "live"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_baselines(policy: str, options: dict[str, Any], point: str, rotary: bool, batch: int) -> None:
+    reference = {"policy": policy, "cache_point": (point, point), "interval": 3, **options}
+    if policy in ("toca", "duca"):
+        reference |= {"grid": tiny.GRID, "ratio": 0.25}
+        options = options | {"refresh_ratio": 0.25}
+    check(reference, policy=policy, interval=3, cache_point=point, batch=batch, rotary=rotary, **options)
+
+
+@pytest.mark.parametrize("policy", ["hero", "taylorseer", "toca"])
+def test_inductor(policy: str) -> None:
+    reference: dict[str, Any] = {
+        "hero": HERO,
+        "taylorseer": {"policy": "taylorseer"},
+        "toca": {"policy": "toca", "grid": tiny.GRID, "interval": 3, "ratio": 0.25},
+    }[policy]
+    options = {"refresh_ratio": 0.25} if policy == "toca" else {}
+    check(reference, policy=policy, inner="inductor", bound=1e-4, interval=3, **options)
