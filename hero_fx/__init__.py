@@ -4,6 +4,7 @@ from .backends import Backend, Stats, backend
 from .checks import UnsupportedModel
 from .config import Config
 from .policy import Policy
+from .report import Explanation, Flops, explain, flops, trace, trajectory_flops
 from .state import Session, reset, session
 from .steps import StepGraphs
 
@@ -12,12 +13,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "Config",
+    "Explanation",
+    "Flops",
     "Policy",
     "Session",
     "Stats",
     "StepGraphs",
     "UnsupportedModel",
     "backend",
+    "explain",
+    "flops",
     "reset",
     "session",
+    "trace",
+    "trajectory_flops",
 ]

@@ -173,8 +173,11 @@ def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: Fake
         return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
 
 
-def trace_artifact(name: str, payload: Callable[[], str]) -> None:
-    """Hands an artifact to TORCH_TRACE / tlparse; costs nothing when tracing is off."""
-    torch._logging.trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
-    )
+def backend_of(model: object, kind: type) -> Any:
+    """The backend object of class `kind` that `torch.compile` was called with to make `model`, or None."""
+    callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    for _ in range(16):
+        if callback is None or isinstance(callback, kind):
+            return callback
+        callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
+    return None

@@ -95,6 +95,13 @@ class Backend:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
         return self._steps(gm, inputs, self.config, policy)[0]
 
+    def rewrite(self, steps: StepGraphs) -> StepGraphs:
+        """The step graphs that this backend's options give for a model that another backend traced."""
+        policy = self.config.make_policy()
+        if policy is None:
+            raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
+        return build_steps(steps.normal, steps.structure, policy, self.config)
+
     def stats(self) -> Stats:
         """Counts of full and cached steps, and bytes of feature state, over everything this backend compiled."""
         return Stats(

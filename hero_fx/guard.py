@@ -104,9 +104,7 @@ class TimestepGuard:
         schedule does not have; RuntimeError for more lanes than `max_lanes`.
         """
         if not (math.isfinite(timestep[0]) and math.isfinite(timestep[1])):
-            raise ValueError(
-                f"timestep={timestep} is not finite, so its step cannot be told; check the scheduler's timesteps."
-            )
+            raise ValueError(f"timestep={timestep} is not finite, so its step cannot be told; check the scheduler.")
         if step_index is not None and step_index < 0:
             raise ValueError(f"step_index={step_index} is negative; steps are counted from 0.")
         starts, step, direction = self._locate(timestep, name, step_index)

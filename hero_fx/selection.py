@@ -61,9 +61,7 @@ class PatchSampler:
                 f"axis. Try patch={tuple(map(min, self.patch, self.grid))}."
             )
         if isinstance(self.ratio, bool) or not 0 < self.ratio <= 1:
-            raise ValueError(
-                f"ratio={self.ratio!r} is not allowed; it must lie in (0, 1], such as 1/6. 1 refreshes all tokens."
-            )
+            raise ValueError(f"ratio={self.ratio!r} is not allowed; it must lie in (0, 1], where 1 is all tokens.")
         if not _is_size(self.draws):
             raise ValueError(
                 f"draws={self.draws!r} is not allowed; it must be an int of at least 1: one selection a "
@@ -91,7 +89,8 @@ class PatchSampler:
         tokens, which takes at most W draws, the least w with `base * w + floor(w / wait) >= n`. So x is left
         out H times before and at most W - 1 times after it became late. And n < m: x has age H, so there was
         no full step in the last H draws, and what the patch gave at the last of them (`base` tokens) or at
-        any of them (at least one, if H >= wait) is not late. If that leaves n = 0, no token ever is late."""
+        any of them (at least one, if H >= wait) is not late. If that leaves n = 0, no token ever is late.
+        """
         if not self.age_weighting:
             return None
         return max(quota.max_age for quota in _quotas(self).values())
@@ -111,7 +110,8 @@ class _Quota:
     From draw to draw the walk starts with another remainder, `stride` more than the last (modulo `unit`): a
     patch gives an extra if and only if `(phase + t * stride) % unit >= unit - extra`. As `stride` and `unit`
     have no common divisor, every patch gives exactly `extra` extras in any `unit` draws in a row. That the
-    stride is near the golden section spreads them evenly."""
+    stride is near the golden section spreads them evenly.
+    """
 
     size: int
     """Tokens in a patch of this kind."""
@@ -128,7 +128,8 @@ class _Quota:
 
         By the three-gap theorem w points of a rotation cut the circle into gaps of lengths `up`, `down` (the
         nearest neighbours on either side, first reached after i and j turns) and, until w = i + j, their sum.
-        An arc of `extra` units can hide in no gap that is as short as itself."""
+        An arc of `extra` units can hide in no gap that is as short as itself.
+        """
         if self.extra == 0:
             return None
         if self.extra == self.unit:
@@ -143,23 +144,19 @@ class _Quota:
 
     @property
     def late(self) -> int:
-        """H: age from which a token goes before the younger ones: the draws that give as many as there
-        are."""
+        """H: age from which a token goes before younger ones: the draws in which a patch gives `size`."""
         return math.ceil(Fraction(self.size * self.unit, self.base * self.unit + self.extra))
 
     @property
     def max_age(self) -> int:
         """The bound that is proved at `PatchSampler.max_age`."""
         late, wait = self.late, self.wait
-        rested = max(self.base, int(wait is not None and late >= wait))
-        waiting = self.size - rested
-        if waiting <= 0:
-            return late - 1
+        waiting = self.size - max(self.base, int(wait is not None and late >= wait))  # n of the proof
         if wait is None:
             return late - 1 + math.ceil(Fraction(waiting, self.base))
         # In `wait` draws the patch gives at least base * wait + 1; the last, shorter round gives base a draw.
         rounds, rest = divmod(waiting, self.base * wait + 1)
-        last = wait if self.base == 0 else min(wait, math.ceil(Fraction(rest, self.base)))
+        last = wait if self.base == 0 else math.ceil(Fraction(rest, self.base))
         return late - 1 + rounds * wait + (last if rest else 0)
 
 
@@ -182,8 +179,8 @@ def _quotas(sampler: PatchSampler) -> dict[int, _Quota]:
         # drawn from; to share out the count itself, and not the ratio, then gives all tokens equal chances.
         if 0 <= extras <= able and bool(extras) == bool(wanted):
             break
-    # The rests need not add up to the extras, again for the rounding. They are scaled to do so; where that would
-    # ask a patch for more than one extra, what they lack of one is scaled.
+    # The rests need not add up to the extras, again for the rounding. They are scaled to do so; where that
+    # would ask a patch for more than one extra, what they lack of one is scaled.
     if wanted and max(rest.values()) * extras <= wanted:
         rest = {size: part * extras / wanted for size, part in rest.items()}
     elif wanted:
@@ -200,7 +197,8 @@ class Selection:
     """The state of one trajectory: how long each token has not been drawn. Not thread-safe.
 
     All its tensors are on the CPU. Row r of a draw depends on the seed, on r, on the number of draws before
-    it and on when `refreshed` was called; on nothing else."""
+    it and on when `refreshed` was called; on nothing else.
+    """
 
     def __init__(self, sampler: PatchSampler) -> None:
         """Use `PatchSampler.start`."""
@@ -242,9 +240,15 @@ class Selection:
         Within a patch this is a weighted draw without replacement, weight 2^age: `E * 2^-age` with E
         exponential, the smallest first (an exponential race; the same thing as Gumbel top-k with log-weights
         `age * ln 2`). So every missed draw doubles a token's odds, and after a full step all are equal.
-        Tokens of age `_Quota.late` and more go before all others, the oldest first."""
+        Tokens of age `_Quota.late` and more go before all others, the oldest first.
+        """
         with torch.inference_mode(mode=False), torch.no_grad():
-            noise = torch.stack([_uniform(self._shape[1:], generator) for generator in self._random])
+            noise = torch.stack(
+                [
+                    torch.rand(self._shape[1:], generator=generator, dtype=torch.float64, device="cpu")
+                    for generator in self._random
+                ]
+            )
             # 1 - u is never 0, so the logarithm is finite and no token falls behind the padding.
             key = -torch.log1p(-noise)
             if self._sampler.age_weighting:
@@ -307,10 +311,6 @@ def _generator(seed: int, row: int) -> torch.Generator:
     # 32 bits, for the CPU generator ignores the others.
     digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=4).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
-
-
-def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _ints(values: list[int]) -> torch.Tensor:

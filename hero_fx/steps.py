@@ -13,7 +13,8 @@ from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
-from hero_fx.passes.normalize import DropIdentities, Functionalize, normalize
+from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.normalize import DropIdentities, normalize
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve
 from hero_fx.passes.record import RecordFeatures

@@ -133,7 +133,20 @@ def body_of(
     by_name = {node.name: node for node in gm.graph.nodes}
     sources = [by_name[name] for name, _ in branch.reads]
     targets = [by_name[u.update if to_update else u.feature] for u in branch.updates]
-    return sources, _Graph(gm.graph).between(sources, targets), targets
+    # Only what lies above the targets and below the stream values is looked at: the cost does not grow with depth.
+    above, todo = set(targets), list(targets)
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source not in above and source not in sources:
+                above.add(source)
+                todo.append(source)
+    moved = set(sources)
+    body = []
+    for node in sorted(above):
+        if not moved.isdisjoint(node.all_input_nodes):
+            moved.add(node)
+            body.append(node)
+    return sources, body, targets
 
 
 def _is_cast(node: fx.Node) -> bool:
@@ -422,9 +435,9 @@ def _module_path(body: list[fx.Node]) -> str:
 
 
 def _clean(path: str) -> str:
-    """`L['self']._modules['blocks']._modules['0'].attn1` -> `blocks.0.attn1`."""
-    path = re.sub(r"^L\['self'\]\.?", "", path).replace("__dict__", "")
-    path = re.sub(r"\.?_modules\['([^']*)'\]", r".\1", path)
+    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`."""
+    path = re.sub(r"^L\['self'\]", "", path)
+    path = re.sub(r"(\.__dict__)?(\['_modules'\]|\._modules)", "", path)
     path = re.sub(r"\[[\"']?([^\]\"']*)[\"']?\]", r".\1", path)
     return re.sub(r"\.+", ".", path).strip(".")
 

@@ -12,7 +12,7 @@ an extra input means is in `node.meta["slot"]`, one of the frozen dataclasses be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,11 +178,18 @@ class Emitter:
         return node
 
 
-def drop_dead_code(graph: fx.Graph, *, keep: Sequence[fx.Node] = ()) -> int:
+def drop_dead_code(graph: fx.Graph) -> int:
     """Removes unused nodes that have no side effect; in-place ops and graph inputs stay."""
     removed = 0
     for node in reversed(graph.nodes):
-        if node.op not in ("placeholder", "output") and not node.users and not node.is_impure() and node not in keep:
+        if node.op in ("call_function", "get_attr") and not node.users and not _has_side_effect(node):
             graph.erase_node(node)
             removed += 1
     return removed
+
+
+def _has_side_effect(node: fx.Node) -> bool:
+    # Not `node.is_impure()`: to that attention is impure, because it could draw dropout masks.
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.op == "call_function" and node.is_impure()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hero_fx.guard import Call, TimestepGuard, TimestepReader
@@ -110,11 +110,13 @@ def loops(draw: st.DrawFn) -> tuple[list[Made], Schedule]:
     return calls, schedule
 
 
+@settings(deadline=None)
 @given(loops())
 def test_generated_loops(made: tuple[list[Made], Schedule]) -> None:
     assert run(*made) == oracle(*made)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.lists(st.booleans(), min_size=1, max_size=5), st.booleans())
 def test_known_length_tells_trajectories_apart(interval: int, steps: int, rising: list[bool], named: bool) -> None:
     schedule = Uniform(interval=interval, num_steps=steps)
@@ -157,6 +159,7 @@ def heun_loops(draw: st.DrawFn) -> list[Made]:
     return calls
 
 
+@settings(deadline=None)
 @given(heun_loops(), st.integers(1, 4))
 def test_solvers_that_evaluate_a_timestep_twice(calls: list[Made], interval: int) -> None:
     schedule = Uniform(interval=interval, warmup=1)
@@ -193,6 +196,7 @@ def indexed_loops(draw: st.DrawFn) -> list[Made]:
     return calls
 
 
+@settings(deadline=None)
 @given(indexed_loops(), st.integers(1, 4), st.integers(1, 3))
 def test_step_index_wins(calls: list[Made], interval: int, warmup: int) -> None:
     schedule = Uniform(interval=interval, warmup=warmup)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hero_fx.schedule import Explicit, Schedule, Toca, Uniform, full_steps, make_schedule
@@ -47,6 +47,7 @@ def test_uniform_cooldown() -> None:
     assert full_steps(Uniform(interval=9, warmup=3, cooldown=1, num_steps=2)) == [0, 1]  # a distilled model
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 9),
@@ -63,6 +64,7 @@ def test_uniform_rules(interval: int, warmup: int, cooldown: int, num_steps: int
     assert schedule.is_full(step) == (step < warmup or last or on_grid)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 80))
 def test_toca_ends_are_full(interval: int, steps: int) -> None:
     full = full_steps(Toca(interval=interval, num_steps=steps))

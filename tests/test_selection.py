@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hero_fx.selection import PatchSampler, Selection, _Quota, _quotas
@@ -54,6 +54,7 @@ def trajectory(sampler: PatchSampler, steps: int) -> torch.Tensor:
     return torch.stack([selection.draw() for _ in range(steps)])
 
 
+@settings(deadline=None)
 @given(samplers())
 def test_every_draw_has_count_tokens_in_order(sampler: PatchSampler) -> None:
     tokens = math.prod(sampler.grid)
@@ -65,6 +66,7 @@ def test_every_draw_has_count_tokens_in_order(sampler: PatchSampler) -> None:
     assert 0 <= int(drawn.min()) <= int(drawn.max()) < tokens
 
 
+@settings(deadline=None)
 @given(samplers(), st.lists(st.booleans(), min_size=1, max_size=8))
 def test_ages_count_the_draws_a_token_was_left_out_of(sampler: PatchSampler, full: list[bool]) -> None:
     selection = sampler.start()
@@ -79,6 +81,7 @@ def test_ages_count_the_draws_a_token_was_left_out_of(sampler: PatchSampler, ful
         assert torch.equal(selection.ages, expected)
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(1, 5))
 def test_each_patch_gives_the_whole_part_of_its_share_and_at_most_one_more(sampler: PatchSampler, steps: int) -> None:
     patches = patch_of_each_token(sampler)
@@ -119,6 +122,7 @@ def test_inner_patches_give_their_share_also_if_the_edges_have_none() -> None:
         assert patches[row].bincount(minlength=len(whole))[whole].tolist() == [1, 1, 1, 1]
 
 
+@settings(deadline=None)
 @given(st.floats(0.0001, 1.0) | ratios, st.sampled_from([(5, 7, 11), (11, 30, 45), (1, 1000, 1000), (3, 1, 1)]))
 def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) -> None:
     sampler = PatchSampler(grid=grid, patch=(1, 1, 1), ratio=ratio)
@@ -142,6 +146,7 @@ def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) ->
             assert abs((quota.base + quota.extra / unit) / size - sampler.count / math.prod(grid)) < 0.5
 
 
+@settings(deadline=None)
 @given(samplers(ratio=1 / 6))
 def test_shares_are_exact_in_the_long_run(sampler: PatchSampler) -> None:
     patches = patch_of_each_token(sampler)
@@ -177,6 +182,7 @@ def test_shares_on_a_grid_that_patches_do_not_divide() -> None:
     assert given_.tolist() == [20, 20, 20, 20, 10] * 3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.data())
 def test_wait_is_the_longest_gap_between_extras(unit: int, data: st.DataObject) -> None:
     extra = data.draw(st.integers(1, unit))
@@ -186,7 +192,21 @@ def test_wait_is_the_longest_gap_between_extras(unit: int, data: st.DataObject) 
     assert quota.wait == max(b - a for a, b in pairwise(hits))
 
 
-@settings(max_examples=60)
+@settings(deadline=None)
+@given(st.integers(0, 4), st.integers(0, 30), st.integers(1, 30), st.data())
+def test_max_age_is_what_the_proof_says(base: int, extra: int, unit: int, data: st.DataObject) -> None:
+    extra = max(min(extra, unit), int(base == 0))
+    size = data.draw(st.integers(base + (extra > 0), 30))
+    stride = data.draw(st.integers(1, unit).filter(lambda n: math.gcd(n, unit) == 1))
+    quota = _Quota(size=size, base=base, extra=extra, unit=unit, stride=stride)
+    wait = quota.wait or 10**9
+    n = size - max(base, 1 if quota.late >= wait else 0)
+    draws = next(w for w in range(10**6) if base * w + w // wait >= n)
+    assert quota.late == math.ceil(size / (base + extra / unit) - 1e-9)
+    assert quota.max_age == quota.late - 1 + draws
+
+
+@settings(max_examples=60, deadline=None)
 @given(samplers(), st.lists(st.integers(0, 30), max_size=2))
 def test_no_token_waits_longer_than_max_age(sampler: PatchSampler, full: list[int]) -> None:
     assert sampler.max_age is not None
@@ -198,18 +218,18 @@ def test_no_token_waits_longer_than_max_age(sampler: PatchSampler, full: list[in
         assert int(selection.ages.max()) <= sampler.max_age
 
 
-def late_first(sampler: PatchSampler) -> Selection:
-    """A trajectory whose lottery is as unlucky as can be: the tokens drawn last win again, unless one is late."""
+def unlucky(sampler: PatchSampler, doublings: float = 100.0) -> Selection:
+    """A trajectory whose lottery is rigged: every missed draw lowers a token's odds, unless it is late."""
     selection = sampler.start()
-    selection._luck = 2.0 ** torch.arange(65, dtype=torch.float64).mul(100).clamp(max=900)
+    selection._luck = 2.0 ** torch.arange(65, dtype=torch.float64).mul(doublings).clamp(max=900)
     return selection
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(samplers())
 def test_max_age_holds_against_bad_luck(sampler: PatchSampler) -> None:
     assert sampler.max_age is not None
-    selection = late_first(sampler)
+    selection = unlucky(sampler)
     for _ in range(min(3 * sampler.max_age, 80) + 3):
         selection.draw()
         assert int(selection.ages.max()) <= sampler.max_age
@@ -217,7 +237,7 @@ def test_max_age_holds_against_bad_luck(sampler: PatchSampler) -> None:
 
 def test_max_age_is_reached_by_bad_luck() -> None:
     sampler = PatchSampler(grid=(1, 2, 3), patch=(1, 2, 3), ratio=1 / 6)
-    selection = late_first(sampler)
+    selection = unlucky(sampler)
     oldest = 0
     for _ in range(40):
         selection.draw()
@@ -253,6 +273,7 @@ def test_same_seed_same_indices() -> None:
     assert not torch.equal(other, expected)
 
 
+@settings(deadline=None)
 @given(samplers(draws=3), st.lists(st.booleans(), min_size=1, max_size=6))
 def test_a_row_does_not_depend_on_the_others(sampler: PatchSampler, full: list[bool]) -> None:
     two = PatchSampler(grid=sampler.grid, patch=sampler.patch, ratio=sampler.ratio, seed=sampler.seed, draws=2).start()
@@ -288,10 +309,29 @@ def test_inference_mode_may_come_and_go(outer: bool) -> None:
 def test_odds_double_with_every_missed_draw() -> None:
     # Of 6 tokens the one drawn first has weight 1 at the second draw, the others 2: it comes again with 1/11.
     for age_weighting, chance in [(True, 1 / 11), (False, 1 / 6)]:
-        sampler = PatchSampler(grid=AETHER, patch=(1, 2, 3), ratio=1 / 6, age_weighting=age_weighting)
-        (first,), (second,) = trajectory(sampler, 2)
-        again = len(set(first.tolist()) & set(second.tolist()))
-        assert again == pytest.approx(2475 * chance, abs=4 * math.sqrt(2475 * chance * (1 - chance)))
+        sampler = PatchSampler(grid=AETHER, patch=(1, 2, 3), ratio=1 / 6, draws=21, age_weighting=age_weighting)
+        first, second = trajectory(sampler, 2)
+        again = sum(len(set(a) & set(b)) for a, b in zip(first.tolist(), second.tolist(), strict=True))
+        tries = 21 * 2475
+        assert again == pytest.approx(tries * chance, abs=4 * math.sqrt(tries * chance * (1 - chance)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(samplers(draws=1), st.sampled_from([0.0, 0.5]))
+@example(PatchSampler(grid=(4, 6, 7), patch=(2, 3, 3), ratio=1 / 6), 0.0)
+def test_late_tokens_go_first_and_the_oldest_before_the_others(sampler: PatchSampler, doublings: float) -> None:
+    patches = patch_of_each_token(sampler)
+    late = torch.tensor([_quotas(sampler)[size].late for size in patches.bincount().tolist()])[patches]
+    selection = unlucky(sampler, doublings)
+    for _ in range(30):
+        (ages,) = selection.ages
+        (tokens,) = selection.draw()
+        drawn = torch.zeros_like(ages, dtype=torch.bool)
+        drawn[tokens] = True
+        for patch in patches[(ages >= late) & ~drawn].unique():
+            here = patches == patch
+            left_out = int(ages[here & ~drawn].max())
+            assert all(age >= left_out for age in ages[here & drawn].tolist())
 
 
 def oldest(sampler: PatchSampler, steps: int, interval: int | None) -> tuple[float, float]:

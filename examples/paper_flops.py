@@ -1,0 +1,147 @@
+"""The FLOPs columns of the paper's tables, counted from hero_fx's rewritten graphs of the full-size Aether transformer.
+
+    python examples/paper_flops.py [--json]
+
+Aether is a CogVideoX-5B transformer of 42 layers on 14,850 image and 226 text tokens. It is built on the meta device and
+its graphs hold fake tensors, so neither weights nor activations take memory. The paper counts matrix products and
+convolutions alone ("GEMM"); "with attention" adds Q K^T and P V, which is what hardware feels. The FLOPs of a row are those
+of the step graphs it runs, each times the number of steps that run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from tabulate import tabulate
+from tqdm import tqdm
+
+import hero_fx
+
+PLANNING, RECONSTRUCTION = (50, 2), (30, 1)
+"""(denoising steps, batch): planning uses classifier-free guidance, batched."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table of the paper."""
+
+    name: str
+    task: tuple[int, int]
+    paper: float | None
+    """TFLOPs; None where the paper does not say at which settings they hold."""
+    options: dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """All rows of the paper with FLOPs, and the two of ToCa beside ours."""
+    toca = {"schedule": "toca"}
+    hero = {"policy": "hero", "keys": "sampled", "refresh_layers": 21, **toca}
+    table = [
+        Row("planning, full compute", PLANNING, 14352.50, {"policy": "full"}),
+        Row("planning, FORA N=2", PLANNING, 7753.18, {"policy": "fora", "interval": 2}),
+        Row("planning, TaylorSeer N=2", PLANNING, 7753.18, {"policy": "taylorseer", "interval": 2}),
+        Row("planning, ToCa N=2", PLANNING, None, {"policy": "toca", "interval": 2, **toca}),
+        Row("planning, HERO N=2", PLANNING, 8295.21, {**hero, "interval": 2}),
+        Row("planning, HERO N=3", PLANNING, 7241.78, {**hero, "interval": 3}),
+        Row("reconstruction, full compute", RECONSTRUCTION, 4305.60, {"policy": "full"}),
+        Row("reconstruction, FORA N=2", RECONSTRUCTION, 2440.64, {"policy": "fora", "interval": 2}),
+        Row("reconstruction, TaylorSeer N=2", RECONSTRUCTION, 2440.64, {"policy": "taylorseer", "interval": 2}),
+        Row("reconstruction, ToCa N=2", RECONSTRUCTION, None, {"policy": "toca", "interval": 2, **toca}),
+        Row("reconstruction, HERO N=2", RECONSTRUCTION, 2593.90, {**hero, "interval": 2}),
+        Row("reconstruction, HERO N=3", RECONSTRUCTION, 2198.88, {**hero, "interval": 3}),
+    ]
+    for sixths, paper in zip((5, 4, 3, 2, 1), (9816.90, 9404.28, 8991.43, 8578.81, 8166.19), strict=True):
+        options = {**hero, "refresh_layers": 16, "refresh_ratio": sixths / 6}
+        table.append(Row(f"table 3, ratio {sixths}/6", PLANNING, paper, options))
+    depths = (6, 11, 16, 21, 26, 31, 36)
+    figures = (7908.13, 8037.16, 8166.19, 8295.22, 8424.25, 8553.51, 8682.54)
+    for layers, paper in zip(depths, figures, strict=True):
+        table.append(Row(f"table 4, M={layers}", PLANNING, paper, {**hero, "refresh_layers": layers}))
+    return table
+
+
+def capture(batch: int) -> hero_fx.StepGraphs:
+    """The full-size transformer on the meta device, traced."""
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(
+            num_attention_heads=48,
+            attention_head_dim=64,
+            num_layers=42,
+            in_channels=96,
+            out_channels=56,
+            time_embed_dim=512,
+            text_embed_dim=4096,
+            patch_size=2,
+            sample_frames=41,
+            sample_height=60,
+            sample_width=90,
+            max_text_seq_length=226,
+            use_rotary_positional_embeddings=True,
+        )
+        inputs = {
+            "hidden_states": torch.empty(batch, 11, 96, 60, 90),
+            "encoder_hidden_states": torch.empty(batch, 226, 4096),
+            "timestep": torch.empty(batch, dtype=torch.int64),
+            "image_rotary_emb": (torch.empty(14850, 64), torch.empty(14850, 64)),
+        }
+    model.eval().requires_grad_(False)
+    return hero_fx.trace(model, **inputs, return_dict=False, backend=hero_fx.backend("fora"))
+
+
+def measure(row: Row, traced: hero_fx.StepGraphs) -> hero_fx.Flops:
+    """FLOPs of a trajectory with the row's options."""
+    num_steps = row.task[0]
+    if row.options["policy"] == "full":
+        return hero_fx.flops(traced.normal) * num_steps
+    backend = hero_fx.backend(num_steps=num_steps, **row.options)
+    return hero_fx.trajectory_flops(backend.rewrite(traced), backend.config, num_steps)
+
+
+def main() -> None:
+    """Prints the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help='print {"row": {"ours": TFLOPs, "paper": TFLOPs, ...}}')
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    table = rows()
+    with tqdm(total=2 + len(table), desc="capturing Aether, 42 layers", leave=False) as bar:
+        traced = {}
+        for task in (PLANNING, RECONSTRUCTION):
+            traced[task] = capture(task[1])
+            bar.update()
+        results = []
+        for row in table:
+            bar.set_description(row.name)
+            results.append(measure(row, traced[row.task]))
+            bar.update()
+    base = {row.task: flops for row, flops in zip(table, results, strict=True) if row.options["policy"] == "full"}
+    report = {}
+    for row, flops in zip(table, results, strict=True):
+        report[row.name] = {
+            "ours": flops.gemm / 1e12,
+            "paper": row.paper,
+            "ours_with_attention": flops.total / 1e12,
+            "speedup_gemm": base[row.task].gemm / flops.gemm,
+            "speedup_with_attention": base[row.task].total / flops.total,
+        }
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+        return
+    lines = []
+    for name, figures in report.items():
+        ours, paper = figures["ours"], figures["paper"]
+        error = "" if paper is None else f"{100 * (ours / paper - 1):+.3f} %"
+        lines.append([name, ours, paper, error, *[figures[k] for k in list(figures)[2:]]])
+    headers = ["TFLOPs", "ours (GEMM)", "paper", "difference", "with attention", "speed-up", "with attention"]
+    print(tabulate(lines, headers=headers, floatfmt=("", ",.2f", ",.2f", "", ",.2f", ".3f", ".3f"), missingval="not given"))
+    print(f"\n{time.perf_counter() - start:.0f} s; speed-up: full compute / row, by these FLOPs")
+
+
+if __name__ == "__main__":
+    main()

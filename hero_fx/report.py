@@ -1,0 +1,292 @@
+"""Looking inside: what was found in a model, what each step kind does, what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from hero_fx.passes.emit import value_of
+from hero_fx.passes.plan import Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy
+from hero_fx.passes.tokens import ATTENTION, is_matmul
+
+from . import _compat
+from .backends import Backend
+from .backends import backend as make_backend
+from .config import Config
+from .policy import Policy
+from .steps import StepGraphs
+
+__all__ = ["Explanation", "Flops", "explain", "flops", "step_kinds", "trace", "trajectory_flops"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations (a multiply-add is two)."""
+
+    gemm: int
+    """Matrix products and convolutions, as the paper counts."""
+    attention: int
+    """Q K^T and P V inside attention ops."""
+
+    @property
+    def total(self) -> int:
+        """Both, which is what hardware feels."""
+        return self.gemm + self.attention
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.gemm + other.gemm, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.gemm * times, self.attention * times)
+
+
+def flops(gm: fx.GraphModule) -> Flops:
+    """FLOPs of one run of a normalised or rewritten graph, counted from its nodes under fake tensors."""
+    gemm = attention = 0
+    for node in gm.graph.nodes:
+        if node.target in ATTENTION:
+            op = ATTENTION[node.target]
+            query, key, value = (value_of(node.args[i]) for i in (op.query, op.key, op.value))
+            # [.., L, E] x [.., S, E] -> [.., L, S], then x [.., S, V]
+            queries = prod(query.shape[:-1])
+            attention += 2 * queries * key.shape[op.dim] * (query.shape[-1] + value.shape[-1])
+        elif is_matmul(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+            mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
+            with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+                node.target(*args, **kwargs)
+            gemm += counter.get_total_flops()
+    return Flops(gemm, attention)
+
+
+def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
+    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind."""
+    schedule = config.make_schedule()
+    kinds: list[int | None] = []
+    last = 0
+    for step in range(num_steps):
+        if schedule.is_full(step):
+            kinds.append(None)
+            last = step
+        else:
+            kinds.append(policy.kind(step - last))
+    return kinds
+
+
+def trajectory_flops(steps: StepGraphs, config: Config, num_steps: int) -> Flops:
+    """FLOPs of a whole trajectory of `num_steps` calls."""
+    policy = config.make_policy()
+    assert policy is not None
+    count = Counter(step_kinds(config, policy, num_steps))
+    total = flops(steps.full) * count[None]
+    for number, gm in enumerate(steps.cached):
+        total += flops(gm) * count[number]
+    return total
+
+
+class _TracedOnly(Exception):
+    """Stops a traced model before it runs."""
+
+
+def trace(model: torch.nn.Module, *args: Any, backend: Backend | None = None, **kwargs: Any) -> StepGraphs:
+    """The step graphs that `backend` would compile for a call of `model`, without compiling or running anything.
+
+    Args:
+        model: a module, or what `torch.compile` made of one. On the meta device it needs no memory.
+        backend: options to rewrite with; None: the backend the model was compiled with, or the defaults.
+        args, kwargs: of the call, as the denoising loop makes it.
+
+    Raises:
+        ValueError: the model cannot be accelerated; the message says why.
+    """
+    backend = backend or _compat.backend_of(model, Backend) or make_backend()
+    assert isinstance(backend, Backend)
+    traced: list[StepGraphs] = []
+
+    def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> _compat.Compiled:
+        traced.append(backend.trace(gm, inputs))
+
+        def stop(*inputs: Any) -> Any:
+            raise _TracedOnly
+
+        return stop
+
+    inner = getattr(model, "_orig_mod", model)
+    compiled = torch.compile(inner, backend=capture)
+    try:
+        with torch.no_grad():
+            compiled(*args, **kwargs)
+    except _TracedOnly:
+        return traced[0]
+    except Exception as error:
+        cause = getattr(error, "inner_exception", None)
+        if isinstance(cause, ValueError):
+            raise cause from None
+        raise
+    raise ValueError("the call ran no graph: was the model compiled away, or is torch.compile disabled?")
+
+
+def explain(model_or_backend: torch.nn.Module | Backend, *args: Any, backend: Backend | None = None, **kwargs: Any) -> Explanation:
+    """What was found in a model, what each step kind does per layer, FLOPs and bytes; print it to read it.
+
+    Args:
+        model_or_backend: a backend after its first call (explains the graph compiled last), or a model; a model is
+            traced with `args` and `kwargs`, the arguments of one call, but not compiled or run.
+        backend: for a model: the options; None: the backend it was compiled with, or the defaults.
+
+    Raises:
+        ValueError: a backend that has compiled nothing, or a model that cannot be accelerated.
+    """
+    if isinstance(model_or_backend, Backend):
+        if not model_or_backend.graphs:
+            raise ValueError("this backend has compiled nothing yet: call the compiled model once, or explain the model")
+        return Explanation(model_or_backend.graphs[-1], model_or_backend.config)
+    chosen = backend or _compat.backend_of(model_or_backend, Backend) or make_backend()
+    return Explanation(trace(model_or_backend, *args, backend=chosen, **kwargs), chosen.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The answer of `explain`; `str` of it is the report."""
+
+    steps: StepGraphs
+    config: Config
+
+    def __str__(self) -> str:
+        parts = (self._found(), self._layers(), self._cost(), self._state(), self._notes())
+        return "\n\n".join(part for part in parts if part)
+
+    def _found(self) -> str:
+        structure, steps = self.steps.structure, self.steps
+        streams = ", ".join(
+            f"{s.name} [{' + '.join(f'{g.length} {g.source}' for g in s.tokens.segments)} tokens x {s.width}]"
+            for s in structure.streams
+        )
+        kinds = Counter(branch.kind for branch in structure.branches)
+        lines = [
+            f"{structure.depth} layers, {len(structure.branches)} branches: "
+            + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+            f"residual streams: {streams}",
+            f"token grid (frames, height, width): {structure.grid or self.config.grid or 'not read from the graph'}",
+        ]
+        if steps.sampler is not None:
+            sampler = steps.sampler
+            lines.append(
+                f"a cached step refreshes {sampler.count} of {structure.image_tokens} image tokens, sampled in patches of "
+                f"{sampler.patch}; no token waits longer than {sampler.max_age} cached steps in a row"
+                if sampler.max_age is not None
+                else f"a cached step refreshes {sampler.count} of {structure.image_tokens} image tokens, sampled in patches "
+                f"of {sampler.patch}"
+            )
+        return "\n".join(lines)
+
+    def _layers(self) -> str:
+        """One row per run of layers that are treated alike."""
+        rows: list[list[str]] = []
+        plans = self.steps.plans
+        for number, (branch, _) in enumerate(plans[0]):
+            what = [describe(plan[number][1], self.steps) for plan in plans]
+            streams = "+".join(self.steps.structure.streams[u.stream].name for u in branch.updates)
+            rows.append([str(branch.layer), branch.kind, streams, branch.module, *what])
+        headers = ["layers", "branch", "updates", "first module", *_kind_names(len(plans))]
+        return tabulate(_merge(rows), headers=headers, disable_numparse=True)
+
+    def _cost(self) -> str:
+        plain, full = flops(self.steps.normal), flops(self.steps.full)
+        rows = [["full step", full.gemm / 1e9, full.total / 1e9, 1.0]]
+        for name, gm in zip(_kind_names(len(self.steps.cached)), self.steps.cached, strict=True):
+            cost = flops(gm)
+            rows.append([name, cost.gemm / 1e9, cost.total / 1e9, cost.total / full.total])
+        assert full == plain, "recording features costs no matrix product"
+        if self.config.num_steps is not None:
+            total = trajectory_flops(self.steps, self.config, self.config.num_steps)
+            policy = self.config.make_policy()
+            assert policy is not None
+            fulls = step_kinds(self.config, policy, self.config.num_steps).count(None)
+            rows.append(
+                [
+                    f"{self.config.num_steps} steps, {fulls} full",
+                    total.gemm / 1e9,
+                    total.total / 1e9,
+                    total.total / (full.total * self.config.num_steps),
+                ]
+            )
+        return tabulate(rows, headers=["GFLOPs", "GEMM + conv", "with attention", "of full compute"], floatfmt=",.3f")
+
+    def _state(self) -> str:
+        roles: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for spec in self.steps.state:
+            role = _role(spec.slot.name)
+            roles[role] += spec.nbytes
+            counts[role] += 1
+        rows = [[role, counts[role], size / 1e6] for role, size in roles.items()]
+        rows.append(["feature state per lane and session", len(self.steps.state), self.steps.state_bytes / 1e6])
+        return tabulate(rows, headers=["state", "tensors", "MB"], floatfmt=",.3f")
+
+    def _notes(self) -> str:
+        notes = [f"{f.branch} is computed in full at every step: {f.reason}" for f in self.steps.fallbacks]
+        if self.config.num_steps is None and self.config.cooldown and self.config.schedule == "uniform":
+            notes.append(
+                f"num_steps is not given, so the end of a trajectory is not known and cooldown={self.config.cooldown} forces "
+                "no full step"
+            )
+        return "\n".join(f"note: {note}" for note in notes)
+
+
+def describe(strategy: Strategy, steps: StepGraphs) -> str:
+    """A strategy in a few words."""
+    match strategy:
+        case Full():
+            return "compute"
+        case Reuse(cache_point=point):
+            return f"reuse ({point})"
+        case Extrapolate(order=order, cache_point=point):
+            return f"extrapolate, order {order} ({point})"
+        case Refresh():
+            count = steps.sampler.count if steps.sampler else 0
+            return (
+                f"refresh {count} tokens, keys {strategy.keys}, text {strategy.text}, others {strategy.unsampled} "
+                f"({strategy.cache_point})"
+            )
+        case ScoredRefresh():
+            return f"refresh the best {strategy.ratio:.0%} by {strategy.score}, text {strategy.text} ({strategy.cache_point})"
+
+
+def _kind_names(count: int) -> list[str]:
+    return ["cached step"] if count == 1 else [f"cached step, kind {i}" for i in range(count)]
+
+
+def _merge(rows: list[list[str]]) -> list[list[str]]:
+    """Folds the rows of equal layers: layer numbers become ranges like `0-20`."""
+    layers: dict[str, list[list[str]]] = {}
+    for row in rows:
+        layers.setdefault(row[0], []).append(row)
+    merged: list[tuple[int, int, list[list[str]]]] = []
+    for layer, group in layers.items():
+        shape = [[*row[1:3], *row[4:]] for row in group]
+        if merged and [[*row[1:3], *row[4:]] for row in merged[-1][2]] == shape:
+            merged[-1] = (merged[-1][0], int(layer), merged[-1][2])
+        else:
+            merged.append((int(layer), int(layer), group))
+    return [
+        [str(first) if first == last else f"{first}-{last}", *row[1:]] for first, last, group in merged for row in group
+    ]
+
+
+def _role(name: str) -> str:
+    """`l3_attention_image_y0` -> `features Y_0`."""
+    last = name.split("_")[-1]
+    if last.startswith("y") and last[1:].isdigit():
+        return f"features Y_{last[1:]}"
+    if last in ("score", "stamp"):
+        return "token scores and ages"
+    return "keys and values"

@@ -1,0 +1,109 @@
+"""A toy diffusion transformer of our own: packed latents, any form of timestep, and ways to spoil it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import tiny
+
+GRID = (2, 3, 5)
+TOKENS = 30
+CHANNELS, WIDTH = 6, 16
+
+
+def sinusoid(time: Tensor) -> Tensor:
+    """[...] -> [..., WIDTH]."""
+    angles = time[..., None].float() * torch.exp(-torch.arange(WIDTH // 2) * 0.9)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Block(nn.Module):
+    """adaLN with gates, self-attention, FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(WIDTH, 6 * WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, N, WIDTH], embedding [B, 1 or N, WIDTH]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding).chunk(6, dim=-1)
+        normal = F.layer_norm(x, (WIDTH,)) * (1 + scale1) + shift1
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(normal).chunk(3, dim=-1))
+        x = x + gate1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        normal = F.layer_norm(x, (WIDTH,)) * (1 + scale2) + shift2
+        return x + gate2 * self.down(F.gelu(self.up(normal)))
+
+
+class ToyDiT(nn.Module):
+    """Latents [B, N, CHANNELS] and a timestep of shape [], [B] or [B, N] -> [B, N, CHANNELS]."""
+
+    def __init__(self, layers: int = 3, scale: float = 1.0, between: Callable[[], object] | None = None) -> None:
+        """`scale`: what the timestep is multiplied with; `between`: called between the blocks."""
+        super().__init__()
+        self.first, self.last = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        self.time = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.scale, self.between = scale, between
+
+    def forward(self, latents: Tensor, timestep: Any) -> Tensor:
+        time = torch.as_tensor(timestep) * self.scale
+        time = time.expand(latents.shape[0]) if time.dim() == 0 else time
+        embedding = F.silu(self.time(sinusoid(time).to(latents.dtype)))
+        x, embedding = self.first(latents), embedding if embedding.dim() == 3 else embedding[:, None]
+        for number, block in enumerate(self.blocks):
+            if number and self.between is not None:
+                self.between()
+            x = block(x, embedding)
+        result: Tensor = self.last(F.layer_norm(x, (WIDTH,)))
+        return result
+
+
+class Renamed(nn.Module):
+    """The same model, its time input under a name that says nothing."""
+
+    def __init__(self, inner: ToyDiT) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, latents: Tensor, when: Tensor) -> Tensor:
+        result: Tensor = self.inner(latents, when)
+        return result
+
+
+def toy(**options: Any) -> Any:
+    """A seeded `ToyDiT` in eval mode."""
+    torch.manual_seed(0)
+    return tiny.randomized(ToyDiT(**options))
+
+
+def latents(batch: int = 2, seed: int = 3, tokens: int = TOKENS) -> Tensor:
+    """[batch, tokens, CHANNELS]."""
+    return torch.randn(batch, tokens, CHANNELS, generator=torch.Generator().manual_seed(seed))
+
+
+def loop(call: Callable[..., Any], start: Tensor, times: Any) -> list[Tensor]:
+    """A closed denoising loop over the toy: every output."""
+    x, outputs = start, []
+    with torch.no_grad():
+        for time in times:
+            outputs.append(call(x, time))
+            x = x - outputs[-1] / len(times)
+    return outputs
+
+
+def times(steps: int, batch: int = 2) -> list[Tensor]:
+    """Descending timesteps, each of shape [batch]."""
+    return [time.expand(batch) for time in tiny.timesteps(steps)]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Equal bit for bit."""
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))

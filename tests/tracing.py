@@ -1,0 +1,57 @@
+"""Graphs for tests, as passes see them: traced from plain functions, or captured from Dynamo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hero_fx._compat import new_fake_mode, to_fake
+from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
+from hero_fx.steps import normalized
+
+
+def trace(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The pre-dispatch ATen graph of a function of tensors, with fake values; in-place ops are still in it."""
+    mode = new_fake_mode()
+    with mode, torch.no_grad():
+        return make_fx(function, pre_dispatch=True)(*[to_fake(mode, value) for value in inputs])
+
+
+def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The one Dynamo graph of a call, and its example inputs."""
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def keep(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append((gm, list(inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(*args, **kwargs)
+    (graph,) = graphs
+    return graph
+
+
+def normal_form(model: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """The normalised graph of a call of a model."""
+    return normalized(*capture(model, *args, **kwargs))[0]
+
+
+def run_passes(gm: fx.GraphModule, *passes: Pass) -> list[PassRecord]:
+    """Runs passes on a graph as the backend does; one record per pass."""
+    return list(Pipeline(label="test", passes=passes)(gm))
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """What a graph or a function returns, as a list."""
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    """The same tensors, bit for bit and of the same dtypes."""
+    a, b = outputs(ours), outputs(theirs)
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
