@@ -139,7 +139,11 @@ def main() -> None:
         error = "" if paper is None else f"{100 * (ours / paper - 1):+.3f} %"
         lines.append([name, ours, paper, error, *[figures[k] for k in list(figures)[2:]]])
     headers = ["TFLOPs", "ours (GEMM)", "paper", "difference", "with attention", "speed-up", "with attention"]
-    print(tabulate(lines, headers=headers, floatfmt=("", ",.2f", ",.2f", "", ",.2f", ".3f", ".3f"), missingval="not given"))
+    print(
+        tabulate(
+            lines, headers=headers, floatfmt=("", ",.2f", ",.2f", "", ",.2f", ".3f", ".3f"), missingval="not given"
+        )
+    )
     print(f"\n{time.perf_counter() - start:.0f} s; speed-up: full compute / row, by these FLOPs")
 
 

@@ -4,7 +4,7 @@ from .backends import Backend, Stats, backend
 from .checks import UnsupportedModel
 from .config import Config
 from .policy import Policy
-from .report import Explanation, Flops, explain, flops, trace, trajectory_flops
+from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
 from .state import Session, reset, session
 from .steps import StepGraphs
 
@@ -25,6 +25,7 @@ __all__ = [
     "flops",
     "reset",
     "session",
+    "step_kinds",
     "trace",
     "trajectory_flops",
 ]

@@ -131,11 +131,11 @@ def copy_dynamo_marks(source: fx.GraphModule, target: fx.GraphModule) -> None:
     old = source.graph.find_nodes(op="placeholder")
     new = target.graph.find_nodes(op="placeholder")
     for node in new:
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         if node.meta.get("static_address"):
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     for before, after in zip(old, new, strict=False):
-        after._dynamo_source = getattr(before, "_dynamo_source", None)  # type: ignore[attr-defined]
+        after._dynamo_source = getattr(before, "_dynamo_source", None)
         if "tensor_dict" in before.meta:
             after.meta["tensor_dict"] = before.meta["tensor_dict"]
 
@@ -170,7 +170,7 @@ def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: Fake
     from torch._dynamo.backends.debugging import aot_eager
 
     with _own_tracing_context(mode), torch.no_grad():
-        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+        return aot_eager(gm, list(inputs))
 
 
 def backend_of(model: object, kind: type) -> Any:

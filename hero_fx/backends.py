@@ -182,7 +182,7 @@ def _compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         return gm.forward
     if config.inner == "inductor":
         return torch._TorchCompileInductorWrapper(config.mode, dict(config.options or {}), None)(gm, inputs)  # type: ignore[no-any-return]
-    return torch._dynamo.lookup_backend(config.inner)(gm, inputs)
+    return torch._dynamo.lookup_backend(config.inner)(gm, list(inputs))
 
 
 def backend(

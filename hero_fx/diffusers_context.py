@@ -7,7 +7,9 @@ without touching `forward`, so that nothing recompiles and no graph breaks. All 
 
 from __future__ import annotations
 
+import gc
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,25 +46,38 @@ def listen(module: torch.nn.Module | None) -> ContextListener | None:
 
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if _NAME in registry.hooks:
-        return ContextListener(registry.hooks[_NAME].manager)
+        return ContextListener(vars(registry.hooks[_NAME])["manager"])
 
-    class Manager(StateManager):  # type: ignore[misc]
+    class Manager(StateManager):
         seen: Any = None
 
         def set_context(self, context: Any) -> None:
             self.seen = context
 
-    class Listener(ModelHook):  # type: ignore[misc]
+    class Listener(ModelHook):
         _is_stateful = True
 
         def __init__(self) -> None:
-            super().__init__()
-            self.manager = Manager(BaseState)
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.manager: Any = Manager(BaseState)  # type: ignore[arg-type]
 
         def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
             return module
 
     # Not `register_hook`: that would wrap the module's forward, which is being compiled at this moment.
-    registry.hooks[_NAME] = Listener()
+    listener = Listener()
+    registry.hooks[_NAME] = listener
     registry._hook_order.append(_NAME)
-    return ContextListener(registry.hooks[_NAME].manager)
+    registry.hooks[_NAME].manager.seen = _entered(module)
+    return ContextListener(listener.manager)
+
+
+def _entered(module: torch.nn.Module) -> Any:
+    """The context that the module is in already: entered before anyone listened, only the suspended generator of its
+    `cache_context` still holds it."""
+    for holder in gc.get_referrers(module):
+        frame = getattr(holder, "gi_frame", None)
+        if frame is not None and frame.f_code.co_name == "cache_context":
+            index = frame.f_locals.get("kwargs", {}).get("step_index")
+            return SimpleNamespace(name=frame.f_locals["name"], step_index=index)
+    return None

@@ -134,7 +134,9 @@ def trace(model: torch.nn.Module, *args: Any, backend: Backend | None = None, **
     raise ValueError("the call ran no graph: was the model compiled away, or is torch.compile disabled?")
 
 
-def explain(model_or_backend: torch.nn.Module | Backend, *args: Any, backend: Backend | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model_or_backend: torch.nn.Module | Backend, *args: Any, backend: Backend | None = None, **kwargs: Any
+) -> Explanation:
     """What was found in a model, what each step kind does per layer, FLOPs and bytes; print it to read it.
 
     Args:
@@ -147,7 +149,9 @@ def explain(model_or_backend: torch.nn.Module | Backend, *args: Any, backend: Ba
     """
     if isinstance(model_or_backend, Backend):
         if not model_or_backend.graphs:
-            raise ValueError("this backend has compiled nothing yet: call the compiled model once, or explain the model")
+            raise ValueError(
+                "this backend has compiled nothing yet: call the compiled model once, or explain the model"
+            )
         return Explanation(model_or_backend.graphs[-1], model_or_backend.config)
     chosen = backend or _compat.backend_of(model_or_backend, Backend) or make_backend()
     return Explanation(trace(model_or_backend, *args, backend=chosen, **kwargs), chosen.config)

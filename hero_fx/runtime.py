@@ -19,7 +19,7 @@ from .guard import Call, TimestepReader
 from .policy import Policy
 from .schedule import Schedule
 from .selection import PatchSampler, Selection
-from .state import StateStore, current_session
+from .state import StateStore, Trajectory, current_session
 from .steps import StateSpec
 
 __all__ = ["Selections", "Step", "Stepper", "scalar_value"]
@@ -82,7 +82,7 @@ class Selections:
             else:
                 drawn = selection.draw()
         self._frontier = (pattern, selection)
-        assert drawn is not None and not pattern[-1], "selections are for cached steps"
+        assert drawn is not None, "selections are for cached steps"
         return drawn
 
 
@@ -112,22 +112,34 @@ class Stepper:
         self.counts: Counter[str] = Counter()
         self.last: Call | None = None
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self._lock = threading.Lock()  # for what sessions share: the reader and the counts
 
     def __call__(self, *inputs: Any) -> Any:
         trajectory = self.store.trajectory(current_session())
         with trajectory.lock:
             name, step_index = self.context.current() if self.context is not None else (None, None)
-            call = trajectory.guard.advance(self.reader.read(inputs[self.timestep]), name=name, step_index=step_index)
-            if call.new_trajectory:
-                trajectory.patterns.clear()
-            pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
-            trajectory.patterns[call.lane] = pattern
-            state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
-            step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
-            extra = [self._fill(slot, call, state, pattern, step.device) for slot in step.slots]
+            with self._lock:
+                timestep = self.reader.read(inputs[self.timestep])
+            call = trajectory.guard.advance(timestep, name=name, step_index=step_index)
+            try:
+                return self._run(call, trajectory, inputs)
+            except BaseException:
+                # The state may be half written, and a call that is made again must not pass for the step's next lane.
+                trajectory.guard.reset()
+                raise
+
+    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any]) -> Any:
+        if call.new_trajectory:
+            trajectory.patterns.clear()
+        pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
+        trajectory.patterns[call.lane] = pattern
+        state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
+        step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
+        extra = [self._fill(slot, call, state, pattern, step.device) for slot in step.slots]
+        with self._lock:
             self.counts["full" if call.full else "cached"] += 1
             self.last = call
-            return step.run(*inputs, *extra)
+        return step.run(*inputs, *extra)
 
     def _fill(
         self,

@@ -36,7 +36,7 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes of feature state held."""
-        return sum(t.nbytes for lane in self.lanes.values() for t in lane.values())
+        return sum(t.nbytes for lane in list(self.lanes.values()) for t in lane.values())
 
 
 class StateStore:
@@ -59,6 +59,9 @@ class StateStore:
     def lane(self, trajectory: Trajectory, lane: int | str, *, fresh: bool) -> dict[StateSlot, torch.Tensor]:
         """The state of a lane; `fresh` zeroes it in place, so that addresses stay what compiled graphs know."""
         if lane not in trajectory.lanes:
+            # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
+            for old in trajectory.lanes.keys() - trajectory.patterns.keys():
+                del trajectory.lanes[old]
             # Plain tensors even under torch.inference_mode: a later call outside of it must be able to update them.
             with torch.inference_mode(False):
                 trajectory.lanes[lane] = {

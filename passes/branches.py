@@ -405,7 +405,7 @@ def _named(graph: _Graph, adds: list[_Found], streams: list[Stream]) -> list[Str
     others = [s for s in sources if s != image]
     names = {image: "image"}
     names |= {s: "text" if len(others) == 1 else f"text{i}" for i, s in enumerate(others)}
-    result = []
+    result: list[Stream] = []
     for stream in streams:
         tokens = Tokens(
             stream.tokens.dim,

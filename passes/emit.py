@@ -66,8 +66,9 @@ def slots_of(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Slot]]:
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     for node in gm.graph.nodes:
-        if isinstance(node.meta.get("val"), FakeTensor):
-            return node.meta["val"].fake_mode
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
     raise AssertionError("a normalised graph has a fake value at every node")
 
 
@@ -97,9 +98,9 @@ class Emitter:
         """New nodes go right behind `node`."""
         return self.before(node.next)
 
-    def call(self, op: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of `op`; nodes among the arguments stand for their values."""
-        node = self.graph.create_node("call_function", op, args, kwargs, name)
+        node = self.graph.create_node("call_function", op, args, kwargs)
         node.meta.update(self._stack)
         self.revalue(node)
         return node

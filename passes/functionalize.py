@@ -129,6 +129,8 @@ def _is_view(node: fx.Node) -> bool:
     """True if the node's value shares memory with its first argument."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node) or is_in_place(node):
         return False
+    if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        return True  # a fake one has memory of its own, a real one returns its input
     storage = storage_of(node)
     return storage is not None and storage == storage_of(node.args[0])
 

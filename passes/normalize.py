@@ -40,15 +40,18 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         gm: the graph Dynamo gave to the backend.
         inputs: its example inputs, real or fake; symbolic ints are taken at their present value.
 
-    Every node of the result has a fake tensor in `meta["val"]`, all of one fake mode, with static sizes.
+    Every node of the result has its value in `meta["val"]`: a fake tensor, all of one fake mode, with static sizes, or
+    the number that an input is.
     """
     mode = _compat.new_fake_mode()
     fakes = [_compat.to_fake(mode, value) for value in inputs]
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
         traced = make_fx(_WithModuleNames(gm).run, pre_dispatch=True)(*fakes)
-    for old, new in zip(gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder"), strict=True):
+    old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
+    for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
         new._rename(_readable(old.name))
         new.target = new.name
+        new.meta.setdefault("val", fake)  # make_fx gives none to numbers
         new.meta["argument"] = _compat.argument_name(old)
         new.meta["model_input"] = _compat.is_model_input(old)
     traced.recompile()
@@ -83,16 +86,13 @@ class DropIdentities:
     name: str = "drop_identities"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        sites = 0
         returned = set(gm.graph.output_node().all_input_nodes)
         written = {n.args[0] for n in gm.graph.nodes if is_in_place(n)}
-        for node in list(gm.graph.nodes):
-            if node in returned or node in written or not _returns_its_input(node):
-                continue
+        found = [n for n in gm.graph.nodes if _returns_its_input(n) and n not in returned and n not in written]
+        for node in found:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-            sites += 1
-        return sites
+        return len(found)
 
 
 def _returns_its_input(node: fx.Node) -> bool:

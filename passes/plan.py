@@ -147,10 +147,11 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
             continue
         infos = analyse(gm, structure, other, "pre_gate").infos
         for name in other.attention:
-            node = next(n for n in gm.graph.nodes if n.name == name)
+            node: fx.Node = next(n for n in gm.graph.nodes if n.name == name)
             op = ATTENTION[node.target]
             query, key = node.args[op.query], node.args[op.key]
-            assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+            assert isinstance(query, fx.Node)
+            assert isinstance(key, fx.Node)
             heads = (value_of(query).shape[1], value_of(key).shape[1])
             if infos.get(key) is not None and heads[0] == heads[1]:
                 return node

@@ -116,7 +116,8 @@ class RecordFeatures:
             with emitter.before(emitter.output):
                 if strategy.score == "attention":
                     query, key = attention.args[op.query], attention.args[op.key]
-                    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+                    assert isinstance(query, fx.Node)
+                    assert isinstance(key, fx.Node)
                     scale = attention.kwargs.get("scale") or value_of(query).shape[-1] ** -0.5
                     assert isinstance(scale, float)
                     known[attention] = emitter.inline(

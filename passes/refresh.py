@@ -159,11 +159,14 @@ def _attention_call(
             tokens = analysis.infos.get(node.args[operand])  # type: ignore[arg-type]
             shape = value_of(mask).shape
             if isinstance(tokens, Tokens) and subset is not None and shape[dim] == tokens.length != 1:
-                mask = subset.gather(mask, tokens.at(len(shape) + dim))
+                gathered = subset.gather(mask, tokens.at(len(shape) + dim))
+                assert gathered is not None
+                mask = gathered
         if position is not None:
             args[position] = mask
         else:
-            kwargs[op.mask_name] = mask  # type: ignore[index]
+            assert op.mask_name is not None
+            kwargs[op.mask_name] = mask
     return queries.emitter.call(node.target, *args, **kwargs)
 
 

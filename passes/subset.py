@@ -169,11 +169,12 @@ class Subset:
         """Computes `node` for the kept tokens; its inputs have been emitted."""
         info = self.infos[node]
         if node.target is operator.getitem:
-            parts = self.env[node.args[0]]  # type: ignore[index]
+            parts, number = self.env[node.args[0]], node.args[1]  # type: ignore[index]
+            assert isinstance(number, int)
             self.env[node] = (
-                parts[node.args[1]]
+                parts[number]
                 if isinstance(parts, tuple)
-                else parts and self.emitter.call(operator.getitem, parts, node.args[1])
+                else parts and self.emitter.call(operator.getitem, parts, number)
             )
             return
         first = info[0] if isinstance(info, tuple) else info

@@ -104,12 +104,11 @@ def is_matmul(node: fx.Node) -> bool:
     """True for the ops whose work caching saves: projections, convolutions, attention."""
     if node.op != "call_function":
         return False
-    return (
-        node.target in ATTENTION
-        or (getattr(node.target, "_schema", None) is not None
+    return node.target in ATTENTION or (
+        getattr(node.target, "_schema", None) is not None
         and (
             node.target._schema.name in _MATMULS  # type: ignore[union-attr]
-        ))
+        )
     )
 
 
@@ -117,7 +116,7 @@ Info = Tokens | None | tuple["Tokens | None", ...]
 Lookup = Callable[[Any], Tokens | None]
 
 
-def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens]) -> dict[fx.Node, Info]:
+def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info]) -> dict[fx.Node, Info]:
     """Tokens of every node that depends on a seed.
 
     Args:
@@ -292,7 +291,9 @@ def _drop_dim(node: fx.Node, look: Lookup) -> Tokens:
 def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
     """(dim, start, stop) of an `aten.slice` or `aten.slice_scatter` node of step 1, within the sliced axis."""
     skip = 2 if node.target is aten.slice_scatter.default else 1
-    dim, start, stop, step = (*node.args[skip:], *(0, None, None, 1)[len(node.args) - skip :])
+    given: tuple[Any, ...] = node.args[skip:]
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, stop, step = given + defaults[len(given) :]
     dim = node.kwargs.get("dim", dim)
     start, stop = node.kwargs.get("start", start), node.kwargs.get("end", stop)
     if node.kwargs.get("step", step) != 1:

@@ -80,7 +80,7 @@ def test_hero_as_it_is_by_default(batch: int, rotary: bool) -> None:
 @pytest.mark.parametrize("shallow", ["pre_gate", "post_gate"])
 def test_hero_keys_text_unsampled_and_gate(keys: str, text: str, unsampled: str, shallow: str) -> None:
     points = (shallow, "post_gate")
-    choice = {"keys": keys, "text": text, "unsampled": unsampled, "cache_point": points}
+    choice: dict[str, Any] = {"keys": keys, "text": text, "unsampled": unsampled, "cache_point": points}
     check(HERO | choice, interval=3, **choice)
 
 
@@ -107,7 +107,7 @@ def test_hero_schedules_and_selections(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("order", [1, 2])
 def test_hero_boundary_gate_and_order(layers: int, deep: str, order: int) -> None:
     points = ("pre_gate", deep)
-    choice = {"refresh_layers": layers, "order": order, "cache_point": points}
+    choice: dict[str, Any] = {"refresh_layers": layers, "order": order, "cache_point": points}
     check(HERO | choice, interval=3, **choice)
 
 
@@ -142,5 +142,5 @@ def test_inductor(policy: str) -> None:
         "taylorseer": {"policy": "taylorseer"},
         "toca": {"policy": "toca", "grid": tiny.GRID, "interval": 3, "ratio": 0.25},
     }[policy]
-    options = {"refresh_ratio": 0.25} if policy == "toca" else {}
+    options: dict[str, Any] = {"refresh_ratio": 0.25} if policy == "toca" else {}
     check(reference, policy=policy, inner="inductor", bound=1e-4, interval=3, **options)

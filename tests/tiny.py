@@ -98,12 +98,12 @@ class Captured:
             self.gm, self.inputs = gm, list(inputs)
             return gm.forward  # type: ignore[no-any-return]
 
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             torch.compile(model, backend=capture, fullgraph=True)(
                 **kwargs, timestep=timesteps(1).expand(kwargs["hidden_states"].shape[0]), return_dict=False
             )
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
         self.names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
 
     def compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:

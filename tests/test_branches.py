@@ -1,0 +1,351 @@
+"""`hero_fx.passes.branches`: residual branches of transformers of every make, found by structure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hero_fx.passes.branches import Structure, body_of, find_branches, find_grid
+from hero_fx.steps import normalized
+
+from . import tiny
+from .tracing import normal_form, trace
+
+D = 8
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, N, D] each, two heads."""
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Part(nn.Module):
+    """What the models below are put together from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 12), nn.Linear(12, D)
+        self.kv, self.both = nn.Linear(6, 2 * D), nn.Linear(D + 12, D)
+        self.modulation = nn.Linear(6, 6 * D)
+
+    def attention(self, x: Tensor) -> Tensor:
+        return self.out(attend(*self.qkv(x).chunk(3, dim=-1)))  # type: ignore[no-any-return]
+
+    def ffn(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+Layer = Callable[..., Any]
+
+
+class Model(nn.Module):
+    """`layer(part, *streams)` for each of `layers` parts."""
+
+    def __init__(self, layer: Layer, layers: int = 2) -> None:
+        super().__init__()
+        self.layer, self.parts = layer, nn.ModuleList(Part() for _ in range(layers))
+
+    def forward(self, *streams: Any) -> Any:
+        for part in self.parts:
+            changed = self.layer(part, *streams)
+            changed = changed if isinstance(changed, tuple) else (changed,)
+            streams = (*changed, *streams[len(changed) :])
+        return streams[: len(changed)]
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (D,))
+
+
+def describe(structure: Structure) -> str:
+    """Streams with their tokens, then one line per branch."""
+    streams = [f"{s.name}: {' '.join(map(str, s.tokens.segments))} x {s.width}" for s in structure.streams]
+    lines = []
+    for branch in structure.branches:
+        updates = [f"{structure.streams[u.stream].name}: {u.add} = {u.residual} + {u.update}" for u in branch.updates]
+        gates = [f" of {u.feature}" * (u.feature != u.update) for u in branch.updates]
+        reads = [f"{node} ({structure.streams[stream].name})" for node, stream in branch.reads]
+        parts = "; ".join(u + g for u, g in zip(updates, gates, strict=True))
+        lines.append(f"{branch.label} [{branch.module}] {parts}; reads {', '.join(reads)}")
+    return "\n".join([*streams, *lines, f"image: {structure.image} {structure.image_tokens} {structure.grid}"])
+
+
+def found(layer: Layer, *shapes: tuple[int, ...], layers: int = 2) -> Structure:
+    torch.manual_seed(0)
+    return find_branches(normal_form(Model(layer, layers).eval(), *map(torch.ones, shapes)))
+
+
+def test_prenorm_attention_and_ffn() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        x = x + part.attention(norm(x))
+        return x + part.ffn(norm(x))
+
+    assert_expected_inline(
+        describe(found(layer, (2, 5, D))),
+        """\
+image: image[0:5] x 8
+l0_attention [parts.0] image: add = streams_0 + linear_1; reads streams_0 (image)
+l0_ffn [parts.0] image: add_1 = add + linear_3; reads add (image)
+l1_attention [parts.1] image: add_2 = add_1 + linear_5; reads add_1 (image)
+l1_ffn [parts.1] image: add_3 = add_2 + linear_7; reads add_2 (image)
+image: image 5 None""",
+    )
+
+
+def test_gates() -> None:
+    def layer(part: Part, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, gate, *second = part.modulation(F.silu(time))[:, None].chunk(6, dim=-1)
+        x = x + gate * part.attention(norm(x) * (1 + scale) + shift)
+        # Two gates, the second from the other side, with a cast in between.
+        return part.ffn(norm(x) * second[0]).mul(second[1]).to(torch.float64).float() * second[2].tanh() + x
+
+    assert_expected_inline(
+        describe(found(layer, (2, 5, D), (2, 6))),
+        """\
+image: image[0:5] x 8
+l0_attention [parts.0] image: add_2 = streams_0 + mul_1 of linear_2; reads streams_0 (image)
+l0_ffn [parts.0] image: add_3 = add_2 + mul_4 of linear_4; reads add_2 (image)
+l1_attention [parts.1] image: add_6 = add_3 + mul_6 of linear_7; reads add_3 (image)
+l1_ffn [parts.1] image: add_7 = add_6 + mul_9 of linear_9; reads add_6 (image)
+image: image 5 None""",
+    )
+
+
+def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        return x + part.ffn(x) * x.sigmoid()
+
+    (first, _) = found(layer, (2, 5, D)).branches
+    assert first.updates[0].feature == first.updates[0].update
+
+
+def test_parallel_in_one_projection() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        n = norm(x)
+        return x + part.both(torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1))
+
+    structure = found(layer, (2, 5, D))
+    assert [(b.layer, b.kind) for b in structure.branches] == [(0, "parallel"), (1, "parallel")]
+
+
+def test_parallel_as_a_sum() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        n = norm(x)
+        return x + (part.attention(n) + part.ffn(n))
+
+    assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "parallel"), (1, "parallel")]
+
+
+def test_parallel_in_two_adds() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        n = norm(x)
+        return x + part.attention(n) + part.ffn(n)
+
+    structure = found(layer, (2, 5, D))
+    assert [(b.layer, b.kind) for b in structure.branches] == [
+        (0, "attention"), (0, "ffn"), (1, "attention"), (1, "ffn"),
+    ]  # fmt: skip
+    attention, ffn = (b.updates[0] for b in structure.branches[:2])
+    assert ffn.residual == attention.add
+    assert ffn.source == attention.source == attention.residual
+
+
+def joint(part: Part, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """As in SD3: one attention over both streams, an FFN for each."""
+    together = attend(*part.qkv(torch.cat([norm(text), norm(x)], dim=1)).chunk(3, dim=-1))
+    for_text, for_image = part.out(together).split([text.shape[1], x.shape[1]], dim=1)
+    x, text = x + for_image, text + for_text
+    return x + part.ffn(norm(x)), text + part.ffn(norm(text))
+
+
+def test_joint_attention_on_two_streams() -> None:
+    assert_expected_inline(
+        describe(found(joint, (2, 5, D), (2, 3, D))),
+        """\
+image: image[0:5] x 8
+text: text[0:3] x 8
+l0_attention [parts.0] image: add = streams_0 + getitem_4; text: add_1 = streams_1 + getitem_3; reads streams_0 (image), streams_1 (text)
+l0_ffn [parts.0] image: add_2 = add + linear_3; reads add (image)
+l0_ffn_2 [parts.0] text: add_3 = add_1 + linear_5; reads add_1 (text)
+l1_attention [parts.1] image: add_4 = add_2 + getitem_9; text: add_5 = add_3 + getitem_8; reads add_2 (image), add_3 (text)
+l1_ffn [parts.1] image: add_6 = add_4 + linear_9; reads add_4 (image)
+l1_ffn_2 [parts.1] text: add_7 = add_5 + linear_11; reads add_5 (text)
+image: image 5 None""",
+    )
+
+
+def test_cross_attention() -> None:
+    def layer(part: Part, x: Tensor, text: Tensor) -> Tensor:
+        x = x + part.attention(norm(x))
+        x = x + part.out(attend(norm(x), *part.kv(text).chunk(2, dim=-1)))
+        return x + part.ffn(norm(x))
+
+    structure = found(layer, (2, 5, D), (2, 3, 6))
+    assert [b.label for b in structure.branches] == [
+        "l0_attention", "l0_cross_attention", "l0_ffn", "l1_attention", "l1_cross_attention", "l1_ffn",
+    ]  # fmt: skip
+    assert [s.name for s in structure.streams] == ["image"]
+    assert structure.lengths == {"image": 5}
+
+
+def test_dual_streams_then_a_single_one() -> None:
+    class Flux(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dual, self.single = nn.ModuleList([Part(), Part()]), nn.ModuleList([Part(), Part()])
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            for part in self.dual:
+                x, text = joint(part, x, text)
+            together = torch.cat([text, x], dim=1)
+            for part in self.single:
+                n = norm(together)
+                ours = torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1)
+                together = together + part.both(ours)
+            return together[:, text.shape[1] :]
+
+    structure = find_branches(normal_form(Flux().eval(), torch.ones(2, 5, D), torch.ones(2, 3, D)))
+    assert [str(s.tokens) for s in structure.streams] == [
+        "dim 1: image[0:5]", "dim 1: text[0:3]", "dim 1: text[0:3] image[0:5]",
+    ]  # fmt: skip
+    assert [s.name for s in structure.streams] == ["image", "text", "text+image"]
+    assert structure.depth == 4
+    assert [b.kind for b in structure.branches if b.layer > 1] == ["parallel", "parallel"]
+
+
+def test_a_stream_taken_apart_and_joined_again_in_every_layer() -> None:
+    def layer(part: Part, x: Tensor) -> Tensor:
+        x = x + part.attention(norm(x))
+        text, image = x.split([2, 3], dim=1)
+        return torch.cat([text + part.ffn(norm(text)), image + part.ffn(norm(image)) * 2], dim=1)
+
+    structure = found(layer, (2, 5, D))
+    assert [str(s.tokens) for s in structure.streams] == [
+        "dim 1: image[0:5]", "dim 1: image[0:2]", "dim 1: image[2:5]",
+    ]  # fmt: skip
+    assert structure.depth == 2
+
+
+def gelu_by_hand(part: Part, x: Tensor) -> Tensor:
+    u = part.up(norm(x))
+    return x + part.down(0.5 * u * (1 + torch.tanh(0.8 * (u + 0.04 * u**3))))
+
+
+def low_rank(part: Part, x: Tensor) -> Tensor:
+    n = norm(x)
+    return x + part.down(F.gelu(part.up(n) + 0.5 * F.linear(F.linear(n, part.up.weight[:2]), part.up.weight[:, :2])))
+
+
+def time_residual(part: Part, x: Tensor, time: Tensor) -> Tensor:
+    time = time + part.ffn(time)
+    return x + time[:, None] * part.ffn(norm(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [(gelu_by_hand, [(2, 5, D)]), (low_rank, [(2, 5, D)]), (time_residual, [(2, 5, D), (2, D)])],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_other_sums_are_no_branches(layer: Layer, shapes: list[tuple[int, ...]]) -> None:
+    structure = found(layer, *shapes)
+    assert [b.label for b in structure.branches] == ["l0_ffn", "l1_ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.linear(w, w).mean() + x * x,
+        lambda x, w: F.linear(x + x.sin(), w),
+        lambda x, w: torch.add(x, F.linear(x, w), alpha=2),
+        lambda x, w: x[:, 0] + F.linear(x[:, 0], w),
+        lambda x, w: F.linear(x, w) + x[:, :1],
+    ],
+    ids=["no product in between", "sum in front of the product", "alpha", "no token axis", "broadcast"],
+)
+def test_no_branches(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    structure = find_branches(trace(function, torch.ones(2, 5, D), torch.ones(D, D)))
+    assert structure == Structure((), (), None, 0, None)
+    assert structure.depth == 0
+
+
+def test_body_lies_between_what_a_branch_reads_and_its_updates() -> None:
+    def layer(part: Part, x: Tensor, gate: Tensor) -> Tensor:
+        return x + gate * part.ffn(norm(x))
+
+    gm = normal_form(Model(layer).eval(), torch.ones(2, 5, D), torch.ones(D))
+    (branch, _) = find_branches(gm).branches
+    names = {point: [n.name for n in body_of(gm, branch, to_update=point)[1]] for point in (False, True)}
+    assert names == {
+        False: ["layer_norm", "linear", "gelu", "linear_1"],
+        True: ["layer_norm", "linear", "gelu", "linear_1", "mul"],
+    }
+
+
+class Grid(nn.Module):
+    """A convolution or a plain projection in front, one block, and an unpatchify to the grid at the end."""
+
+    def __init__(self, embed: nn.Module, end: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.embed, self.part, self.end = embed, Part(), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        x = self.embed(x)
+        if x.dim() == 5:
+            x = x.flatten(2).transpose(1, 2)
+        elif x.dim() == 4:
+            x = x.flatten(2).transpose(1, 2).reshape(batch, -1, D)
+        x = x + self.part.ffn(norm(x))
+        return x if self.end is None else x.reshape(batch, *self.end)
+
+
+class Frames(nn.Conv2d):
+    """A convolution over frames [B, F, C, H, W]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "grid"),
+    [
+        (Grid(nn.Conv2d(3, D, 2, 2)), (2, 3, 6, 10), (1, 3, 5)),
+        (Grid(Frames(3, D, 2, 2)), (2, 7, 3, 6, 10), (7, 3, 5)),
+        (Grid(nn.Conv3d(3, D, (1, 2, 2), (1, 2, 2))), (2, 3, 7, 6, 10), (7, 3, 5)),
+        (Grid(nn.Linear(3, D), (7, 3, 5, 1, 2, 2, 2)), (2, 105, 3), (7, 3, 5)),
+        (Grid(nn.Linear(3, D), (3, 5, 2, 2, 2)), (2, 15, 3), (1, 3, 5)),
+        (Grid(nn.Linear(3, D)), (2, 15, 3), None),
+    ],
+    ids=["image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify", "none"],
+)
+def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
+    structure = find_branches(normal_form(model.eval(), torch.ones(shape)))
+    assert structure.image_tokens == {None: 15}.get(grid, torch.Size(grid or ()).numel())
+    assert structure.grid == grid
+
+
+def test_no_grid_of_no_tokens() -> None:
+    assert find_grid(trace(lambda x: x + 1, torch.ones(2)), 0) is None
+
+
+def test_cogvideox() -> None:
+    graph = tiny.captured(layers=2)
+    assert_expected_inline(
+        describe(find_branches(normalized(graph.gm, graph.inputs)[0])),
+        """\
+image: image[0:72] x 32
+text: text[0:7] x 32
+l0_attention [transformer_blocks.0.attn1] image: add_6 = slice_4 + mul_9 of getitem_11; text: add_7 = slice_3 + mul_10 of getitem_10; reads slice_4 (image), slice_3 (text)
+l0_ffn [transformer_blocks.0.ff.net] image: add_12 = add_6 + mul_13 of slice_9; text: add_13 = add_7 + mul_14 of slice_10; reads add_6 (image), add_7 (text)
+l1_attention [transformer_blocks.1.attn1] image: add_20 = add_12 + mul_21 of getitem_29; text: add_21 = add_13 + mul_22 of getitem_28; reads add_12 (image), add_13 (text)
+l1_ffn [transformer_blocks.1.ff.net] image: add_26 = add_20 + mul_25 of slice_15; reads add_20 (image), add_21 (text)
+image: image 72 (3, 4, 6)""",
+    )
