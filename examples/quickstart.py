@@ -17,16 +17,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers import CogVideoXDDIMScheduler
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 import hero_fx
+from _model import CONDITION, LATENT, RGB, Setting, rotary, world_model
 
-RGB, DISPARITY, CAMERA, CONDITION = 16, 16, 24, 40
-LATENT = RGB + DISPARITY + CAMERA
 GUIDANCE = 3.0
 
 
@@ -38,26 +36,6 @@ class Run:
     """[1, frames, LATENT, height, width]"""
     seconds: list[float]
     """Of each step."""
-
-
-def world_model(layers: int, heads: int, frames: int, height: int, width: int) -> Any:
-    """A small transformer of Aether's layout with random weights; sizes in latent pixels."""
-    torch.manual_seed(0)
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        in_channels=LATENT + CONDITION,
-        out_channels=LATENT,
-        time_embed_dim=256,
-        text_embed_dim=512,
-        num_layers=layers,
-        sample_frames=4 * (frames - 1) + 1,
-        sample_height=height,
-        sample_width=width,
-        max_text_seq_length=32,
-        use_rotary_positional_embeddings=True,
-    )
-    return model.eval().requires_grad_(False)
 
 
 def denoise(model: Any, inputs: dict[str, Any], num_steps: int, label: str) -> Run:
@@ -148,8 +126,10 @@ def picture(plain: Run, fast: Run, path: Path) -> None:
         difference = (ours - full).abs().mean(dim=-1)
         for f in range(frames):
             for k, image in enumerate((full[f], ours[f])):
-                axes[3 * r + k, f].imshow(((image - low) / (high - low)).clamp(0, 1), cmap=colours, vmin=0, vmax=1)
-            shown = axes[3 * r + 2, f].imshow(difference[f], cmap="gray", vmin=0, vmax=float(difference.max()))
+                axes[3 * r + k, f].imshow(
+                    ((image - low) / (high - low)).clamp(0, 1).numpy(), cmap=colours, vmin=0, vmax=1
+                )
+            shown = axes[3 * r + 2, f].imshow(difference[f].numpy(), cmap="gray", vmin=0, vmax=float(difference.max()))
         labels = (f"{name}\ntorch.compile", f"{name}\nhero_fx", "|difference|")
         for k, label in enumerate(labels):
             axes[3 * r + k, 0].set_ylabel(label, fontsize=8)
@@ -177,21 +157,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_grad_enabled(False)
     frames, height, width = arguments.size
-    model = world_model(arguments.layers, arguments.heads, frames, height, width)
+    setting = Setting(arguments.layers, arguments.heads, (frames, height, width))
+    model = world_model(setting)
     generator = torch.Generator().manual_seed(2)
-    rotary = get_3d_rotary_pos_embed(
-        64, ((0, 0), (height // 2, width // 2)), (height // 2, width // 2), temporal_size=frames
-    )
     inputs = {
         "size": (frames, height, width),
         "noise": torch.randn(1, frames, LATENT, height, width, generator=generator),
         "condition": torch.randn(1, frames, CONDITION, height, width, generator=generator),
-        "text": torch.randn(2, 32, 512, generator=generator),
-        "rotary": rotary,
+        "text": torch.randn(2, *setting.text, generator=generator),
+        "rotary": rotary(setting),
     }
-    tokens = frames * (height // 2) * (width // 2)
-    print(f"{arguments.layers} layers of width {64 * arguments.heads}, {tokens} image + 32 text tokens, batch 2, "
-          f"{arguments.steps} DDIM steps, {torch.get_num_threads()} threads")  # fmt: skip
+    print(f"{setting}, {arguments.steps} DDIM steps, {torch.get_num_threads()} threads")
     plain_backend = arguments.inner if arguments.inner == "inductor" else "eager"
     plain = compile_and_denoise(model, plain_backend, inputs, arguments.steps, "torch.compile")
     backend = hero_fx.backend(interval=arguments.interval, num_steps=arguments.steps, inner=arguments.inner)

@@ -123,10 +123,9 @@ class Backend:
         check_call(gm, inputs)
         if _compat.specialize(gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
+        check_graph(gm)
         normal, records = normalized(gm, inputs)
         structure = find_structure(normal)
-        if structure.branches:
-            check_graph(gm)
         check_structure(normal, structure)
         timestep = find_timestep(normal, config.timestep)
         return build_steps(normal, structure, policy, config, records), timestep
@@ -204,7 +203,7 @@ def backend(
     unsampled: Literal["reuse", "extrapolate"] = "reuse",
     age_weighting: bool = True,
     state_dtype: torch.dtype | None = None,
-    form: Literal["literal"] = "literal",
+    form: Literal["collapsed", "literal"] = "collapsed",
     grid: tuple[int, int, int] | None = None,
     timestep: str | int | None = None,
     seed: int = 0,
@@ -244,7 +243,7 @@ def backend(
         unsampled: shallow tokens that are not sampled reuse their cached features, or extrapolate them.
         age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
         state_dtype: floating-point dtype to store features in; None keeps their own.
-        form: `"literal"`, one cache per branch.
+        form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
         grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
         timestep: name or position of the input with the diffusion time, where it is not found by itself.
         seed: seed of the sampling.

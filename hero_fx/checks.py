@@ -61,17 +61,27 @@ def check_graph(gm: fx.GraphModule) -> None:
         )
 
 
+_IF_WHOLE = "; if you did, a graph break split it: find the break with torch.compile(..., fullgraph=True)"
+
+
 def check_structure(normal: fx.GraphModule, structure: Structure) -> None:
     """Refuses a graph without branches, of one block, or that begins or ends between layers."""
     if not structure.branches:
         raise UnsupportedModel(
             "no attention or FFN branch was found: no residual update x + f(x) of hidden states [batch, tokens, width]; "
-            "compile the whole transformer (the module whose forward runs all blocks)"
+            f"compile the whole transformer (the module whose forward runs all blocks){_IF_WHOLE}"
+        )
+    if not any(branch.attention for branch in structure.branches):
+        raise UnsupportedModel(
+            f"no attention was found in the {len(structure.branches)} residual branches, so this is no transformer, or it "
+            "writes attention out as products and a softmax: use torch.nn.functional.scaled_dot_product_attention, and "
+            f"compile the whole transformer{_IF_WHOLE}"
         )
     if structure.depth == 1:
         raise UnsupportedModel(
             "the graph holds a single transformer block. In a regional compile (compile_repeated_blocks) all blocks share "
             "one compiled graph, and their caches would mix: compile the whole transformer, torch.compile(model, ...)"
+            f"{_IF_WHOLE}"
         )
     nodes = {node.name: node for node in normal.graph.nodes}
     entering = [s.root for s in structure.streams if nodes[s.root].op == "placeholder"]
@@ -122,14 +132,10 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
         for node in inputs
         if node.meta.get("model_input") and not isinstance(value_of(node), torch.Tensor)
     ]
-    hint = (
-        f" (Python numbers among them: {', '.join(scalars)}; pass a tensor, or every step recompiles)"
-        if scalars
-        else ""
-    )
+    hint = f" (and the Python numbers {', '.join(scalars)})" if scalars else ""
     raise UnsupportedModel(
         f"no timestep was found among the graph's inputs {', '.join(names) or '(none are tensors)'}{hint}; name it with "
-        "hero_fx.backend(timestep='...')"
+        "hero_fx.backend(timestep='...'), and if the model is called with a Python number for it, pass a tensor"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
@@ -71,8 +72,8 @@ class Config:
     """Sample tokens with a probability that grows with their age; false: uniformly."""
     state_dtype: torch.dtype | None = None
     """Floating-point dtype of the feature state; None: the features' own."""
-    form: str = "literal"
-    """`"literal"`: a cache for every branch, as the equations say."""
+    form: str = "collapsed"
+    """`"collapsed"`: after exact algebra, gathers once, scatters once, sums caches; `"literal"`: a cache per branch."""
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the image tokens, where the graph does not show it."""
     timestep: str | int | None = None
@@ -102,16 +103,13 @@ class Config:
         if self.num_steps is not None:
             _count("num_steps", self.num_steps, 1)
         _count("order", self.order, 0)
-        if isinstance(self.refresh_layers, bool) or not isinstance(self.refresh_layers, (int, float)):
-            raise ValueError(
-                f"refresh_layers={self.refresh_layers!r} must be a count of layers or a share of the depth"
-            )
-        if self.refresh_layers < 0 or (isinstance(self.refresh_layers, float) and self.refresh_layers > 1):
+        most = 1.0 if isinstance(self.refresh_layers, float) else math.inf
+        if not _is_number(self.refresh_layers) or not 0 <= self.refresh_layers <= most:
             raise ValueError(
                 f"refresh_layers={self.refresh_layers!r} must be a count from 0 to the depth, or a float from 0.0 to 1.0 "
                 "as share of the depth"
             )
-        if not 0 < self.refresh_ratio <= 1:
+        if not _is_number(self.refresh_ratio) or not 0 < self.refresh_ratio <= 1:
             raise ValueError(f"refresh_ratio={self.refresh_ratio!r} must be above 0 and at most 1, such as 1/6")
         _triple("patch", self.patch)
         if self.grid is not None:
@@ -120,9 +118,9 @@ class Config:
         _one_of("keys", self.keys, get_args(Keys))
         _one_of("text", self.text, get_args(Text))
         _one_of("unsampled", self.unsampled, get_args(Unsampled))
-        _one_of("form", self.form, ("literal",))
+        _one_of("form", self.form, ("collapsed", "literal"))
         points = self.cache_point if isinstance(self.cache_point, tuple) else (self.cache_point,)
-        if len(points) > 2:
+        if isinstance(self.cache_point, tuple) and len(points) != 2:
             raise ValueError(f"cache_point={self.cache_point!r} must be one value or a pair for (shallow, deep) layers")
         for point in points:
             if point is not None or isinstance(self.cache_point, tuple):
@@ -135,6 +133,12 @@ class Config:
             isinstance(self.state_dtype, torch.dtype) and self.state_dtype.is_floating_point
         ):
             raise ValueError(f"state_dtype={self.state_dtype!r} must be a floating-point torch.dtype or None")
+        if self.timestep is not None and not isinstance(self.timestep, str):
+            _count("timestep", self.timestep, 0, "as a position among the graph's inputs; or give the argument's name")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} must be a whole number")
+        for name in ("age_weighting", "strict"):
+            _one_of(name, getattr(self, name), (True, False))
         if not callable(self.inner):
             _one_of("inner", self.inner, _INNER, "or a backend callable")
         if self.inner != "inductor" and (self.mode or self.options):
@@ -205,14 +209,18 @@ class Config:
                 )
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str], more: str = "") -> None:
+def _one_of(name: str, value: object, allowed: Sequence[object], more: str = "") -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{' ' + more if more else ''}")
 
 
-def _count(name: str, value: object, least: int) -> None:
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _count(name: str, value: object, least: int, more: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{' ' + more if more else ''}")
 
 
 def _triple(name: str, value: object) -> None:

@@ -68,7 +68,7 @@ def listen(module: torch.nn.Module | None) -> ContextListener | None:
     listener = Listener()
     registry.hooks[_NAME] = listener
     registry._hook_order.append(_NAME)
-    registry.hooks[_NAME].manager.seen = _entered(module)
+    listener.manager.seen = _entered(module)
     return ContextListener(listener.manager)
 
 

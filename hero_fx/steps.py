@@ -10,13 +10,15 @@ import torch
 from torch import fx
 
 from hero_fx.passes.branches import Structure, find_branches
-from hero_fx.passes.cleanup import DropDeadCode
+from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState, state_read
+from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.merge import MergeCaches, find_merges
 from hero_fx.passes.normalize import DropIdentities, normalize
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
-from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve
+from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
 from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
 
@@ -25,6 +27,18 @@ from .policy import Policy
 from .selection import PatchSampler
 
 __all__ = ["StateSpec", "StepGraphs", "build_steps", "normalized"]
+
+
+# Exact rewrites of a literal cached step, in the order in which each finds what the one before laid bare.
+_ALGEBRA: tuple[Pass, ...] = (
+    CommonSubexpressions(),  # one gather of each table, one index per offset: the rules below compare indices by node
+    SinkScatters(),  # the scatter of each branch moves behind the next branch's gather ...
+    ForwardGathers(),  # ... which then takes the rows that were scattered
+    CommonSubexpressions(),  # the rows of the stream are the same for both rules
+    DropDeadCode(),
+    WriteRows(),  # state keeps its rows: only sampled ones are written
+    DropDeadCode(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +133,7 @@ def build_steps(
     record: tuple[Pass, ...] = (RecordFeatures(structure=structure, recordings=kept, state_dtype=dtype),)
     done += Pipeline(label="full", passes=record)(full)
     cached = []
+    collapse = config.form == "collapsed"
     for number, plan in enumerate(plans):
         gm = copy_graph(normal)
         passes: tuple[Pass, ...] = (
@@ -128,8 +143,19 @@ def build_steps(
             ReuseBranches(structure=structure, plan=plan, state_dtype=dtype),
             DropDeadCode(),
         )
-        done += Pipeline(label="cached" if len(plans) == 1 else f"cached{number}", passes=passes)(gm)
+        label = "cached" if len(plans) == 1 else f"cached{number}"
+        done += Pipeline(label=label, passes=passes + (_ALGEBRA if collapse else ()))(gm)
         cached.append(gm)
+    if collapse:
+        families = [
+            tuple(term_slot(recording.branch, structure.streams, update, i) for i in range(recording.terms))
+            for recording in kept
+            for update in recording.branch.updates
+        ]
+        merge = MergeCaches(merges=find_merges(cached, families))
+        done += _on_all(full, cached, "merge", (merge, DropDeadCode()))
+        unread = DropUnreadState(read=state_read(cached))
+        done += _on_all(full, cached, "state", (unread,))
     return StepGraphs(
         normal=normal,
         structure=structure,
@@ -141,6 +167,16 @@ def build_steps(
         sampler=sampler,
         records=tuple(done),
     )
+
+
+def _on_all(
+    full: fx.GraphModule, cached: Sequence[fx.GraphModule], label: str, passes: tuple[Pass, ...]
+) -> list[PassRecord]:
+    """Runs passes that change what state there is on all step graphs of a model, so that they agree."""
+    records: list[PassRecord] = []
+    for name, gm in (("full", full), *((f"cached{number}", gm) for number, gm in enumerate(cached))):
+        records += Pipeline(label=f"{name}_{label}", passes=passes)(gm)
+    return records
 
 
 def find_structure(normal: fx.GraphModule) -> Structure:

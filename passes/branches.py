@@ -87,7 +87,10 @@ class Structure:
     @property
     def lengths(self) -> dict[str, int]:
         """Tokens of each source."""
-        return {s.source: s.stop for stream in self.streams for s in stream.tokens.segments}
+        lengths: dict[str, int] = {}
+        for segment in (s for stream in self.streams for s in stream.tokens.segments):
+            lengths[segment.source] = max(segment.stop, lengths.get(segment.source, 0))
+        return lengths
 
 
 class _Graph:

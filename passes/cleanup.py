@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from .emit import drop_dead_code
+from .emit import StateSlot, drop_dead_code, slots_of
 
-__all__ = ["DropDeadCode"]
+__all__ = ["DropDeadCode", "DropUnreadState", "is_write", "state_read"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,3 +34,59 @@ class DropDeadCode:
 
     def apply(self, gm: fx.GraphModule) -> int:
         return drop_dead_code(gm.graph)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropUnreadState:
+    """Stops recording state that no cached step reads, and drops inputs that nothing uses.
+
+    Before (`read` does not hold y0; in CogVideoX the text stream ends with its last attention, so a cached step that
+    does not attend to text never needs its features)::
+
+        add = aten.add.Tensor(x, linear)
+        copy_ = aten.copy_.default(y0, linear)
+
+    After::
+
+        add = aten.add.Tensor(x, linear)
+
+    Legal because feature state is private to the step graphs: what none of them reads has no effect.
+    """
+
+    read: frozenset[StateSlot]
+    name: str = "drop_unread_state"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        sites = 0
+        for node, slot in list(slots_of(gm)):
+            if isinstance(slot, StateSlot) and slot not in self.read:
+                for write in [user for user in node.users if is_write(user, node)]:
+                    gm.graph.erase_node(write)
+                    sites += 1
+        if sites:
+            drop_dead_code(gm.graph)
+        for node, _ in list(slots_of(gm)):
+            if not node.users:
+                gm.graph.erase_node(node)
+                sites += 1
+        return sites
+
+
+def is_write(node: fx.Node, state: fx.Node) -> bool:
+    """True if `node` writes to `state` and its result is not used."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and node.args[0] is state
+        and not node.users
+    )
+
+
+def state_read(cached: Iterable[fx.GraphModule]) -> frozenset[StateSlot]:
+    """The state that some cached step reads (a tensor that is only written does not count)."""
+    return frozenset(
+        slot
+        for gm in cached
+        for node, slot in slots_of(gm)
+        if isinstance(slot, StateSlot) and any(not is_write(user, node) for user in node.users)
+    )

@@ -194,8 +194,9 @@ class Subset:
         source = node.args[0]
         shape = value_of(node).shape if isinstance(value_of(node), torch.Tensor) else ()
         small = [self.kept(tokens) if d == tokens.dim else int(size) for d, size in enumerate(shape)]
-        match getattr(node.target, "overloadpacket", None):
-            case aten.view | aten.reshape | aten._unsafe_view | aten.flatten | aten.unflatten:
+        packet = getattr(node.target, "overloadpacket", None)
+        match packet if node.target is not aten.view.dtype else None:
+            case aten.view | aten.reshape | aten._unsafe_view | aten.flatten | aten.unflatten | aten.squeeze:
                 return call(aten.reshape.default, self.env[source], small)  # type: ignore[index]
             case aten.expand:
                 return call(aten.expand.default, self.env[source], small)  # type: ignore[index]
@@ -238,10 +239,11 @@ class Subset:
 
     def _slice_scatter(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         base, source = node.args[:2]
-        dim, start, stop = slice_bounds(node)
         new_base, new_source = self.env[base], self.env[source]  # type: ignore[index]
-        if dim != tokens.dim:
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        if normal_dim(dim, value_of(node).dim()) != tokens.dim:  # type: ignore[arg-type]
             return self.emitter.call(node.target, new_base, new_source, *node.args[2:], **node.kwargs)
+        dim, start, stop = slice_bounds(node)
         count = self.kept(tokens.cut(start, stop))
         if count == 0:
             return new_base  # type: ignore[no-any-return]

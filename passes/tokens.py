@@ -229,8 +229,6 @@ def _over_dim(argument: int, default: int = -1) -> Callable[[fx.Node, Lookup], T
 def _reduction(node: fx.Node, look: Lookup) -> Tokens:
     source, tokens = _first(node, look)
     dims = next((a for a in node.args[1:] if isinstance(a, (list, tuple)) and a), node.kwargs.get("dim"))
-    if dims is None and len(node.args) > 1 and isinstance(node.args[1], int):
-        dims = node.args[1]
     if dims is None:
         raise NoRule(node, "it reduces over the token axis")
     reduced = {normal_dim(d, _rank(source)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
@@ -243,8 +241,12 @@ def _reduction(node: fx.Node, look: Lookup) -> Tokens:
 def _matmul(node: fx.Node, look: Lookup) -> Tokens:
     left, right = node.args[:2]
     assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
     tokens = look(left)
     if tokens is None or look(right) is not None or tokens.dim == _rank(left) - 1 or _rank(right) > _rank(left):
+        raise NoRule(node, "a product over or between token axes has no rule")
+    ours = tokens.dim - _rank(left) + _rank(right)
+    if 0 <= ours < _rank(right) - 2 and value_of(right).shape[ours] != 1:
         raise NoRule(node, "a product over or between token axes has no rule")
     return tokens
 
@@ -278,14 +280,23 @@ def _unsqueeze(node: fx.Node, look: Lookup) -> Tokens:
     return tokens.at(tokens.dim + (dim <= tokens.dim))
 
 
-def _drop_dim(node: fx.Node, look: Lookup) -> Tokens:
-    """squeeze.dim and select.int: one axis goes."""
+def _squeeze(node: fx.Node, look: Lookup) -> Tokens:
     source, tokens = _first(node, look)
-    dim = normal_dim(node.args[1] if len(node.args) > 1 else -1, _rank(source))  # type: ignore[arg-type]
+    shape, rank = value_of(source).shape, _rank(source)
+    dims = node.args[1] if len(node.args) > 1 else range(rank)
+    gone = {normal_dim(d, rank) for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])}  # type: ignore[arg-type]
+    gone = {d for d in gone if shape[d] == 1}
+    if tokens.dim in gone:
+        raise NoRule(node, "it picks one token")
+    return tokens.at(tokens.dim - sum(d < tokens.dim for d in gone))
+
+
+def _select(node: fx.Node, look: Lookup) -> Tokens:
+    source, tokens = _first(node, look)
+    dim = normal_dim(node.args[1], _rank(source))  # type: ignore[arg-type]
     if dim == tokens.dim:
         raise NoRule(node, "it picks one token")
-    gone = value_of(node).dim() < _rank(source)
-    return tokens.at(tokens.dim - (gone and dim < tokens.dim))
+    return tokens.at(tokens.dim - (dim < tokens.dim))
 
 
 def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
@@ -298,7 +309,7 @@ def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
     start, stop = node.kwargs.get("start", start), node.kwargs.get("end", stop)
     if node.kwargs.get("step", step) != 1:
         raise NoRule(node, "it slices the token axis with a step")
-    dim = normal_dim(dim, _rank(node.args[0]))  # type: ignore[arg-type]
+    dim = normal_dim(dim, _rank(node.args[0]))
     size = value_of(node.args[0]).shape[dim]  # type: ignore[arg-type]
     low, high, _ = slice(start, stop).indices(size)
     return dim, low, high
@@ -367,7 +378,12 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
     for source, info in zip(inputs, infos, strict=True):
         # Tokens that no stream holds (registers, a fixed prompt) are a source of their own, kept whole.
         own = (Segment(f"%{source.name}", 0, value_of(source).shape[dim]),)
-        segments.extend(own if info is None else info.segments)
+        for segment in own if info is None else info.segments:
+            last = segments[-1] if segments else None
+            if last is not None and (last.source, last.stop) == (segment.source, segment.start):
+                segments[-1] = Segment(segment.source, last.start, segment.stop)
+            else:
+                segments.append(segment)
     return Tokens(dim, tuple(segments))
 
 
@@ -419,7 +435,7 @@ _RULES: dict[Any, Callable[[fx.Node, Lookup], Info]] = {
             "lerp", "addcmul", "addcdiv", "reciprocal", "floor", "round", "sign", "isnan", "nan_to_num", "eq", "ne",
             "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "to", "_to_copy", "type_as", "clone",
             "contiguous", "detach", "alias", "dropout", "conj", "resolve_conj",
-            "zeros_like", "ones_like", "empty_like", "float", "result_type", "copy", "expand_as", "threshold", "logaddexp",
+            "zeros_like", "ones_like", "empty_like", "copy", "expand_as", "threshold", "logaddexp",
         ),
         _pointwise,
     ),
@@ -434,7 +450,8 @@ _RULES: dict[Any, Callable[[fx.Node, Lookup], Info]] = {
     **dict.fromkeys(_packets("transpose", "swapaxes"), _transpose),
     **dict.fromkeys(_packets("permute"), _permute),
     aten.unsqueeze: _unsqueeze,
-    **dict.fromkeys(_packets("squeeze", "select"), _drop_dim),
+    aten.squeeze: _squeeze,
+    aten.select: _select,
     aten.slice: _slice,
     aten.slice_scatter: _slice_scatter,
     **dict.fromkeys(_packets("split", "split_with_sizes", "chunk", "tensor_split"), _split),

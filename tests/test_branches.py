@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -15,54 +16,8 @@ from hero_fx.passes.branches import Structure, body_of, find_branches, find_grid
 from hero_fx.steps import normalized
 
 from . import tiny
+from .layers import D, Layer, Model, Part, attend, norm
 from .tracing import normal_form, trace
-
-D = 8
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, N, D] each, two heads."""
-    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class Part(nn.Module):
-    """What the models below are put together from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 12), nn.Linear(12, D)
-        self.kv, self.both = nn.Linear(6, 2 * D), nn.Linear(D + 12, D)
-        self.modulation = nn.Linear(6, 6 * D)
-
-    def attention(self, x: Tensor) -> Tensor:
-        return self.out(attend(*self.qkv(x).chunk(3, dim=-1)))  # type: ignore[no-any-return]
-
-    def ffn(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
-
-
-Layer = Callable[..., Any]
-
-
-class Model(nn.Module):
-    """`layer(part, *streams)` for each of `layers` parts."""
-
-    def __init__(self, layer: Layer, layers: int = 2) -> None:
-        super().__init__()
-        self.layer, self.parts = layer, nn.ModuleList(Part() for _ in range(layers))
-
-    def forward(self, *streams: Any) -> Any:
-        for part in self.parts:
-            changed = self.layer(part, *streams)
-            changed = changed if isinstance(changed, tuple) else (changed,)
-            streams = (*changed, *streams[len(changed) :])
-        return streams[: len(changed)]
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, (D,))
 
 
 def describe(structure: Structure) -> str:
@@ -84,7 +39,7 @@ def found(layer: Layer, *shapes: tuple[int, ...], layers: int = 2) -> Structure:
 
 
 def test_prenorm_attention_and_ffn() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor) -> Any:
         x = x + part.attention(norm(x))
         return x + part.ffn(norm(x))
 
@@ -101,7 +56,7 @@ image: image 5 None""",
 
 
 def test_gates() -> None:
-    def layer(part: Part, x: Tensor, time: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor, time: Tensor) -> Any:
         shift, scale, gate, *second = part.modulation(F.silu(time))[:, None].chunk(6, dim=-1)
         x = x + gate * part.attention(norm(x) * (1 + scale) + shift)
         # Two gates, the second from the other side, with a cast in between.
@@ -120,24 +75,26 @@ image: image 5 None""",
 
 
 def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor) -> Any:
         return x + part.ffn(x) * x.sigmoid()
 
     (first, _) = found(layer, (2, 5, D)).branches
     assert first.updates[0].feature == first.updates[0].update
 
 
-def test_parallel_in_one_projection() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
-        n = norm(x)
-        return x + part.both(torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1))
+def single(part: Part, x: Tensor) -> Any:
+    """As in Flux: attention and FFN side by side, one projection for both."""
+    n = norm(x)
+    return x + part.both(torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1))
 
-    structure = found(layer, (2, 5, D))
+
+def test_parallel_in_one_projection() -> None:
+    structure = found(single, (2, 5, D))
     assert [(b.layer, b.kind) for b in structure.branches] == [(0, "parallel"), (1, "parallel")]
 
 
 def test_parallel_as_a_sum() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)
         return x + (part.attention(n) + part.ffn(n))
 
@@ -145,7 +102,7 @@ def test_parallel_as_a_sum() -> None:
 
 
 def test_parallel_in_two_adds() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)
         return x + part.attention(n) + part.ffn(n)
 
@@ -183,7 +140,7 @@ image: image 5 None""",
 
 
 def test_cross_attention() -> None:
-    def layer(part: Part, x: Tensor, text: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor, text: Tensor) -> Any:
         x = x + part.attention(norm(x))
         x = x + part.out(attend(norm(x), *part.kv(text).chunk(2, dim=-1)))
         return x + part.ffn(norm(x))
@@ -200,17 +157,11 @@ def test_dual_streams_then_a_single_one() -> None:
     class Flux(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.dual, self.single = nn.ModuleList([Part(), Part()]), nn.ModuleList([Part(), Part()])
+            self.dual, self.single = Model(joint), Model(single)
 
-        def forward(self, x: Tensor, text: Tensor) -> Tensor:
-            for part in self.dual:
-                x, text = joint(part, x, text)
-            together = torch.cat([text, x], dim=1)
-            for part in self.single:
-                n = norm(together)
-                ours = torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1)
-                together = together + part.both(ours)
-            return together[:, text.shape[1] :]
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            x, text = self.dual(x, text)
+            return self.single(torch.cat([text, x], dim=1))[0][:, text.shape[1] :]
 
     structure = find_branches(normal_form(Flux().eval(), torch.ones(2, 5, D), torch.ones(2, 3, D)))
     assert [str(s.tokens) for s in structure.streams] == [
@@ -222,29 +173,31 @@ def test_dual_streams_then_a_single_one() -> None:
 
 
 def test_a_stream_taken_apart_and_joined_again_in_every_layer() -> None:
-    def layer(part: Part, x: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor) -> Any:
         x = x + part.attention(norm(x))
-        text, image = x.split([2, 3], dim=1)
-        return torch.cat([text + part.ffn(norm(text)), image + part.ffn(norm(image)) * 2], dim=1)
+        first, last = x.split([2, 3], dim=1)
+        last = last + part.ffn(norm(last)) * 2
+        return torch.cat([first + part.ffn(norm(first)), last], dim=1)
 
     structure = found(layer, (2, 5, D))
-    assert [str(s.tokens) for s in structure.streams] == [
-        "dim 1: image[0:5]", "dim 1: image[0:2]", "dim 1: image[2:5]",
+    assert [f"{s.name}: {s.tokens}" for s in structure.streams] == [
+        "image: dim 1: image[0:5]", "image#1: dim 1: image[2:5]", "image#2: dim 1: image[0:2]",
     ]  # fmt: skip
+    assert structure.lengths == {"image": 5}
     assert structure.depth == 2
 
 
-def gelu_by_hand(part: Part, x: Tensor) -> Tensor:
+def gelu_by_hand(part: Part, x: Tensor) -> Any:
     u = part.up(norm(x))
     return x + part.down(0.5 * u * (1 + torch.tanh(0.8 * (u + 0.04 * u**3))))
 
 
-def low_rank(part: Part, x: Tensor) -> Tensor:
+def low_rank(part: Part, x: Tensor) -> Any:
     n = norm(x)
     return x + part.down(F.gelu(part.up(n) + 0.5 * F.linear(F.linear(n, part.up.weight[:2]), part.up.weight[:, :2])))
 
 
-def time_residual(part: Part, x: Tensor, time: Tensor) -> Tensor:
+def time_residual(part: Part, x: Tensor, time: Tensor) -> Any:
     time = time + part.ffn(time)
     return x + time[:, None] * part.ffn(norm(x))
 
@@ -252,11 +205,11 @@ def time_residual(part: Part, x: Tensor, time: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("layer", "shapes"),
     [(gelu_by_hand, [(2, 5, D)]), (low_rank, [(2, 5, D)]), (time_residual, [(2, 5, D), (2, D)])],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=["gelu written out", "low-rank addition", "time embedding"],
 )
 def test_other_sums_are_no_branches(layer: Layer, shapes: list[tuple[int, ...]]) -> None:
     structure = found(layer, *shapes)
-    assert [b.label for b in structure.branches] == ["l0_ffn", "l1_ffn"]
+    assert [b.label for b in structure.branches] == ["l0_ffn", "l0_ffn_1"]  # layers are told apart by attention
 
 
 @pytest.mark.parametrize(
@@ -277,7 +230,7 @@ def test_no_branches(function: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 
 def test_body_lies_between_what_a_branch_reads_and_its_updates() -> None:
-    def layer(part: Part, x: Tensor, gate: Tensor) -> Tensor:
+    def layer(part: Part, x: Tensor, gate: Tensor) -> Any:
         return x + gate * part.ffn(norm(x))
 
     gm = normal_form(Model(layer).eval(), torch.ones(2, 5, D), torch.ones(D))
@@ -328,7 +281,7 @@ class Frames(nn.Conv2d):
 )
 def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
     structure = find_branches(normal_form(model.eval(), torch.ones(shape)))
-    assert structure.image_tokens == {None: 15}.get(grid, torch.Size(grid or ()).numel())
+    assert structure.image_tokens == (prod(grid) if grid else 15)
     assert structure.grid == grid
 
 

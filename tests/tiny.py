@@ -91,19 +91,20 @@ class Captured:
     """The Dynamo graph of a model, captured once: tests give it to many backends without tracing the model again."""
 
     def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.gm: Any = None
-        self.inputs: list[Any] = []
+        found: list[Any] = []
 
-        def capture(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
-            self.gm, self.inputs = gm, list(inputs)
-            return gm.forward  # type: ignore[no-any-return]
+        def capture(gm: Any, inputs: list[Any]) -> Any:
+            found.append((gm, list(inputs)))
+            return gm.forward
 
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        compiled: Any = torch.compile(model, backend=capture, fullgraph=True)
+        torch._dynamo.reset()
         with torch.no_grad():
-            torch.compile(model, backend=capture, fullgraph=True)(
+            compiled(
                 **kwargs, timestep=timesteps(1).expand(kwargs["hidden_states"].shape[0]), return_dict=False
             )
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        torch._dynamo.reset()
+        self.gm, self.inputs = found[0]
         self.names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
 
     def compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,300 @@
+"""Eager, plain torch.compile and the caching policies side by side: seconds, FLOPs, state and host overhead.
+
+    python examples/benchmark.py [--preset small|aether] [--systems eager,inductor,hero] [--rounds 5] [--json]
+
+All systems run one Aether-shaped model with random weights, in one process and in turn: a round takes one full and one
+cached step of every system, so that a machine that slows down slows all of them. Each compiled model is driven as any
+denoising loop would drive it, by its timesteps, along a trajectory whose schedule is full, full, cached, full, cached, ...
+The compiling call and the first round are not counted. On a GPU a system's feature state is freed after its turn, because
+that of all systems would not fit together.
+
+"Reached" compares the speed-up of a 50-step trajectory at N=2 (27 full steps), put together from the medians, with the one
+that the FLOPs with attention allow. Host overhead is the time that a cached call spends in hero_fx outside of the step
+graph: reading the timestep, the guard, finding the state, drawing tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+from tqdm import tqdm
+
+import hero_fx
+from _model import CONDITION, LATENT, Setting, rotary, world_model
+from hero_fx.runtime import Selections, Stepper
+from hero_fx.state import StateStore
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "inductor": {},
+    "hero": {},
+    "hero-sampled": {"keys": "sampled"},
+    "fora": {"policy": "fora"},
+    "taylorseer": {"policy": "taylorseer"},
+    "toca": {"policy": "toca"},
+    "duca": {"policy": "duca"},
+}
+"""Options of `hero_fx.backend`, by the system's name; `eager` and `inductor` run without hero_fx."""
+STEPS = 50
+"""Of the trajectory that speed-ups are worked out for; its schedule is "uniform" at N=2."""
+
+
+PRESETS = {
+    "tiny": Setting(2, 1, (3, 8, 12)),
+    "small": Setting(12, 8, (7, 24, 36)),
+    "aether": Setting(42, 48, (11, 60, 90), (226, 4096), time_width=512, device="cuda", dtype=torch.bfloat16),
+}
+
+
+@dataclass
+class System:
+    """One way to run the model, and what was measured of it."""
+
+    name: str
+    call: Callable[..., Any]
+    backend: hero_fx.Backend | None = None
+    step: int = 0
+    """Steps of the present trajectory that are done."""
+    first: float = 0.0
+    """Seconds to the first output, compilation included."""
+    full: list[float] = field(default_factory=list)
+    cached: list[float] = field(default_factory=list)
+    peak: int = 0
+    """Bytes allocated on the GPU during a turn, at most."""
+    failed: str | None = None
+
+
+class Bench:
+    """The model, its inputs, and the systems that run it."""
+
+    def __init__(self, preset: Setting, names: list[str], rounds: int, inner: str) -> None:
+        self.preset, self.rounds = preset, rounds
+        self._wait = torch.cuda.synchronize if preset.device == "cuda" else lambda: None
+        self.mask = (True, *(True, False) * (rounds + 1))
+        self.times = torch.linspace(999, 19, len(self.mask)).round().long().to(preset.device)
+        model = world_model(preset)
+        frames, height, width = preset.size
+        generator = torch.Generator().manual_seed(2)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(preset.device, preset.dtype)
+
+        self.inputs = {
+            "hidden_states": noise(2, frames, LATENT + CONDITION, height, width),
+            "encoder_hidden_states": noise(2, *preset.text),
+            "image_rotary_emb": rotary(preset),
+        }
+        self.systems = [self._system(name, model, inner) for name in names]
+
+    def _system(self, name: str, model: Any, inner: str) -> System:
+        if name == "eager":
+            return System(name, model)
+        if name == "inductor":
+            return System(name, torch.compile(model, backend=inner, fullgraph=True))
+        backend = hero_fx.backend(schedule=self.mask, inner=inner, **SYSTEMS[name])
+        return System(name, torch.compile(model, backend=backend, fullgraph=True), backend)
+
+    def run(self, around_first: Callable[[], AbstractContextManager[None]]) -> None:
+        """Compiles every system inside a context of `around_first`, then measures `rounds` rounds of turns."""
+        with tqdm(total=len(self.systems) * (self.rounds + 2), leave=False) as bar:
+            for system in self.systems:
+                bar.set_description(f"{system.name}: first call")
+                with self._out_of_memory(system), around_first():
+                    system.first = self._step(system)
+                    self._leave(system)
+                bar.update()
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for number in range(self.rounds + 1):
+                    first = number % len(self.systems)
+                    for system in self.systems[first:] + self.systems[:first]:
+                        bar.set_description(f"round {number}, {system.name}")
+                        if system.failed is None:
+                            with self._out_of_memory(system):
+                                self._turn(system, counts=number > 0)
+                        bar.update()
+
+    def _turn(self, system: System, *, counts: bool) -> None:
+        """One full and one cached step (of plain systems two full ones), after the start of a trajectory if need be."""
+        if self.preset.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if system.step == 0:
+            self._step(system)
+        full, cached = self._step(system), self._step(system)
+        if self.preset.device == "cuda":
+            system.peak = max(system.peak, torch.cuda.max_memory_allocated())
+        self._leave(system)
+        if counts:
+            system.full.append(full)
+            (system.full if system.backend is None else system.cached).append(cached)
+
+    def _step(self, system: System) -> float:
+        """Seconds of the trajectory's next step."""
+        t = self.times[system.step].expand(2)
+        system.step += 1
+        self._wait()
+        start = time.perf_counter()
+        system.call(**self.inputs, timestep=t, return_dict=False)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _leave(self, system: System) -> None:
+        """Ends a turn: the trajectory goes on at the next one, or, on a GPU, makes room and starts anew."""
+        if self.preset.device == "cuda":
+            system.step = 0
+            if system.backend is not None:
+                system.backend.reset()
+
+    @contextmanager
+    def _out_of_memory(self, system: System) -> Iterator[None]:
+        """Takes a system out of the race where memory does not suffice for it."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            system.failed = f"out of memory: {str(error).splitlines()[0]}"
+            if system.backend is not None:
+                system.backend.reset()
+            torch.cuda.empty_cache()
+
+
+def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
+    """Median seconds of a cached call whose step graphs do nothing, over a trajectory; its state takes no memory."""
+    idle = copy.copy(stepper)
+    idle.full = replace(stepper.full, run=lambda *inputs: None)
+    idle.cached = tuple(replace(step, run=lambda *inputs: None) for step in stepper.cached)
+    schedule = config.make_schedule()
+    idle.store = StateStore([replace(s, device=torch.device("meta")) for s in stepper.store.specs], schedule)
+    if stepper.selections is not None:
+        idle.selections = Selections(stepper.selections.sampler, stepper.selections.device)
+    seconds = []
+    for step, t in enumerate(torch.linspace(999, 19, STEPS).round().long().to(stepper.full.device)):
+        inputs = [*[None] * stepper.timestep, t.expand(2)]
+        start = time.perf_counter()
+        idle(*inputs)
+        if not schedule.is_full(step):
+            seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def figures(system: System, plain: dict[str, float]) -> dict[str, Any]:
+    """What is reported of a system; `plain`: median seconds of a step of each plain system that ran."""
+    result: dict[str, Any] = {"failed": system.failed, "first_output_s": system.first}
+    if system.failed is not None:
+        return result
+    full = median(system.full)
+    result |= {"full_s": full, "full_s_range": [min(system.full), max(system.full)]}
+    if system.peak:
+        result["peak_mb"] = system.peak / 1e6
+    trajectory = STEPS * full
+    if system.backend is not None:
+        backend, steps = system.backend, system.backend.graphs[-1]
+        config = replace(backend.config, schedule="uniform", interval=2, num_steps=STEPS)
+        policy = config.make_policy()
+        assert policy is not None
+        kinds = hero_fx.step_kinds(config, policy, STEPS)
+        cached = median(system.cached)
+        by_flops = hero_fx.flops(steps.cached[policy.kind(1)]).total / hero_fx.flops(steps.full).total
+        # Full and cached step of one round ran one after the other: their ratio does not see the machine drift.
+        ratios = [c / f for c, f in zip(system.cached, system.full, strict=True)]
+        trajectory = kinds.count(None) * full + (STEPS - kinds.count(None)) * cached
+        allowed = STEPS * hero_fx.flops(steps.normal).total / hero_fx.trajectory_flops(steps, config, STEPS).total
+        host = host_seconds(backend.steppers[-1], config)
+        result |= {
+            "cached_s": cached,
+            "cached_s_range": [min(system.cached), max(system.cached)],
+            "ratio": median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            "ratio_by_flops": by_flops,
+            "ratio_quotient": median(ratios) / by_flops,
+            "speedup_by_flops": allowed,
+            "state_mb": steps.state_bytes / 1e6,
+            "host_us": 1e6 * host,
+            "host_share": host / cached,
+        }
+    result |= {f"speedup_over_{name}": STEPS * seconds / trajectory for name, seconds in plain.items()}
+    if system.backend is not None and "inductor" in plain:
+        result["reached"] = result["speedup_over_inductor"] / result["speedup_by_flops"]
+    return result
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report, one row per system; seconds and ratios as median (lowest .. highest)."""
+    columns = [
+        ("first\noutput, s", "first_output_s", ".1f"), ("full step, s", "full_s", ".4g"),
+        ("cached step, s", "cached_s", ".4g"), ("cached / full", "ratio", ".3f"),
+        ("by\nFLOPs", "ratio_by_flops", ".3f"), ("quotient", "ratio_quotient", ".2f"),
+        *[(f"{STEPS} steps\nover {name}", f"speedup_over_{name}", ".2f") for name in ("eager", "inductor")],
+        ("by\nFLOPs", "speedup_by_flops", ".2f"), ("reached", "reached", ".1%"), ("state,\nMB", "state_mb", ".1f"),
+        ("host,\nus", "host_us", ".0f"), ("of a\ncached step", "host_share", ".2%"), ("peak,\nMB", "peak_mb", ".0f"),
+    ]  # fmt: skip
+    rows = []
+    for name, of in report["systems"].items():
+        cells = [f"{of[key]:{form}}" if key in of else "" for _, key, form in columns]
+        for i, (_, key, form) in enumerate(columns):
+            if f"{key}_range" in of:
+                cells[i] += f" ({' .. '.join(f'{value:{form}}' for value in of[f'{key}_range'])})"
+        rows.append([name, *cells] if of["failed"] is None else [name, of["failed"]])
+    return tabulate(rows, headers=["", *[title for title, _, _ in columns]], disable_numparse=True)
+
+
+def compiling(inner: str, cold_in: str | None) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context to compile a system in: one with empty Inductor caches, in the folder `cold_in` if it is given."""
+    if inner == "inductor":  # starting Inductor itself is no cost of the first system
+        torch.compile(torch.sin)(torch.ones(2))
+    return nullcontext if cold_in is None else partial(fresh_cache, dir=cold_in, delete=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, and prints the table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", choices=PRESETS)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument("--cold", action="store_true", help="every system compiles with an empty Inductor cache")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    names, preset = arguments.systems.split(","), PRESETS[arguments.preset]
+    if unknown := [name for name in names if name not in SYSTEMS]:
+        parser.error(f"--systems: {', '.join(unknown)} is unknown; choose from {', '.join(SYSTEMS)}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: at least 1")
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--preset {arguments.preset} needs a CUDA device, and torch finds none; on a CPU: --preset small")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64), tempfile.TemporaryDirectory() as folder:
+        bench = Bench(preset, names, arguments.rounds, arguments.inner)
+        bench.run(compiling(arguments.inner, folder if arguments.cold else None))
+        plain = {s.name: median(s.full) for s in bench.systems if s.backend is None and s.full}
+        report = {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if preset.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            **{name: getattr(arguments, name) for name in ("preset", "inner", "rounds", "cold")},
+            "systems": {system.name: figures(system, plain) for system in bench.systems},
+        }
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{preset}; {report['device']}, {report['threads']} threads, torch {torch.__version__}")
+    print(f"median (lowest .. highest) of {arguments.rounds} rounds, inner compiler: {arguments.inner}\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

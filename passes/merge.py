@@ -1,0 +1,279 @@
+"""Caches that are only ever summed become one.
+
+After the scatters have sunk, a cached step adds many caches to a stream and nothing reads the sums in between: all of
+the deep layers (`x + (a0 + w a1) + (b0 + w b1) + ...`), and the shallow ones where caches are behind the gates. Addition is
+associative up to rounding, so the sum of the caches is all that need be kept. `find_merges` looks for such sums in all
+cached graphs of a model; `MergeCaches` rewrites the cached graphs, which read the state, and the full graph, which writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .emit import Emitter, ScalarSlot, StateSlot, value_of
+
+__all__ = ["Merge", "MergeCaches", "find_merges"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Families of state (Y_0 .. Y_{terms-1}, as `members[i]`) whose sums take their places as `merged`."""
+
+    merged: tuple[StateSlot, ...]
+    members: tuple[tuple[StateSlot, ...], ...]
+
+
+def find_merges(cached: Sequence[fx.GraphModule], families: Sequence[tuple[StateSlot, ...]]) -> tuple[Merge, ...]:
+    """The merges that are legal in every cached graph.
+
+    Args:
+        cached: the graphs of all cached-step kinds.
+        families: per cached feature its state slots Y_0, Y_1, ...; a family is merged whole or not at all.
+    """
+    groups: list[dict[tuple[StateSlot, ...], object]] = []
+    for gm in cached:
+        sums = _summands(gm)
+        keys: dict[tuple[StateSlot, ...], object] = {}
+        for family in families:
+            where = [sums.get(slot) for slot in family]
+            if any(w is None for w in where):
+                continue
+            roots = {w.root for w in where if w is not None}
+            weights = tuple(w.weight for w in where if w is not None)
+            writes = tuple(w.rows for w in where if w is not None)
+            likes = tuple((w.shape, w.dtype) for w in where if w is not None)
+            if len(roots) == 1:
+                keys[family] = (roots.pop(), weights, writes, likes)
+        groups.append(keys)
+    found: dict[tuple[object, ...], list[tuple[StateSlot, ...]]] = {}
+    for family in families:
+        if all(family in keys for keys in groups):
+            found.setdefault(tuple(keys[family] for keys in groups), []).append(family)
+    return tuple(
+        Merge(tuple(StateSlot(f"sum_{first.name}") for first in members[0]), tuple(members))
+        for members in found.values()
+        if len(members) > 1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Summand:
+    """How a state tensor takes part in a sum: `root` is the whole sum, `weight` the scalar it is multiplied with."""
+
+    root: str
+    weight: str | None
+    rows: tuple[int, str] | None
+    """(axis, index) of the rows of it that are written; None if none are."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    leaf: fx.Node
+    write: fx.Node | None
+
+
+def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
+    """The state tensors whose value is used for nothing but one sum (and whose rows may be written at the end)."""
+    result = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        slot = node.meta.get("slot")
+        if not isinstance(slot, StateSlot):
+            continue
+        writes = [user for user in node.users if user.target is aten.index_copy_.default and user.args[0] is node]
+        readers = [user for user in node.users if user not in writes]
+        if len(readers) != 1 or len(writes) > 1 or (writes and writes[0].users):
+            continue
+        leaf, weight = node, None
+        reader = readers[0]
+        if reader.target is aten.to.dtype and len(reader.users) == 1:
+            leaf, reader = reader, next(iter(reader.users))
+        if reader.target is aten.mul.Tensor and len(reader.users) == 1:
+            factor = next((a for a in reader.args if a is not leaf), None)
+            scalar = factor.meta.get("slot") if isinstance(factor, fx.Node) else None
+            if not isinstance(scalar, ScalarSlot):
+                continue
+            weight, leaf, reader = scalar.name, reader, next(iter(reader.users))
+        if not _is_sum(reader):
+            continue
+        # The same tensor on both sides (x + x) would be dropped once and counted twice.
+        if reader.args[0] is reader.args[1]:
+            continue
+        rows = None
+        if writes:
+            _, dim, index, _ = writes[0].args
+            assert isinstance(dim, int)
+            rows = (dim, str(index))
+        value = value_of(node)
+        result[slot] = _Summand(
+            _root(reader).name, weight, rows, tuple(value.shape), value.dtype, leaf, writes[0] if writes else None
+        )
+    return result
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """An `add` of two tensors of its own shape and dtype."""
+    return (
+        node.target is aten.add.Tensor
+        and not node.kwargs
+        and all(
+            isinstance(a, fx.Node)
+            and value_of(a).shape == value_of(node).shape
+            and value_of(a).dtype == value_of(node).dtype
+            for a in node.args
+        )
+    )
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The last sum of a tree of sums in which nothing else reads the sums in between."""
+    while len(node.users) == 1 and _is_sum(user := next(iter(node.users))):
+        node = user
+    return node
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeCaches:
+    """Keeps the sum of caches that are only ever summed.
+
+    Before, in a cached step::
+
+        add = aten.add.Tensor(x, a)                             # a, b: feature state of two branches
+        add_1 = aten.add.Tensor(add, b)
+
+    After::
+
+        add_1 = aten.add.Tensor(x, sum_a)
+
+    Before, in a full step (u, v are the branches' updates of the stream)::
+
+        add = aten.add.Tensor(x, u)
+        add_1 = aten.add.Tensor(add, v)
+        copy_ = aten.copy_.default(a, u)
+        copy__1 = aten.copy_.default(b, v)
+
+    After::
+
+        sub = aten.sub.Tensor(add_1, x)                         # u + v, already summed by the stream itself
+        copy_ = aten.copy_.default(sum_a, sub)
+
+    Legal because `find_merges` has seen that every cached graph reads the members only in one and the same sum, with one
+    and the same weight, and writes the same rows of them. That needs caches behind the gates: a live gate g(t) between
+    cache and sum differs from branch to branch. Differences (Y_1, ...) are linear, so those of the sum are their sums.
+    """
+
+    merges: tuple[Merge, ...]
+    name: str = "merge_caches"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        emitter = Emitter(gm)
+        inputs = {n.meta.get("slot"): n for n in gm.graph.find_nodes(op="placeholder") if "slot" in n.meta}
+        sites = 0
+        for merge in self.merges:
+            members = [[inputs.get(slot) for slot in family] for family in merge.members]
+            if any(node is None for family in members for node in family):
+                continue
+            families = [[node for node in family if node is not None] for family in members]
+            if all(_recorded(node) is not None for family in families for node in family):
+                self._full(emitter, merge, families)
+            else:
+                self._cached(emitter, gm, merge)
+            for family in families:
+                for node in family:
+                    _drop_readers(gm.graph, node)
+                    gm.graph.erase_node(node)
+            sites += 1
+        return sites
+
+    @staticmethod
+    def _cached(emitter: Emitter, gm: fx.GraphModule, merge: Merge) -> None:
+        for term, slot in enumerate(merge.merged):
+            summands = _summands(gm)
+            parts = [summands[family[term]] for family in merge.members]
+            inputs = {n.meta["slot"]: n for n in gm.graph.find_nodes(op="placeholder") if "slot" in n.meta}
+            first = inputs[merge.members[0][term]]
+            state = emitter.state(slot, value_of(first))
+            # The first member's place in the sum is taken by the sum of all; the others' places go.
+            writes = [part.write for part in parts if part.write is not None]
+            if writes:
+                with emitter.before(writes[-1]):
+                    total = writes[0].args[3]
+                    for write in writes[1:]:
+                        total = emitter.call(aten.add.Tensor, total, write.args[3])
+                    emitter.call(aten.index_copy_.default, state, *writes[0].args[1:3], total)
+                for write in writes:
+                    gm.graph.erase_node(write)
+            first.replace_all_uses_with(state)
+            for part in parts[1:]:
+                (reader,) = part.leaf.users
+                sibling = reader.args[1] if reader.args[0] is part.leaf else reader.args[0]
+                assert isinstance(sibling, fx.Node)
+                reader.replace_all_uses_with(sibling)
+                gm.graph.erase_node(reader)
+
+    @staticmethod
+    def _full(emitter: Emitter, merge: Merge, families: list[list[fx.Node]]) -> None:
+        copies = [[_recorded(node) for node in family] for family in families]
+        updates = [copy[0].args[1] for copy in copies if copy[0] is not None]
+        scalars = [_gap(copy) for copy in copies[0] if copy is not None]
+        with emitter.before(emitter.output):
+            value = _total(emitter, [u for u in updates if isinstance(u, fx.Node)])
+            writes = []
+            for term, slot in enumerate(merge.merged):
+                like = value_of(families[0][term])
+                state = emitter.state(slot, like)
+                writes.append((state, value))
+                if term + 1 < len(merge.merged):
+                    gap = scalars[term + 1]
+                    assert gap is not None
+                    change = emitter.call(aten.sub.Tensor, value, emitter.read(state, value_of(value)))
+                    value = emitter.call(aten.mul.Tensor, change, gap)
+            for state, new in writes:
+                emitter.write_back(state, new)
+        for family in copies:
+            for copy in family:
+                assert copy is not None
+                emitter.graph.erase_node(copy)
+
+
+def _recorded(state: fx.Node) -> fx.Node | None:
+    """The `copy_` that a full step writes a state tensor with."""
+    return next((user for user in state.users if user.target is aten.copy_.default and user.args[0] is state), None)
+
+
+def _gap(copy: fx.Node) -> fx.Node | None:
+    """The 1 / d that a recorded difference was multiplied with; None for the features themselves."""
+    value = copy.args[1]
+    if not isinstance(value, fx.Node) or value.target is not aten.mul.Tensor:
+        return None
+    gap = value.args[1]
+    return gap if isinstance(gap, fx.Node) and isinstance(gap.meta.get("slot"), ScalarSlot) else None
+
+
+def _total(emitter: Emitter, updates: list[fx.Node]) -> fx.Node:
+    """The sum of updates: the difference of the stream behind and in front of them if they follow each other directly."""
+    adds = [next((u for u in update.users if u.target is aten.add.Tensor), None) for update in updates]
+    start = end = None
+    for add, update in zip(adds, updates, strict=True):
+        if add is None or not _is_sum(add):
+            break
+        residual = add.args[0] if add.args[1] is update else add.args[1]
+        if end is not None and residual is not end:
+            break
+        start, end = (residual if start is None else start), add
+    else:
+        return emitter.call(aten.sub.Tensor, end, start)
+    total = updates[0]
+    for update in updates[1:]:
+        total = emitter.call(aten.add.Tensor, total, update)
+    return total
+
+
+def _drop_readers(graph: fx.Graph, node: fx.Node) -> None:
+    """Erases what reads a dropped state tensor; nothing reads that any more."""
+    for user in list(node.users):
+        _drop_readers(graph, user)
+        graph.erase_node(user)

@@ -1,0 +1,116 @@
+"""Running a function for some of its tokens, and what that must give: the rows of the result for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from hero_fx.passes.emit import Emitter
+from hero_fx.passes.subset import Rows, Subset, check_whole
+from hero_fx.passes.tokens import ATTENTION, Segment, Tokens, follow
+
+from .tracing import trace
+
+TEXT, IMAGE, BATCH, WIDTH = 3, 5, 2, 4
+TOKENS = Tokens(1, (Segment("text", 0, TEXT), Segment("image", 0, IMAGE)))
+LENGTHS = {"text": TEXT, "image": IMAGE}
+
+Function = Callable[..., Any]
+Text = Literal["all", "none"]
+
+
+def stream(seed: int = 0, width: int = WIDTH) -> Tensor:
+    """Hidden states [BATCH, TEXT + IMAGE, width]."""
+    return torch.randn(BATCH, TEXT + IMAGE, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(function: Function, *inputs: Tensor) -> Tokens:
+    """Where the tokens of the first input are in the result. Raises NoRule."""
+    gm = trace(function, *inputs)
+    (result,) = gm.graph.output_node().all_input_nodes
+    infos = follow(gm.graph.nodes, {gm.graph.find_nodes(op="placeholder")[0]: TOKENS})
+    check_whole(infos, LENGTHS)
+    info = infos[result]
+    assert isinstance(info, Tokens)
+    return info
+
+
+def origins(tokens: Tokens) -> list[tuple[str, int]]:
+    """The (source, number) of each token along an axis."""
+    return [(s.source, i) for s in tokens.segments for i in range(s.start, s.stop)]
+
+
+def kept_rows(tokens: Tokens, image: Tensor, text: Text) -> Tensor:
+    """Positions along an axis of the tokens that are kept; of image tokens [K] or [BATCH, K], in the order of `image`."""
+    if image.dim() == 2:
+        return torch.stack([kept_rows(tokens, row, text) for row in image])
+    rows, offset = [], 0
+    for segment in tokens.segments:
+        if segment.source == "image":
+            rows += [offset + int(i) for i in image]
+        elif segment.source != "text" or text == "all":
+            rows += range(offset, offset + segment.length)
+        offset += segment.length
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def take(value: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """The rows [K], or [BATCH, K] of a value with the batch in front."""
+    if rows.dim() == 1:
+        return value.index_select(dim, rows)
+    return torch.stack([v.index_select(dim - 1, r) for v, r in zip(value, rows, strict=True)])
+
+
+def attend_to_all(subset: Subset, node: fx.Node) -> fx.Node:
+    """Kept queries, all keys and values."""
+    return subset.emitter.call(node.target, subset.env[node.args[0]], *node.args[1:])  # type: ignore[index]
+
+
+def emit_subset(gm: fx.GraphModule, image: Tensor, text: Text) -> Tokens:
+    """Adds to the outputs of `gm` its result for the kept tokens only, or None where none are kept; an index comes in."""
+    source, (result,) = gm.graph.find_nodes(op="placeholder")[0], gm.graph.output_node().all_input_nodes
+    infos = follow(gm.graph.nodes, {source: TOKENS})
+    check_whole(infos, LENGTHS)
+    emitter = Emitter(gm)
+    index = emitter.indices(None, image.shape[-1], image.device)
+    index.meta["val"] = index.meta["val"].expand(image.shape)
+    with emitter.before(emitter.output):
+        subset = Subset(emitter, infos, {"image": Rows(index), "text": text}, attend_to_all)
+        subset.seed(source)
+        for node in infos:
+            if node is not source:
+                subset.emit(node)
+    emitter.output.args = ((result, subset.env[result]),)
+    gm.graph.lint()
+    gm.recompile()
+    return subset.tokens(result) or TOKENS
+
+
+def check(function: Function, *externals: Tensor, x: Tensor | None = None, image: Tensor, text: Text) -> fx.GraphModule:
+    """Computing for the kept tokens is keeping from what is computed for all of them.
+
+    `function` takes the stream and the externals. Which token is where in its result is checked too, by changing one
+    token of the stream at a time, unless tokens meet in attention.
+    """
+    x = stream() if x is None else x
+    gm = trace(function, x, *externals)
+    tokens = emit_subset(gm, image, text)
+    whole, part = gm(x, *externals, image)
+    assert torch.equal(whole, function(x, *externals))
+    rows = kept_rows(tokens, image, text)
+    if rows.numel():
+        torch.testing.assert_close(part, take(whole, tokens.dim, rows), rtol=1e-6, atol=1e-6)
+    else:
+        assert part is None
+    if any(node.target in ATTENTION for node in gm.graph.nodes):
+        return gm
+    places = origins(tokens)
+    for number, origin in enumerate(origins(TOKENS)):
+        changed = x.clone()
+        changed[:, number] += 1.5
+        differs = (function(changed, *externals) != whole).movedim(tokens.dim, 0).flatten(1).any(1)
+        assert all(places[i] == origin for i in differs.nonzero().flatten().tolist()), f"{origin} moved"
+    return gm

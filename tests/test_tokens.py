@@ -1,0 +1,222 @@
+"""`hero_fx.passes.tokens`: what every op does to the token axis, and that nothing is guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch.nn import functional as F
+
+from hero_fx.passes.subset import check_whole
+from hero_fx.passes.tokens import _RULES, NoRule, Segment, Tokens, follow
+
+from .axis import LENGTHS, TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .tracing import trace
+
+aten = torch.ops.aten
+N = TOKENS.length
+
+UNARY = (
+    "neg abs square sqrt rsqrt exp log sin cos tanh sigmoid relu silu gelu softplus elu leaky_relu hardtanh erf mish "
+    "hardswish reciprocal floor round sign isnan nan_to_num logical_not clone contiguous detach alias conj "
+    "resolve_conj zeros_like ones_like"
+).split()
+BINARY = "add sub rsub mul div pow maximum minimum eq ne lt le gt ge logical_and logical_or logaddexp".split()
+
+
+def table(*shape: int) -> Tensor:
+    """A tensor from outside of the branch."""
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+
+
+def one_input(x: Tensor) -> Tensor:
+    return torch.stack([getattr(aten, name)(x.abs() + 0.5).float() for name in UNARY])
+
+
+def two_inputs(x: Tensor, t: Tensor) -> Tensor:
+    return torch.stack([getattr(aten, name)(x.abs(), t.abs()).float() for name in BINARY])
+
+
+EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "pointwise, one input": (one_input, ()),
+    "pointwise, two inputs": (two_inputs, (table(N, 1),)),
+    "clamp": (lambda x: aten.clamp(aten.clamp_min(aten.clamp_max(x, 1.0), -1), -0.5, 0.5), ()),
+    "threshold": (lambda x: aten.threshold(x, 0.1, 2.0), ()),
+    "dropout": (lambda x: aten.dropout(x, 0.3, False), ()),
+    "to": (lambda x: aten._to_copy(x.to(torch.bfloat16).type_as(x), dtype=torch.float64), ()),
+    "where": (lambda x, m: torch.where(m > 0, x, x.masked_fill(m < -0.5, 0.0)), (table(1, N, 1),)),
+    "lerp": (lambda x, t: x.lerp(x * 2, t).addcmul(t, x, value=2).addcdiv(x, t + 3), (table(N, 1),)),
+    "empty_like and copy": (lambda x: aten.copy(torch.empty_like(x), x[:, :, :1]), ()),
+    "copy onto a table": (lambda x, t: aten.copy(t, x), (table(2, N, WIDTH),)),
+    "expand_as": (lambda x, t: t.expand_as(x) + x[:, :, :1].expand_as(t), (table(1, N, 1).expand(7, 2, N, WIDTH)[0],)),
+    "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 2j).conj(), ()),
+    "linear": (lambda x, w: F.linear(x, w[:, :WIDTH], w[:, 0]), (table(N, N),)),
+    "layer_norm": (lambda x, w: F.layer_norm(F.rms_norm(x, (WIDTH,), w), (WIDTH,), w, w), (table(WIDTH),)),
+    "softmax": (lambda x: aten._softmax(x.softmax(-1), 2, False).log_softmax(dim=-1).cumsum(dim=-1), ()),
+    "softmax over heads": (lambda x: x.unflatten(-1, (2, 2)).transpose(1, 2).softmax(dim=1), ()),
+    "glu": (lambda x: F.glu(x), ()),
+    "glu in front": (lambda x: F.glu(x.transpose(1, 2), dim=1), ()),
+    "reductions": (lambda x: x.mean(-1) + x.sum(dim=(2,)) + x.amax(2) - x.amin(-1) + x.var(-1) * x.std(2), ()),
+    "norms": (lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True) + aten.norm(x, 2, [-1], True), ()),
+    "reduction in front": (lambda x: x.transpose(0, 2).sum(0) + x.permute(2, 1, 0).mean(dim=0, keepdim=True), ()),
+    "reduction over the batch": (lambda x: x.sum(0), ()),
+    "matmul": (lambda x, w: x @ w @ w[None] @ w[0], (table(WIDTH, WIDTH),)),
+    "mm": (lambda x, w: aten.mm(x.select(0, 1), w), (table(WIDTH, 2),)),
+    "view": (lambda x: aten._unsafe_view(x.view(2, N, 2, 2), [2, N, WIDTH, 1]).reshape(2, -1, 1, 2, 2).flatten(2), ()),
+    "view of another dtype": (lambda x: x.view(torch.int32).view(torch.int16), ()),
+    "unflatten": (lambda x: x.unflatten(0, (1, 2)).unflatten(-1, (2, -1)).flatten(0, 1), ()),
+    "merge heads with the batch": (lambda x: x.unflatten(-1, (2, 2)).transpose(1, 2).flatten(0, 1), ()),
+    "transpose": (lambda x: aten.swapaxes(x.transpose(1, -1), 0, 1), ()),
+    "permute": (lambda x: x.unflatten(2, (2, 2)).permute(2, -1, 1, 0), ()),
+    "unsqueeze": (lambda x: x.unsqueeze(1).unsqueeze(-1).unsqueeze(0), ()),
+    "squeeze": (lambda x: x[:, None, :, None, :, None].squeeze().unsqueeze(0).unsqueeze(2).squeeze((0, 2)), ()),
+    "squeeze of longer axes": (lambda x: x.squeeze(0).squeeze(1).squeeze(-1), ()),
+    "select": (lambda x: x.select(-1, 1).unsqueeze(0).select(0, 0), ()),
+    "slice": (lambda x: x[:, :TEXT][..., ::2].sin() + x[:1, :TEXT, 1::2], ()),
+    "slice of the image": (lambda x: x[:, TEXT:] * 2, ()),
+    "slice of all": (lambda x: x[:, 0:9999][:, :][-1:], ()),
+    "slice_scatter": (lambda x: aten.slice_scatter(x, x[:, :TEXT] * 2, 1, 0, TEXT), ()),
+    "slice_scatter of the image": (lambda x: torch.slice_scatter(x * 2, x[:, TEXT:], dim=1, start=TEXT), ()),
+    "slice_scatter of every second channel": (lambda x: aten.slice_scatter(x, x[..., ::2] * 2, -1, 0, 9999, 2), ()),
+    "split": (lambda x: torch.cat(x.split([TEXT, N - TEXT], 1)[::-1], dim=1), ()),
+    "split with sizes": (lambda x: aten.split_with_sizes(x, [TEXT, N - TEXT, 0], 1)[0], ()),
+    "split of channels": (lambda x: x.split(1, -1)[3] + x.chunk(2, dim=-1)[1].tensor_split([1], 2)[0], ()),
+    "unbind": (lambda x: x.unbind(0)[1] * x.unflatten(-1, (2, -1)).unbind(2)[0].unbind(-1)[1].unbind()[0][:, None], ()),
+    "cat": (lambda x: aten.concat([x, aten.concatenate([x, x * 2], -1)], 2), ()),
+    "cat with tokens of its own": (lambda x, r: torch.cat([r, x[:, TEXT:], r * 2, x[:, :TEXT]], 1), (table(2, 7, 4),)),
+    "stack": (lambda x: torch.stack([torch.stack([x, -x], dim=-1).flatten(-2)] * 2, 1), ()),
+    "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
+    "attention": (lambda x, k: F.scaled_dot_product_attention(x, x * 2, x + 1), (table(1),)),
+    "cross-attention": (lambda x, k: F.scaled_dot_product_attention(x, k, k * 2), (table(2, 7, WIDTH),)),
+    "a table for each token and batch": (lambda x, t: x.transpose(1, 2) * t.transpose(1, 2), (table(2, N, WIDTH),)),
+    "a table for each token and head": (lambda x, t: x.unflatten(-1, (2, 2)).transpose(1, 2) * t, (table(2, N, 1),)),
+    "a table for channels, as long as the axis": (lambda x, t: x[..., None] * t, (table(WIDTH, N),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["all", "none"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_rule(name: str, text: Any) -> None:
+    function, externals = EXAMPLES[name]
+    check(function, *externals, image=torch.tensor([4, 1]), text=text)
+
+
+@pytest.mark.parametrize("name", ["squeeze", "squeeze of longer axes", "slice", "expand", "cat with tokens of its own"])
+def test_one_kept_token_is_not_taken_for_an_axis_of_length_one(name: str) -> None:
+    function, externals = EXAMPLES[name]
+    check(function, *externals, image=torch.tensor([2]), text="none")
+
+
+def test_a_batch_of_one() -> None:
+    check(lambda x: x.squeeze() * 2, x=stream()[:1], image=torch.tensor([4, 1]), text="all")
+
+
+def test_every_rule_has_an_example() -> None:
+    used = set()
+    for function, externals in EXAMPLES.values():
+        for node in trace(function, stream(), *externals).graph.nodes:
+            used.add(getattr(node.target, "overloadpacket", None))
+    assert sorted(map(str, set(_RULES) - used)) == []
+
+
+
+
+REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
+    "mean": (lambda x: x.mean(1), ()),
+    "sum over all": (lambda x: x.sum(), ()),
+    "var over two axes": (lambda x: x.var((1, 2)), ()),
+    "norm over all": (lambda x: aten.linalg_vector_norm(x, 2), ()),
+    "softmax": (lambda x: x.softmax(1), ()),
+    "cumsum": (lambda x: x.cumsum(1), ()),
+    "glu": (lambda x: F.glu(x, 1), ()),
+    "roll": (lambda x: x.roll(1, 1), ()),
+    "flip": (lambda x: x.flip(1), ()),
+    "sort": (lambda x: x.sort(1)[0], ()),
+    "linear": (lambda x, w: F.linear(x.transpose(1, 2), w), (table(3, N),)),
+    "layer_norm": (lambda x: F.layer_norm(x, (N, WIDTH)), ()),
+    "complex": (lambda x: torch.view_as_complex(x[:, :2].transpose(1, 2).contiguous()), ()),
+    "matmul over tokens": (lambda x, w: x.transpose(1, 2) @ w, (table(N, 3),)),
+    "matmul of tokens": (lambda x: x @ x.transpose(1, 2), ()),
+    "matmul with one matrix per token": (lambda x, w: x.transpose(0, 1) @ w, (table(N, WIDTH, 3),)),
+    "merge with the batch": (lambda x: x.flatten(0, 1), ()),
+    "merge with channels": (lambda x: x.reshape(2, N * WIDTH), ()),
+    "grid": (lambda x: x.unflatten(1, (2, 4)), ()),
+    "one token": (lambda x: x[:, 0], ()),
+    "unbind": (lambda x: x.unbind(1)[0], ()),
+    "step": (lambda x: x[:, ::2], ()),
+    "scatter with a step": (lambda x: aten.slice_scatter(x, x[:, :4], 1, 0, 9999, 2), ()),
+    "scatter elsewhere": (lambda x: aten.slice_scatter(x, x[:, :TEXT], 1, TEXT, 2 * TEXT), ()),
+    "scatter onto a table": (lambda x, t: aten.slice_scatter(t, x[:, :TEXT], 1, 0, TEXT), (table(2, N, WIDTH),)),
+    "part of the image": (lambda x: x[:, TEXT : TEXT + 2], ()),
+    "part of the text": (lambda x: x.split([2, N - 2], 1)[0], ()),
+    "tokens against tokens": (lambda x: x[:, :, None] - x[:, None], ()),
+    "text against the image": (lambda x: x[:, :TEXT] * x[:, TEXT : 2 * TEXT], ()),
+    "stack with another": (lambda x, t: torch.stack([x, t]), (table(2, N, WIDTH),)),
+    "cat of channels with another": (lambda x, t: torch.cat([x, t], -1), (table(2, N, WIDTH),)),
+    "cat along different axes": (lambda x: torch.cat([x, x.transpose(1, 2).reshape(2, WIDTH, N)[..., :4]], 1), ()),
+    "broadcast of one token": (lambda x, t: x[:, TEXT - 1 : TEXT] * t, (table(2, N, WIDTH),)),
+    "expand of one token": (lambda x: x[:, :1].expand(2, N, WIDTH), ()),
+    "convolution": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 1),)),
+    "gather": (lambda x, i: x.gather(1, i.long().expand(2, 2, WIDTH)), (torch.ones(1, 2, 1),)),
+    "causal attention": (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), ()),
+    "attention over heads": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3), ()),
+    "attention with a mask of tokens": (lambda x, w: F.scaled_dot_product_attention(x, x, x, x @ w), (table(4, N),)),
+    "attention of other queries": (lambda x, q: F.scaled_dot_product_attention(q, x, x), (table(2, 7, WIDTH),)),
+    "attention of other values": (lambda x, v: F.scaled_dot_product_attention(x, x, v), (table(2, N, WIDTH),)),
+}  # fmt: skip
+
+
+def test_what_mixes_tokens_has_no_rule() -> None:
+    reasons = {}
+    for name, (function, externals) in REFUSED.items():
+        with pytest.raises(NoRule) as caught:
+            tokens_of(function, stream(), *externals)
+        reasons[name] = str(caught.value)
+    assert_expected_inline(
+        "\n".join(f"{name}: {reason}" for name, reason in reasons.items()),
+        """\
+mean: mean = aten.mean.dim: it reduces over the token axis
+sum over all: sum_1 = aten.sum.default: it reduces over the token axis
+var over two axes: var = aten.var.dim: it reduces over the token axis
+norm over all: linalg_vector_norm = aten.linalg_vector_norm.default: it reduces over the token axis
+softmax: softmax = aten.softmax.int: it mixes values along the token axis
+cumsum: cumsum = aten.cumsum.default: it mixes values along the token axis
+glu: glu = aten.glu.default: it mixes values along the token axis
+roll: roll = aten.roll.default: no rule says what this op does to the token axis
+flip: flip = aten.flip.default: no rule says what this op does to the token axis
+sort: sort = aten.sort.default: no rule says what this op does to the token axis
+linear: linear = aten.linear.default: it mixes values along the token axis
+layer_norm: layer_norm = aten.layer_norm.default: it mixes values along the token axis
+complex: view_as_complex = aten.view_as_complex.default: it mixes values along the token axis
+matmul over tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
+matmul of tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
+matmul with one matrix per token: matmul = aten.matmul.default: a product over or between token axes has no rule
+merge with the batch: flatten = aten.flatten.using_ints: it merges or splits the token axis ([2, 8, 4] -> [16, 4])
+merge with channels: reshape = aten.reshape.default: it merges or splits the token axis ([2, 8, 4] -> [2, 32])
+grid: unflatten = aten.unflatten.int: it merges or splits the token axis ([2, 8, 4] -> [2, 2, 4, 4])
+one token: select = aten.select.int: it picks one token
+unbind: unbind = aten.unbind.int: it takes the token axis apart
+step: slice_1 = aten.slice.Tensor: it slices the token axis with a step
+scatter with a step: slice_scatter = aten.slice_scatter.default: it slices the token axis with a step
+scatter elsewhere: slice_scatter = aten.slice_scatter.default: it moves tokens (dim 1: text[0:3] lands on dim 1: image[0:3])
+scatter onto a table: slice_scatter = aten.slice_scatter.default: it mixes tokens with values that are none
+part of the image: slice_1 = aten.slice.Tensor: it holds a part of the tokens of one source (image[0:2])
+part of the text: split_with_sizes = aten.split_with_sizes.default: it holds a part of the tokens of one source (text[0:2])
+tokens against tokens: sub = aten.sub.Tensor: its inputs carry different tokens (dim 1: text[0:3] image[0:5] and dim 2: text[0:3] image[0:5])
+text against the image: mul = aten.mul.Tensor: its inputs carry different tokens (dim 1: text[0:3] and dim 1: image[0:3])
+stack with another: stack = aten.stack.default: its inputs carry different tokens
+cat of channels with another: cat = aten.cat.default: its inputs carry different tokens
+cat along different axes: cat = aten.cat.default: its inputs carry tokens along different axes
+broadcast of one token: mul = aten.mul.Tensor: the token axis is broadcast against itself
+expand of one token: expand = aten.expand.default: it repeats the token axis
+convolution: conv1d = aten.conv1d.default: no rule says what this op does to the token axis
+gather: gather = aten.gather.default: no rule says what this op does to the token axis
+causal attention: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
+attention over heads: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: the token axis of its query is not where the op attends
+attention with a mask of tokens: new_ones = aten.new_ones.default: no rule says what this op does to the token axis
+attention of other queries: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones
+attention of other values: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones""",
+    )
