@@ -40,6 +40,10 @@ class Rows:
     def count(self) -> int:
         return int(value_of(self.index).shape[-1])
 
+    @property
+    def per_batch(self) -> bool:
+        return bool(value_of(self.index).dim() == 2)
+
 
 Keep = Literal["all", "none"] | Rows
 Attention = Callable[["Subset", fx.Node], fx.Node]
@@ -83,6 +87,10 @@ class Subset:
             return keep.count
         return segment.length if keep == "all" else 0
 
+    def _kept_rows(self, tokens: Tokens) -> list[Rows]:
+        keeps = [self.keep.get(segment.source) for segment in tokens.segments]
+        return [keep for keep in keeps if isinstance(keep, Rows)]
+
     def seed(self, stream: fx.Node) -> None:
         """Takes the kept tokens of a residual stream."""
         tokens = self.tokens(stream)
@@ -98,6 +106,11 @@ class Subset:
 
     def _gather(self, node: fx.Node, tokens: Tokens) -> fx.Node | None:
         call, pieces, offset = self.emitter.call, [], 0
+        batches = [int(value_of(k.index).shape[0]) for k in self._kept_rows(tokens) if k.per_batch]
+        shape = list(value_of(node).shape)
+        if batches and shape[0] != batches[0]:
+            assert shape[0] == 1, "a tensor indexed by token has the batch's size in front, or 1"
+            node = call(aten.expand.default, node, [batches[0], *shape[1:]])
         for segment in tokens.segments:
             keep = self.keep.get(segment.source, "all")
             if isinstance(keep, Rows):
@@ -125,11 +138,6 @@ class Subset:
         if value_of(index).dim() == 1:
             return self.emitter.call(aten.index_select.default, node, dim, index)
         shape = list(value_of(node).shape)
-        batch = value_of(index).shape[0]
-        if shape[0] != batch:
-            assert shape[0] == 1, "a tensor indexed by token has the batch's size in front, or 1"
-            shape[0] = batch
-            node = self.emitter.call(aten.expand.default, node, shape)
         return self.emitter.call(aten.gather.default, node, dim, self.spread(index, shape, dim))
 
     def spread(self, index: fx.Node, shape: list[int], dim: int) -> fx.Node:
@@ -219,6 +227,10 @@ class Subset:
         dim = tokens.dim - (rank - value.dim())
         if dim < 0 or value.shape[dim] != tokens.length or tokens.length == 1:
             return source
+        if dim < tokens.dim and any(k.per_batch for k in self._kept_rows(tokens)):
+            # Each batch element has rows of its own, so the table needs an axis for the batch.
+            shape = [1] * (tokens.dim - dim) + list(value.shape)
+            source, dim = self.emitter.call(aten.reshape.default, source, shape), tokens.dim
         gathered = self.gather(source, tokens.at(dim))
         assert gathered is not None
         return gathered

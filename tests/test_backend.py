@@ -45,14 +45,14 @@ def toy_backend(**options: Any) -> hero_fx.Backend:
 
 
 def run_toy(backend: Any, model: Any = None, steps: int = 8, **compile_options: Any) -> list[Tensor]:
-    call = torch.compile(model or toys.toy(), backend=backend, fullgraph=True, **compile_options)
+    call = toys.torch_compile(model or toys.toy(), backend=backend, fullgraph=True, **compile_options)
     return toys.loop(call, toys.latents(), toys.times(steps))
 
 
 def test_one_graph_no_break_no_recompile() -> None:
     inner = Inner()
     backend = hero_fx.backend(inner=inner, num_steps=50)
-    call = torch.compile(tiny.cogvideox(layers=2), backend=backend, fullgraph=True)
+    call = toys.torch_compile(tiny.cogvideox(layers=2), backend=backend, fullgraph=True)
     kwargs, times = tiny.inputs(), tiny.timesteps(50)
     with torch.no_grad():
         call(**kwargs, timestep=times[0].expand(2), return_dict=False)
@@ -215,7 +215,7 @@ def test_stats_count_steps_and_bytes() -> None:
 @pytest.mark.parametrize("reset", ["backend", "module"])
 def test_reset_starts_anew_and_frees(reset: str) -> None:
     backend = toy_backend()
-    call = torch.compile(toys.toy(), backend=backend, fullgraph=True)
+    call = toys.torch_compile(toys.toy(), backend=backend, fullgraph=True)
     times = toys.times(8)
     whole = toys.loop(call, toys.latents(), times)
     toys.loop(call, toys.latents(), times[:5])
@@ -243,7 +243,7 @@ def test_state_addresses_are_stable() -> None:
 
         return call
 
-    call = torch.compile(toys.toy(), backend=toy_backend(inner=watched), fullgraph=True)
+    call = toys.torch_compile(toys.toy(), backend=toy_backend(inner=watched), fullgraph=True)
     for _ in range(2):
         seen.append([])
         toys.loop(call, toys.latents(), toys.times(8))
@@ -263,7 +263,7 @@ def test_state_dtype_halves_the_bytes() -> None:
 def test_other_dtypes(dtype: torch.dtype, bound: float, policy: str) -> None:
     grid = None if policy == "taylorseer" else toys.GRID
     backend = toy_backend(policy=policy, grid=grid)
-    call = torch.compile(toys.toy().to(dtype), backend=backend, fullgraph=True)
+    call = toys.torch_compile(toys.toy().to(dtype), backend=backend, fullgraph=True)
     ours = toys.loop(call, toys.latents().to(dtype), toys.times(8))
     assert {out.dtype for out in ours} == {dtype}
     assert {spec.dtype for spec in backend.graphs[0].state if spec.dtype.is_floating_point} <= {dtype, torch.float32}

@@ -10,21 +10,24 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.subset import check_whole
 from hero_fx.passes.tokens import _RULES, NoRule, Segment, Tokens, follow
 
-from .axis import LENGTHS, TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
 from .tracing import trace
 
 aten = torch.ops.aten
 N = TOKENS.length
 
-UNARY = (
-    "neg abs square sqrt rsqrt exp log sin cos tanh sigmoid relu silu gelu softplus elu leaky_relu hardtanh erf mish "
-    "hardswish reciprocal floor round sign isnan nan_to_num logical_not clone contiguous detach alias conj "
-    "resolve_conj zeros_like ones_like"
-).split()
-BINARY = "add sub rsub mul div pow maximum minimum eq ne lt le gt ge logical_and logical_or logaddexp".split()
+UNARY = [
+    "neg", "abs", "square", "sqrt", "rsqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "relu", "silu", "gelu",
+    "softplus", "elu", "leaky_relu", "hardtanh", "erf", "mish", "hardswish", "reciprocal", "floor", "round", "sign",
+    "isnan", "nan_to_num", "logical_not", "clone", "contiguous", "detach", "alias", "conj", "resolve_conj",
+    "zeros_like", "ones_like",
+]  # fmt: skip
+BINARY = [
+    "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
+    "logical_or", "logaddexp",
+]  # fmt: skip
 
 
 def table(*shape: int) -> Tensor:
@@ -97,6 +100,28 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 }  # fmt: skip
 
 
+def test_tokens_are_cut_and_written_in_the_order_of_their_axis() -> None:
+    axis = Tokens(2, (Segment("text", 0, 3), Segment("image", 2, 7), Segment("%registers", 0, 2)))
+    assert axis.length == 10
+    assert str(axis) == "dim 2: text[0:3] image[2:7] %registers[0:2]"
+    assert str(axis.cut(1, 5)) == "dim 2: text[1:3] image[2:4]"
+    assert str(axis.cut(4, 99).at(0)) == "dim 0: image[3:7] %registers[0:2]"
+    assert axis.cut(5, 5).length == 0
+
+
+def test_only_nodes_that_depend_on_a_stream_are_followed() -> None:
+    gm = trace(lambda x, t: (x.sin() + t.cos(), t[0, :1] * 2), stream(), table(N, 1))
+    infos = follow(gm.graph.nodes, {gm.graph.find_nodes(op="placeholder")[0]: TOKENS})
+    assert [node.name for node in infos] == ["x_1", "sin", "add"]
+    assert set(infos.values()) == {TOKENS}
+
+
+def test_parts_that_are_joined_again_are_one_segment() -> None:
+    gm = trace(lambda x: torch.cat([x[:, :1], x[:, 1:4], x[:, 4:], x[:, :2]], 1), stream())
+    *_, (_, joined) = follow(gm.graph.nodes, {gm.graph.find_nodes(op="placeholder")[0]: TOKENS}).items()
+    assert str(joined) == "dim 1: text[0:3] image[0:5] text[0:2]"
+
+
 @pytest.mark.parametrize("text", ["all", "none"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_rule(name: str, text: Any) -> None:
@@ -120,8 +145,6 @@ def test_every_rule_has_an_example() -> None:
         for node in trace(function, stream(), *externals).graph.nodes:
             used.add(getattr(node.target, "overloadpacket", None))
     assert sorted(map(str, set(_RULES) - used)) == []
-
-
 
 
 REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
@@ -216,7 +239,7 @@ convolution: conv1d = aten.conv1d.default: no rule says what this op does to the
 gather: gather = aten.gather.default: no rule says what this op does to the token axis
 causal attention: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
 attention over heads: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: the token axis of its query is not where the op attends
-attention with a mask of tokens: new_ones = aten.new_ones.default: no rule says what this op does to the token axis
+attention with a mask of tokens: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
 attention of other queries: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones
 attention of other values: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones""",
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import hero_fx
+
 from . import tiny
 
 GRID = (2, 3, 5)
@@ -39,7 +41,8 @@ class Block(nn.Module):
         q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(normal).chunk(3, dim=-1))
         x = x + gate1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         normal = F.layer_norm(x, (WIDTH,)) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(normal)))
+        result: Tensor = x + gate2 * self.down(F.gelu(self.up(normal)))
+        return result
 
 
 class ToyDiT(nn.Module):
@@ -78,6 +81,11 @@ class Renamed(nn.Module):
         return result
 
 
+def torch_compile(model: Any, backend: Any, **options: Any) -> Any:
+    """`torch.compile`, for a type checker that does not know what comes back."""
+    return torch.compile(model, backend=backend, **options)
+
+
 def toy(**options: Any) -> Any:
     """A seeded `ToyDiT` in eval mode."""
     torch.manual_seed(0)
@@ -97,6 +105,31 @@ def loop(call: Callable[..., Any], start: Tensor, times: Any) -> list[Tensor]:
             outputs.append(call(x, time))
             x = x - outputs[-1] / len(times)
     return outputs
+
+
+def in_turns(calls: list[Callable[..., Any]], starts: list[Tensor], times: list[Any]) -> list[list[Tensor]]:
+    """Closed loops that advance together, step by step: every output of each."""
+    states = list(starts)
+    outputs: list[list[Tensor]] = [[] for _ in starts]
+    with torch.no_grad():
+        for time in times:
+            for i, call in enumerate(calls):
+                outputs[i].append(call(states[i], time))
+                states[i] = states[i] - outputs[i][-1] / len(times)
+    return outputs
+
+
+def compiled(model: Any = None, **options: Any) -> tuple[Any, hero_fx.Backend]:
+    """A toy compiled with HERO: of nine steps five are full."""
+    backend = hero_fx.backend(**{"inner": "eager", "grid": GRID, "warmup": 2, **options})
+    return torch_compile(model or toy(), backend=backend, fullgraph=True), backend
+
+
+def alone(call: Any, backend: hero_fx.Backend, start: Tensor, times: list[Any]) -> list[Tensor]:
+    """What a trajectory gives by itself; nothing is compiled for it."""
+    backend.reset()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return loop(call, start, times)
 
 
 def times(steps: int, batch: int = 2) -> list[Tensor]:

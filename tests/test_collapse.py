@@ -1,0 +1,389 @@
+"""The algebraic passes: diffs, where they must not fire, and the collapsed form against the literal one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hero_fx
+from hero_fx.graphs import graph_diff, op_count, render
+from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState
+from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
+from hero_fx.passes.emit import ScalarSlot, StateSlot, value_of
+from hero_fx.passes.merge import MergeCaches, find_merges
+from hero_fx.passes.pipeline import Pass, Pipeline
+
+from . import tiny
+
+aten = torch.ops.aten
+B, N, D, K = 2, 5, 3, 2
+
+
+def graph(function: Any, **inputs: Tensor) -> GraphModule:
+    """`function` as a normalised graph; inputs named s* are feature state, w* scalars."""
+    gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs.values())
+    for node, name in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node._rename(name)
+        node.target = name
+        if name.startswith("s"):
+            node.meta["slot"] = StateSlot(name)
+        if name.startswith("w"):
+            node.meta["slot"] = ScalarSlot(name)
+    gm.recompile()
+    return gm
+
+
+def run(gm: GraphModule, *passes: Pass) -> tuple[int, str]:
+    before = render(gm)
+    records = Pipeline(label="test", passes=passes)(gm)
+    return sum(r.sites for r in records), graph_diff(before, gm, context=0)
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    names = {"x": (B, N, D), "s1": (B, N, D), "v": (B, K, D), "gate": (B, 1, D)}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    return {"x": values["x"], "s1": values["s1"], "v": values["v"], "gate": values["gate"], "idx": torch.tensor([1, 4])}
+
+
+def outputs(gm: GraphModule, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
+    """(result, inputs afterwards): passes must keep both."""
+    copies = [t.clone() for t in inputs.values()]
+    return gm(*copies), copies
+
+
+def assert_same(before: GraphModule, after: GraphModule, inputs: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(outputs(after, inputs), outputs(before, inputs), rtol=1e-6, atol=1e-6)
+
+
+def block(x: Tensor, s1: Tensor, v: Tensor, gate: Tensor, idx: Tensor) -> Tensor:
+    """A refreshed branch and the next branch's gather."""
+    merged = torch.index_copy(s1, 1, idx, v)
+    out = x + gate * merged
+    s1.copy_(merged)
+    return torch.index_select(out, 1, idx) * 2, out  # type: ignore[return-value]
+
+
+class TestDiffs(expecttest.TestCase):
+    def test_sink_scatters(self) -> None:
+        _, diff = run(graph(block, **tensors()), SinkScatters(), DropDeadCode())
+        self.assertExpectedInline(diff, """\
+  ...
+- mul: f32[2, 5, 3] = aten.mul.Tensor(gate, index_copy)
+- add: f32[2, 5, 3] = aten.add.Tensor(x, mul)
++ mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(gate, s1)
++ mul_tensor_1: f32[2, 2, 3] = aten.mul.Tensor(gate, v)
++ index_select_default: f32[2, 2, 3] = aten.index_select.default(x, 1, idx)
++ add_tensor: f32[2, 5, 3] = aten.add.Tensor(x, mul_tensor)
++ add_tensor_1: f32[2, 2, 3] = aten.add.Tensor(index_select_default, mul_tensor_1)
++ index_copy_default_1: f32[2, 5, 3] = aten.index_copy.default(add_tensor, 1, idx, add_tensor_1)
+  ...
+- index_select: f32[2, 2, 3] = aten.index_select.default(add, 1, idx)
++ index_select: f32[2, 2, 3] = aten.index_select.default(index_copy_default_1, 1, idx)
+  ...
+- return (mul_1, add)
++ return (mul_1, index_copy_default_1)""")
+
+    def test_forward_gathers(self) -> None:
+        gm = graph(block, **tensors())
+        run(gm, SinkScatters(), DropDeadCode())
+        self.assertExpectedInline(run(gm, ForwardGathers())[1], """\
+  ...
+- index_select: f32[2, 2, 3] = aten.index_select.default(index_copy_default_1, 1, idx)
+- mul_1: f32[2, 2, 3] = aten.mul.Tensor(index_select, 2)
++ mul_1: f32[2, 2, 3] = aten.mul.Tensor(add_tensor_1, 2)
+  ...""")
+
+    def test_write_rows(self) -> None:
+        gm = graph(block, **tensors())
+        run(gm, SinkScatters(), ForwardGathers(), DropDeadCode())
+        self.assertExpectedInline(run(gm, WriteRows())[1], """\
+  ...
+- index_copy: f32[2, 5, 3] = aten.index_copy.default(s1, 1, idx, v)
+  ...
+- copy_: f32[2, 5, 3] = aten.copy_.default(s1, index_copy)
++ index_copy__default: f32[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, v)
+  ...""")
+
+    def test_common_subexpressions(self) -> None:
+        def twice(x: Tensor, idx: Tensor) -> Tensor:
+            return torch.index_select(x, 1, idx) + torch.index_select(x, 1, idx) * 2
+
+        inputs = {name: tensors()[name] for name in ("x", "idx")}
+        self.assertExpectedInline(run(graph(twice, **inputs), CommonSubexpressions())[1], """\
+  ...
+- index_select_1: f32[2, 2, 3] = aten.index_select.default(x, 1, idx)
+- mul: f32[2, 2, 3] = aten.mul.Tensor(index_select_1, 2)
++ mul: f32[2, 2, 3] = aten.mul.Tensor(index_select, 2)
+  ...""")
+
+    def test_merge_caches(self) -> None:
+        cached, full, merges = two_branches()
+        self.assertExpectedInline(run(cached, MergeCaches(merges=merges))[1], """\
+  ...
+- s1: f32[2, 5, 3] = input
+- s2: f32[2, 5, 3] = input
+- s3: f32[2, 5, 3] = input
+- s4: f32[2, 5, 3] = input
+  ...
+- mul: f32[2, 5, 3] = aten.mul.Tensor(s2, w)
+- add: f32[2, 5, 3] = aten.add.Tensor(s1, mul)
++ sum_s1: f32[2, 5, 3] = input
++ sum_s2: f32[2, 5, 3] = input
++ mul: f32[2, 5, 3] = aten.mul.Tensor(sum_s2, w)
++ add: f32[2, 5, 3] = aten.add.Tensor(sum_s1, mul)
+  ...
+- mul_1: f32[2, 5, 3] = aten.mul.Tensor(s4, w)
+- add_2: f32[2, 5, 3] = aten.add.Tensor(s3, mul_1)
+- add_3: f32[2, 5, 3] = aten.add.Tensor(add_1, add_2)
+- return add_3
++ return add_1""")
+        self.assertExpectedInline(run(full, MergeCaches(merges=merges), DropDeadCode())[1], """\
+  ...
+- s1: f32[2, 5, 3] = input
+- s2: f32[2, 5, 3] = input
+- s3: f32[2, 5, 3] = input
+- s4: f32[2, 5, 3] = input
+  ...
++ sum_s1: f32[2, 5, 3] = input
++ sum_s2: f32[2, 5, 3] = input
+  ...
+- sub: f32[2, 5, 3] = aten.sub.Tensor(sin, s1)
+- mul: f32[2, 5, 3] = aten.mul.Tensor(sub, w)
+- sub_1: f32[2, 5, 3] = aten.sub.Tensor(cos, s3)
+- mul_1: f32[2, 5, 3] = aten.mul.Tensor(sub_1, w)
+- copy_: f32[2, 5, 3] = aten.copy_.default(s1, sin)
+- copy__1: f32[2, 5, 3] = aten.copy_.default(s2, mul)
+- copy__2: f32[2, 5, 3] = aten.copy_.default(s3, cos)
+- copy__3: f32[2, 5, 3] = aten.copy_.default(s4, mul_1)
++ sub_tensor: f32[2, 5, 3] = aten.sub.Tensor(add_1, x)
++ sub_tensor_1: f32[2, 5, 3] = aten.sub.Tensor(sub_tensor, sum_s1)
++ mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(sub_tensor_1, w)
++ copy__default: f32[2, 5, 3] = aten.copy_.default(sum_s1, sub_tensor)
++ copy__default_1: f32[2, 5, 3] = aten.copy_.default(sum_s2, mul_tensor)
+  ...""")
+
+    def test_drop_unread_state(self) -> None:
+        def record(x: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
+            s1.copy_(x)
+            s2.copy_(x * 2)
+            return x + 1
+
+        values = tensors()
+        gm = graph(record, x=values["x"], s1=values["s1"], s2=values["s1"].clone())
+        self.assertExpectedInline(run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[1], """\
+  ...
+- s2: f32[2, 5, 3] = input
+  ...
+- mul: f32[2, 5, 3] = aten.mul.Tensor(x, 2)
+- copy__1: f32[2, 5, 3] = aten.copy_.default(s2, mul)
+  ...""")
+        assert run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[0] == 0
+
+
+def two_branches() -> tuple[GraphModule, GraphModule, Any]:
+    """A cached and a full step of two extrapolated branches, and what can be merged in them."""
+
+    def cached(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor, w: Tensor) -> Tensor:
+        return x + (s1 + s2 * w) + (s3 + s4 * w)
+
+    def full(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor, w: Tensor) -> Tensor:
+        u = x.sin()
+        y = x + u
+        v = y.cos()
+        z = y + v
+        d1, d2 = (u - s1) * w, (v - s3) * w
+        s1.copy_(u)
+        s2.copy_(d1)
+        s3.copy_(v)
+        s4.copy_(d2)
+        return z
+
+    inputs = merge_inputs()
+    graphs = graph(cached, **inputs), graph(full, **inputs)
+    families = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
+    return *graphs, find_merges([graphs[0]], families)  # type: ignore[return-value]
+
+
+def merge_inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {name: torch.randn(B, N, D, generator=generator) for name in ("x", "s1", "s2", "s3", "s4")}
+    return inputs | {"w": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (CommonSubexpressions(),),
+        (SinkScatters(),),
+        (SinkScatters(), ForwardGathers()),
+        (SinkScatters(), ForwardGathers(), CommonSubexpressions(), DropDeadCode(), WriteRows()),
+        (WriteRows(),),
+    ],
+    ids=lambda passes: "-".join(p.name for p in passes),
+)
+def test_rewrites_keep_results_and_state(passes: tuple[Pass, ...]) -> None:
+    before, after = graph(block, **tensors()), graph(block, **tensors())
+    run(after, *passes)
+    assert_same(before, after, tensors())
+
+
+def test_merged_caches_keep_results() -> None:
+    cached, full, merges = two_branches()
+    inputs = merge_inputs()
+    z = outputs(full, inputs)[0]
+    plain = outputs(cached, inputs)[0]
+    for gm in (cached, full):
+        run(gm, MergeCaches(merges=merges), DropDeadCode())
+    sums = {"x": inputs["x"], "w": inputs["w"], "m1": inputs["s1"] + inputs["s3"], "m2": inputs["s2"] + inputs["s4"]}
+    torch.testing.assert_close(cached(*sums.values()), plain)
+    result, after = outputs(full, sums)
+    torch.testing.assert_close(result, z)
+    # Recorded sums are the sums of what was recorded.
+    u, y = inputs["x"].sin(), inputs["x"] + inputs["x"].sin()
+    torch.testing.assert_close(after[2], u + y.cos())
+    torch.testing.assert_close(after[3], (u + y.cos() - sums["m1"]) * 0.5)
+
+
+def must_not_fire(function: Any, one: Pass, **inputs: Tensor) -> None:
+    sites, diff = run(graph(function, **inputs), one)
+    assert (sites, diff) == (0, "")
+
+
+def test_scatter_stays_where_indices_differ() -> None:
+    def two(x: Tensor, s1: Tensor, v: Tensor, idx: Tensor, other: Tensor) -> Tensor:
+        return torch.index_copy(x, 1, idx, v) + torch.index_copy(s1, 1, other, v)
+
+    values = tensors()
+    inputs = {n: values[n] for n in ("x", "s1", "v", "idx")} | {"other": torch.tensor([0, 2])}
+    must_not_fire(two, SinkScatters(), **inputs)
+
+
+def test_scatter_stays_where_nothing_gathers() -> None:
+    def last(x: Tensor, s1: Tensor, v: Tensor, idx: Tensor) -> Tensor:
+        return x + torch.index_copy(s1, 1, idx, v)
+
+    must_not_fire(last, SinkScatters(), **{n: tensors()[n] for n in ("x", "s1", "v", "idx")})
+
+
+def test_gather_stays_where_axes_differ() -> None:
+    def across(x: Tensor, v: Tensor, idx: Tensor) -> Tensor:
+        return torch.index_select(torch.index_copy(x, 1, idx, v), 2, idx)
+
+    values = tensors()
+    idx = torch.tensor([0, 2])
+    must_not_fire(across, ForwardGathers(), x=values["x"], v=values["v"], idx=idx)
+
+
+def test_rows_are_not_written_before_a_later_reader() -> None:
+    def late(s1: Tensor, v: Tensor, idx: Tensor) -> Tensor:
+        merged = torch.index_copy(s1, 1, idx, v)
+        out = merged.sin() + s1.cos()  # reads the old state behind the scatter
+        s1.copy_(merged)
+        return out
+
+    must_not_fire(late, WriteRows(), **{n: tensors()[n] for n in ("s1", "v", "idx")})
+
+
+def test_random_ops_are_not_shared() -> None:
+    def noise(x: Tensor) -> Tensor:
+        return x + torch.rand_like(x) + torch.rand_like(x)
+
+    must_not_fire(noise, CommonSubexpressions(), x=tensors()["x"])
+
+
+@pytest.mark.parametrize("case", ["live gate", "read between", "other weight"])
+def test_caches_are_not_merged(case: str) -> None:
+    def cached(x: Tensor, s1: Tensor, s2: Tensor, w: Tensor, gate: Tensor) -> Any:
+        if case == "live gate":
+            return x + gate * s1 + gate * s2
+        if case == "read between":
+            between = x + s1
+            return between + s2, between.sin()
+        return x + s1 * w + s2
+
+    values = tensors()
+    inputs = {"x": values["x"], "s1": values["s1"], "s2": values["s1"].clone(), "w": torch.tensor(2.0)}
+    gm = graph(cached, **inputs, gate=values["gate"])
+    merges = find_merges([gm], [(StateSlot("s1"),), (StateSlot("s2"),)])
+    # One sum with one leaf in front of `between` is still a sum; what matters is that s1 and s2 do not become one.
+    assert merges == ()
+    assert MergeCaches(merges=merges).apply(gm) == 0
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"cache_point": "post_gate", "keys": "sampled"},
+    {"cache_point": "post_gate", "text": "live"},
+    {"unsampled": "extrapolate", "cache_point": "post_gate"},
+    {"selection": "per_layer"},
+    {"keys": "sampled+text"},
+    {"policy": "fora", "cache_point": "post_gate"},
+    {"policy": "taylorseer", "order": 2, "cache_point": "post_gate"},
+    {"policy": "duca", "cache_point": "post_gate"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_collapsed_equals_literal_over_fifty_steps(options: dict[str, Any]) -> None:
+    results = []
+    for form in ("literal", "collapsed"):
+        backend = hero_fx.backend(inner="eager", num_steps=50, interval=3, form=form, **options)  # type: ignore[arg-type]
+        results.append(tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(50)))
+    assert tiny.worst(results[1], results[0]) < 1e-5
+
+
+def steps_of(layers: int, **options: Any) -> hero_fx.StepGraphs:
+    captured = tiny.captured(layers=layers)
+    with torch.no_grad():
+        return hero_fx.backend(**options).trace(captured.gm, captured.inputs)
+
+
+@pytest.mark.parametrize("layers", [6, 12])
+def test_cached_step_gathers_and_scatters_once(layers: int) -> None:
+    steps = steps_of(layers)
+    cached = steps.cached[0]
+    # The stream, and the two rotary tables.
+    assert op_count(cached, "aten.index_select")["aten.index_select"] == 3
+    assert op_count(cached, "aten.index_copy")["aten.index_copy"] == 1
+    assert op_count(cached, "aten.copy_")["aten.copy_"] == 0
+    shallow = layers // 2
+    # Per shallow layer, full-size work on the stream: gate * cache and the sum, of attention and of FFN; then the deep sum
+    # (3) and the modulation of the last norm (2).
+    tokens = steps.structure.image_tokens
+    full_size = [n for n in cached.graph.nodes if n.op == "call_function" and _tokens(n) == tokens]
+    streams = [n for n in full_size if n.target in (aten.mul.Tensor, aten.add.Tensor)]
+    assert len(streams) <= 4 * shallow + 5
+    sampled = op_count(cached, "aten.linear")["aten.linear"]
+    assert sampled == op_count(steps.normal, "aten.linear")["aten.linear"] - 6 * (layers - shallow) - 2 * (layers - shallow)
+
+
+def _tokens(node: torch.fx.Node) -> int:
+    value = value_of(node)
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else 0
+
+
+@pytest.mark.parametrize("layers", [6, 12])
+def test_state_by_depth(layers: int) -> None:
+    hidden = 2 * 72 * 32 * 4
+    lean = steps_of(layers, cache_point="post_gate", keys="sampled")
+    assert lean.state_bytes == 3 * hidden
+    assert len(steps_of(layers, policy="fora", cache_point="post_gate").state) == 1
+    assert len(steps_of(layers, policy="taylorseer", order=2, cache_point="post_gate").state) == 3
+    default = steps_of(layers)
+    assert len(default.state) == 2 + 4 * (layers // 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["default", "lean"])
+def test_each_state_tensor_is_read_once(options: dict[str, Any]) -> None:
+    (cached,) = steps_of(6, **options).cached
+    for node in cached.graph.find_nodes(op="placeholder"):
+        if isinstance(node.meta.get("slot"), StateSlot):
+            readers = [u for u in node.users if u.target is not aten.index_copy_.default]
+            assert len(readers) == 1, node.name

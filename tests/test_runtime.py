@@ -1,0 +1,248 @@
+"""What happens at each call: lanes, trajectories, timesteps and shapes, each with its own state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+
+from . import tiny, toys
+
+STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_two_calls_per_step_are_two_lanes() -> None:
+    call, backend = toys.compiled()
+    times, starts = toys.times(STEPS), [toys.latents(seed=1), toys.latents(seed=2)]
+    both = toys.in_turns([call, call], starts, times)
+    assert backend.steppers[0].last is not None
+    assert backend.steppers[0].last.lane == 1
+    assert backend.stats().cached_steps == 2 * 4
+    assert backend.stats().state_bytes == 2 * backend.graphs[0].state_bytes
+    for outputs, start in zip(both, starts, strict=True):
+        assert toys.same(outputs, toys.alone(call, backend, start, times))
+
+
+def test_lanes_with_texts_of_different_length() -> None:
+    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
+    long = tiny.inputs()
+    short = {**long, "encoder_hidden_states": long["encoder_hidden_states"][:, :5].clone()}
+    backend = hero_fx.backend(inner="eager", warmup=2)
+    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+
+    def lane(kwargs: dict[str, Any]) -> Callable[..., Any]:
+        def run(x: Tensor, t: Tensor) -> Any:
+            return call(**{**kwargs, "hidden_states": x}, timestep=t.expand(2), return_dict=False)[0]
+
+        return run
+
+    both = toys.in_turns([lane(long), lane(short)], [long["hidden_states"]] * 2, list(times))
+    assert [s.last.lane for s in backend.steppers if s.last] == [0, 0]
+    for outputs, kwargs in zip(both, (long, short), strict=True):
+        assert toys.same(outputs, toys.alone(lane(kwargs), backend, long["hidden_states"], list(times)))
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
+    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
+    backend = hero_fx.backend(inner="eager", warmup=2)
+    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+    kwargs = tiny.inputs()
+    step, seen = [0], []
+
+    def lane(name: str) -> Callable[..., Any]:
+        def run(x: Tensor, t: Tensor) -> Any:
+            index = {"step_index": step[0]} if with_index else {}
+            # With an index the timestep may stand still, as it does for a scheduler of second order.
+            t = times[step[0] // 2] if with_index else t
+            with call.cache_context(name, **index):
+                out = call(**{**kwargs, "hidden_states": x}, timestep=t.expand(2), return_dict=False)[0]
+            last = backend.steppers[0].last
+            assert last is not None
+            seen.append((last.step, last.lane, last.full))
+            step[0] += name == "uncond"
+            return out
+
+        return run
+
+    starts = [kwargs["hidden_states"], kwargs["hidden_states"] + 1]
+    names = ["cond", "uncond"]
+    first = toys.in_turns([lane(name) for name in names], starts, list(times))
+    full = [True, True] + [i % 2 == 1 for i in range(2, STEPS)]
+    assert seen == [(i, name, full[i]) for i in range(STEPS) for name in names]
+    assert backend.stats().state_bytes == 2 * backend.graphs[0].state_bytes
+    step[0] = 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        second = toys.in_turns([lane(name) for name in names], starts, list(times))
+    assert all(map(toys.same, first, second))
+    assert seen[: 2 * STEPS] == seen[2 * STEPS :]
+
+
+@pytest.mark.parametrize("num_steps", [None, STEPS])
+def test_a_jump_back_starts_a_trajectory(num_steps: int | None) -> None:
+    call, backend = toys.compiled(num_steps=num_steps)
+    times = toys.times(STEPS)
+    whole = toys.loop(call, toys.latents(), times)
+    toys.loop(call, toys.latents(seed=9), times[:5])
+    assert toys.same(toys.loop(call, toys.latents(), times), whole)
+    last = backend.steppers[0].last
+    assert last is not None
+    assert (last.trajectory, last.step) == (3, STEPS - 1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)], ids=str)
+@pytest.mark.parametrize("kind", ["int", "float", "scaled", "double"])
+def test_forms_of_timestep(shape: tuple[int, ...], kind: str) -> None:
+    table = tiny.timesteps(STEPS)
+    times = {"int": table, "float": table.float(), "scaled": table.float() / 1000, "double": table.double()}[kind]
+    model = toys.toy(scale=1000.0 if kind == "scaled" else 1.0)
+    call, backend = toys.compiled(model)
+    ours = toys.loop(call, toys.latents(), [t.expand(shape) for t in times])
+    assert (backend.stats().full_steps, backend.stats().cached_steps) == (5, 4)
+    assert tiny.worst(ours, toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))) < 1e-3
+
+
+def test_ascending_timesteps() -> None:
+    call, backend = toys.compiled()
+    times = toys.times(STEPS)[::-1]
+    whole = toys.loop(call, toys.latents(), times)
+    assert toys.same(toys.loop(call, toys.latents(), times), whole)
+    last = backend.steppers[0].last
+    assert last is not None
+    assert (last.trajectory, last.step, backend.stats().cached_steps) == (2, STEPS - 1, 8)
+
+
+def test_timesteps_per_token() -> None:
+    call, backend = toys.compiled()
+    table = toys.times(STEPS)
+    even = toys.loop(call, toys.latents(), [t[:, None].expand(2, toys.TOKENS).clone() for t in table])
+    assert tiny.worst(even, toys.loop(toys.compiled()[0], toys.latents(), table)) < 1e-4
+    # Conditioning tokens stand still at zero; the others say which step it is.
+    held = [torch.cat([torch.zeros(2, 10), t[:, None].expand(2, 20)], dim=1) for t in table]
+    backend.reset()
+    toys.loop(call, toys.latents(), held)
+    assert backend.stats().cached_steps == 2 * 4
+
+
+def test_time_input_by_structure_and_by_argument() -> None:
+    expected = toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))
+    for options in ({}, {"timestep": "when"}):
+        torch._dynamo.reset()
+        call, _ = toys.compiled(toys.Renamed(toys.toy()).eval(), **options)
+        assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), expected)
+
+
+def test_shapes_in_turns_own_their_state() -> None:
+    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
+    shapes = [(2, (3, 4, 6)), (1, (2, 5, 3))]
+    kwargs = [tiny.inputs(batch=batch, grid=grid) for batch, grid in shapes]
+    backend = hero_fx.backend(inner="eager", warmup=2)
+    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+
+    def at(i: int) -> Callable[..., Any]:
+        def run(x: Tensor, t: Tensor) -> Any:
+            time = t.expand(x.shape[0])
+            return call(**{**kwargs[i], "hidden_states": x}, timestep=time, return_dict=False)[0]
+
+        return run
+
+    calls, starts = [at(0), at(1)], [k["hidden_states"] for k in kwargs]
+    both = toys.in_turns(calls, starts, list(times))
+    assert [graphs.structure.grid for graphs in backend.graphs] == [grid for _, grid in shapes]
+    for run, start, outputs in zip(calls, starts, both, strict=True):
+        assert toys.same(outputs, toys.alone(run, backend, start, list(times)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_another_batch_compiles_once_more(dynamic: bool | None) -> None:
+    backend = hero_fx.backend(inner="aot_eager", policy="taylorseer", warmup=2)
+    call = toys.torch_compile(toys.toy(layers=2), backend=backend, fullgraph=True, dynamic=dynamic)
+    for graphs, batch in enumerate((2, 3, 2), start=1):
+        ours = toys.loop(call, toys.latents(batch), toys.times(STEPS, batch))
+        assert backend.stats().graphs == min(graphs, 2)
+        plain = toys.loop(toys.toy(layers=2), toys.latents(batch), toys.times(STEPS, batch))
+        assert tiny.worst(ours[:2], plain[:2]) < 1e-5 < 1e-4 < tiny.worst(ours, plain)
+
+
+def test_too_many_calls_at_one_timestep() -> None:
+    call, _ = toys.compiled()
+    toys.loop(call, toys.latents(), toys.times(1) * 8)
+    with pytest.raises(RuntimeError, match=r"9 calls in a row with timestep=.*hero_fx.session"):
+        toys.loop(call, toys.latents(), toys.times(1))
+
+
+def test_lane_names_that_change_do_not_pile_up() -> None:
+    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
+    backend = hero_fx.backend(inner="eager")
+    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for request in range(20):
+            for t in tiny.timesteps(2):
+                with call.cache_context(f"request {request}"):
+                    call(**kwargs, timestep=t.expand(2), return_dict=False)
+    assert backend.stats().state_bytes <= 2 * backend.graphs[0].state_bytes
+
+
+def test_inference_mode() -> None:
+    call, backend = toys.compiled()
+    with torch.inference_mode():
+        inside = toys.loop(call, toys.latents(), toys.times(STEPS))
+    assert backend.stats().cached_steps == 4
+    assert toys.same(inside, toys.loop(call, toys.latents(), toys.times(STEPS)))
+
+
+def test_inference_mode_in_the_middle_of_a_trajectory() -> None:
+    kwargs, times = tiny.inputs(), tiny.timesteps(STEPS)
+    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner="eager", warmup=2))
+    expected = tiny.denoise(call, kwargs, times)
+    latents, outputs = kwargs["hidden_states"], []
+    for i, t in enumerate(times):
+        with torch.inference_mode(i % 3 == 0), torch.no_grad():
+            out = call(**{**kwargs, "hidden_states": latents}, timestep=t.expand(2), return_dict=False)[0]
+            latents = latents - out / STEPS
+        outputs.append(out)
+    assert toys.same(outputs, expected)
+
+
+@pytest.mark.parametrize("at", [0, 3, 4], ids=["first", "full", "cached"])
+def test_a_call_that_fails_forgets_the_trajectory(at: int) -> None:
+    fails: list[bool] = []
+
+    def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            result = gm.forward(*args)
+            if fails:
+                raise MemoryError(fails.pop())
+            return result
+
+        return run
+
+    call, backend = toys.compiled(inner=inner)
+    times = toys.times(STEPS)
+    expected = toys.loop(call, toys.latents(), times)
+    toys.loop(call, toys.latents(), times[:at])
+    fails.append(True)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        call(toys.latents(), times[at])
+    # From another thread: no lock is left held. Its features may be half written, so the next call is a first one.
+    results: list[Tensor] = []
+    rest = threading.Thread(target=lambda: results.extend(toys.loop(call, toys.latents(), times[at:])))
+    rest.start()
+    rest.join(60)
+    assert toys.same(results[:2], toys.loop(toys.toy(), toys.latents(), times[at:])[:2])
+    assert backend.steppers[0].last is not None
+    assert backend.steppers[0].last.lane == 0
+    assert toys.same(toys.loop(call, toys.latents(), times), expected)

@@ -1,0 +1,123 @@
+"""Generated sequences of calls: sessions, lanes, shapes and jumps in any order, against what was meant.
+
+The step graphs are real, but run by a ledger: a full step signs the state of its lane, a cached step checks whose
+signature it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hero_fx
+from hero_fx.passes.emit import StateSlot, slots_of
+from hero_fx.schedule import Schedule
+
+from . import tiny
+
+
+@dataclass(frozen=True)
+class Made:
+    """A call, and what it belongs to by construction."""
+
+    session: int
+    batch: int
+    trajectory: int
+    step: int
+    lane: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A backend for models of two shapes, and its book: of each call (full, call that signed the state it was given)."""
+
+    backend: hero_fx.Backend
+    runs: dict[int, Callable[..., Any]]
+    book: list[tuple[bool, int]]
+
+
+@cache
+def ledger(interval: int) -> Ledger:
+    book: list[tuple[bool, int]] = []
+    compiled: list[Any] = []
+
+    def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        full = len(compiled) % 2 == 0
+        compiled.append(gm)
+        slots = [slot for _, slot in slots_of(gm)]
+        first = len(gm.graph.find_nodes(op="placeholder")) - len(slots)
+        state = [first + i for i, slot in enumerate(slots) if isinstance(slot, StateSlot)]
+
+        def run(*args: Any) -> tuple[torch.Tensor]:
+            number = len(book)
+            if full:
+                for i in state:
+                    args[i].fill_(number)
+            found = {int(end) for i in state for end in args[i].aminmax()}
+            assert len(found) == 1, "the state of several lanes got mixed"
+            book.append((full, found.pop()))
+            return (args[state[0]],)
+
+        return run
+
+    backend = hero_fx.backend(policy="fora", interval=interval, warmup=1, inner=inner)
+    runs = {batch: tiny.captured(layers=2, batch=batch).compiled(backend) for batch in (1, 2)}
+    return Ledger(backend, runs, book)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[Made]:
+    """Every (session, batch) has its trajectories, of up to 3 lanes a step; they are interleaved at random."""
+    queues: list[list[Made]] = []
+    for session in range(draw(st.integers(1, 3))):
+        for batch in draw(st.sampled_from([(1,), (2,), (1, 2)])):
+            trajectories = draw(st.lists(st.lists(st.integers(1, 3), min_size=2, max_size=9), min_size=1, max_size=3))
+            queues.append(
+                [
+                    Made(session, batch, number, step, lane)
+                    for number, lanes in enumerate(trajectories)
+                    for step, count in enumerate(lanes)
+                    for lane in range(count)
+                ]
+            )
+    order = draw(st.permutations([i for i, queue in enumerate(queues) for _ in queue]))
+    return [queues[i].pop(0) for i in order]
+
+
+def meant(calls: list[Made], schedule: Schedule) -> list[tuple[bool, int]]:
+    """Full or not, and by which call the features were computed, searched in the whole past."""
+    result: list[tuple[bool, int]] = []
+    for number, call in enumerate(calls):
+        fulls = [
+            (before.step, i)
+            for i, before in enumerate(calls[:number])
+            if result[i][0]
+            and (before.session, before.batch, before.trajectory, before.lane)
+            == (call.session, call.batch, call.trajectory, call.lane)
+        ]
+        full = not fulls or any(schedule.is_full(step) for step in range(fulls[-1][0] + 1, call.step + 1))
+        result.append((full, number if full else fulls[-1][1]))
+    return result
+
+
+@settings(max_examples=20, deadline=None)
+@given(calls=sequences(), interval=st.sampled_from([2, 3]), rising=st.booleans())
+def test_every_call_finds_its_own_features(calls: list[Made], interval: int, rising: bool) -> None:
+    made = ledger(interval)
+    made.backend.reset()
+    made.book.clear()
+    times = tiny.timesteps(9).flip(0) if rising else tiny.timesteps(9)
+    for call in calls:
+        with hero_fx.session(f"request {call.session}"):
+            made.runs[call.batch](timestep=times[call.step].expand(call.batch))
+        last = made.backend.steppers[call.batch - 1].last
+        assert last is not None
+        assert (last.step, last.lane, last.trajectory) == (call.step, call.lane, call.trajectory + 1)
+    assert made.book == meant(calls, made.backend.config.make_schedule())
+    assert made.backend.stats().sessions == len({call.session for call in calls})

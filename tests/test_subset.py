@@ -1,0 +1,177 @@
+"""`hero_fx.passes.subset`: computing a chain of ops for some tokens is taking those tokens of what it computes for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from hero_fx.graphs import render
+from hero_fx.passes.emit import Emitter
+from hero_fx.passes.subset import Rows, Subset
+from hero_fx.passes.tokens import Segment, Tokens
+
+from .axis import BATCH, IMAGE, TEXT, TOKENS, WIDTH, Text, attend_to_all, check, stream
+from .tracing import trace
+
+aten = torch.ops.aten
+
+
+def values(*shape: int) -> Tensor:
+    """Numbers that a graph makes for itself."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape).sin()
+
+
+def part(x: Tensor, dim: int, start: int, stop: int | None, step: int = 1) -> Tensor:
+    return x[(slice(None),) * dim + (slice(start, stop, step),)]
+
+
+@dataclass
+class Chain:
+    """A tensor in the course of a chain of ops: where its tokens are, and how many lie in each of its segments."""
+
+    value: Tensor
+    dim: int
+    lengths: list[int]
+
+    @property
+    def rank(self) -> int:
+        return self.value.dim()
+
+    @property
+    def others(self) -> list[int]:
+        return [d for d in range(self.rank) if d != self.dim]
+
+    def segment(self, n: int) -> tuple[int, int]:
+        """Bounds of one of the segments."""
+        number = n % len(self.lengths)
+        return sum(self.lengths[:number]), sum(self.lengths[: number + 1])
+
+    def step(self, op: str, n: int) -> None:
+        """Applies an op, in the variant that `n` says; ops that do not fit are left out."""
+        x, dim, last = self.value, self.dim, self.value.shape[-1]
+        other, another = self.others[n % len(self.others)], self.others[n // 3 % len(self.others)]
+        match op:
+            case "pointwise":
+                self.value = [F.gelu(x), x * 2 + 1, x.clamp(-1, 1) - x, x.to(torch.float64).sin().float()][n % 4]
+            case "with constants":
+                self.value = torch.where(values(last) > 0, x * values(last), x + values(*x.shape[other:]).mean())
+            case "with a table":
+                whole = [1] * self.rank
+                whole[dim] = x.shape[dim]
+                if n % 2:
+                    whole[other] = x.shape[other]
+                self.value = x * values(*whole) if n % 3 else x.masked_fill(values(*whole[dim * (n % 2 == 0) :]) < 0, 0.0)
+            case "linear" if dim < self.rank - 1:
+                self.value = F.linear(x, values(2 * (n % 3 + 1), last))
+            case "layer_norm" if dim < self.rank - 1:
+                self.value = F.layer_norm(x, x.shape[dim + 1 :])
+            case "transpose":
+                self.value = x.transpose(dim, other) if n % 2 else x.transpose(other - self.rank, another)
+                self.dim = {dim: other, other: dim}.get(dim, dim) if n % 2 else dim
+            case "permute":
+                order = [*range(n % self.rank, self.rank), *range(n % self.rank)]
+                self.value, self.dim = x.permute(order), order.index(dim)
+            case "heads" if last % 2 == 0 and dim < self.rank - 1 and self.rank < 6:
+                self.value = x.reshape(*x.shape[:-1], 2, -1) if n % 2 else x.unflatten(-1, (-1, 2))
+            case "flatten" if self.rank > 3:
+                start = next((d for d in range(self.rank - 1) if dim not in (d, d + 1)), None)
+                if start is not None:
+                    self.value, self.dim = x.flatten(start, start + 1), dim - (start < dim)
+            case "unsqueeze" if self.rank < 5:
+                at = n % (self.rank + 1)
+                self.value, self.dim = x.unsqueeze(at), dim + (at <= dim)
+            case "squeeze" if x.shape[other] == 1 and self.rank > 2:
+                self.value, self.dim = x.squeeze(other) if n % 2 else x.select(other, 0), dim - (other < dim)
+            case "slice" if x.shape[other] > 3:
+                self.value = part(x, other, n % 2, None, 1 + n % 3)
+            case "cat of channels":
+                self.value = torch.cat([x, x * 2], other)
+            case "stack":
+                self.value = torch.stack([x, x.sin()], -1)[..., n % 2]
+            case "unbind" if self.rank > 2:
+                self.value, self.dim = x.unbind(other)[-1], dim - (other < dim)
+            case "softmax":
+                self.value = x.softmax(other)
+            case "reduce" if self.rank > 2:
+                self.value, self.dim = x.mean(other), dim - (other < dim)
+            case "reduce and keep":
+                self.value = x - x.amax(other, keepdim=True)
+            case "expand" if self.rank < 5:
+                self.value, self.dim = x.expand(n % 2 + 1, *x.shape), dim + 1
+            case "split and swap" if len(self.lengths) > 1:
+                first, *rest = x.split(self.lengths, dim)
+                self.value, self.lengths = torch.cat([*rest, first * 2], dim), [*self.lengths[1:], self.lengths[0]]
+            case "one segment" if len(self.lengths) > 1:
+                self.value, self.lengths = part(x, dim, *self.segment(n)), [self.lengths[n % len(self.lengths)]]
+            case "slice_scatter":
+                start, stop = self.segment(n)
+                self.value = aten.slice_scatter(x, part(x, dim, start, stop) * 3, dim, start, stop)
+            case "registers" if len(self.lengths) < 4:
+                shape = list(x.shape)
+                shape[dim] = 2
+                self.value, self.lengths = torch.cat([values(*shape), x], dim), [2, *self.lengths]
+            case "attention" if self.rank > 2 and dim == self.rank - 2:
+                self.value = F.scaled_dot_product_attention(x, x.sin(), x * 2)
+
+
+OPS = [
+    "pointwise", "with constants", "with a table", "linear", "layer_norm", "transpose", "permute", "heads", "flatten",
+    "unsqueeze", "squeeze", "slice", "cat of channels", "stack", "unbind", "softmax", "reduce", "reduce and keep",
+    "expand", "split and swap", "one segment", "slice_scatter", "registers", "attention",
+]  # fmt: skip
+BATCH_IN_FRONT = [
+    "pointwise", "with constants", "linear", "layer_norm", "heads", "stack", "reduce and keep",
+    "split and swap", "one segment", "slice_scatter", "registers",
+]  # fmt: skip
+
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]
+
+numbers = st.integers(0, 59)
+chains = st.lists(st.tuples(st.sampled_from(OPS), numbers), min_size=2, max_size=6)
+rows = st.lists(st.integers(0, IMAGE - 1), min_size=1, max_size=IMAGE, unique=True)
+texts = st.sampled_from(["all", "none"])
+
+
+@settings(max_examples=100, deadline=None, phases=PHASES)
+@given(chains, rows, texts)
+def test_chains(ops: list[tuple[str, int]], image: list[int], text: Text) -> None:
+    last: list[Chain] = []
+
+    def function(x: Tensor) -> Tensor:
+        chain = Chain(x, 1, [TEXT, IMAGE])
+        for op, n in ops:
+            chain.step(op, n)
+        last[:] = [chain]
+        return chain.value * 1
+
+    tokens = check(function, image=torch.tensor(image), text=text)
+    (chain,) = last
+    assert tokens.dim == chain.dim
+    assert tokens.length == sum(chain.lengths)
+
+
+@settings(max_examples=500, deadline=None, phases=PHASES)
+@given(
+    st.lists(st.tuples(st.sampled_from(BATCH_IN_FRONT), numbers), min_size=2, max_size=6),
+    st.lists(st.permutations(range(IMAGE)), min_size=BATCH, max_size=BATCH),
+    st.integers(1, IMAGE),
+    texts,
+)
+def test_chains_with_rows_for_each_batch_element(
+    ops: list[tuple[str, int]], orders: list[list[int]], count: int, text: Text
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        chain = Chain(x * values(TEXT + IMAGE, 1), 1, [TEXT, IMAGE])
+        for op, n in ops:
+            chain.step(op, n)
+        return chain.value * values(1, *chain.value.shape[1:]) * values(*chain.value.shape)
+
+    check(function, image=torch.tensor(orders)[:, :count], text=text)
