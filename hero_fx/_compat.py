@@ -10,12 +10,20 @@ import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-__all__ = ["Compiled", "FakeTensor", "FakeTensorMode"]
+__all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode"]
 
 Compiled = Callable[..., Any]
+
+# What tracing raises where the graph goes by the values of tensors.
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -14,7 +14,7 @@ from torch import fx
 from hero_fx.passes.emit import slots_of, value_of
 
 from . import _compat
-from .checks import check_call, check_graph, check_structure, find_timestep
+from .checks import UnsupportedModel, check_call, check_graph, check_structure, find_timestep
 from .config import Config
 from .diffusers_context import listen
 from .policy import Policy
@@ -124,7 +124,13 @@ class Backend:
         if _compat.specialize(gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
         check_graph(gm)
-        normal, records = normalized(gm, inputs)
+        try:
+            normal, records = normalized(gm, inputs)
+        except _compat.DATA_DEPENDENT as error:
+            raise UnsupportedModel(
+                "the graph goes by values that only running it tells: by a Python number that changes from call to call, "
+                f"or by .item() or nonzero(); pass such numbers as tensors ({str(error).strip().splitlines()[0]})"
+            ) from error
         structure = find_structure(normal)
         check_structure(normal, structure)
         timestep = find_timestep(normal, config.timestep)
@@ -197,7 +203,7 @@ def backend(
     patch: tuple[int, int, int] = (1, 2, 3),
     order: int = 1,
     selection: Literal["per_step", "per_layer"] = "per_step",
-    keys: Literal["sampled", "sampled+text", "all"] = "all",
+    keys: Literal["sampled", "sampled+text", "all"] | None = None,
     text: Literal["skip", "live"] = "skip",
     cache_point: str | tuple[str, str] | None = None,
     unsampled: Literal["reuse", "extrapolate"] = "reuse",
@@ -223,8 +229,9 @@ def backend(
     step a call belongs to is read from the model's timestep input, so the denoising loop stays as it is.
 
     Args:
-        policy: `"hero"`, a baseline on the same machinery (`"fora"`, `"taylorseer"`, `"toca"`, `"duca"`), `"full"` (plain
-            compilation), or an object with the members of `hero_fx.Policy`.
+        policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
+            hidden-state tensors whatever the depth); a baseline on the same machinery (`"fora"`, `"taylorseer"`,
+            `"toca"`, `"duca"`); `"full"` (plain compilation); or an object with the members of `hero_fx.Policy`.
         interval: N; a full step every N steps. 1 makes every step full.
         schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
         num_steps: T, the steps of a trajectory. Without it the end of a trajectory is not known, and `cooldown` has no
@@ -236,7 +243,7 @@ def backend(
         order: order of the extrapolation (hero, taylorseer); 1 is linear.
         selection: draw tokens once per step, or for each layer.
         keys: keys and values that refreshed tokens attend to: those of the sampled tokens, these and the text's from the
-            last full step, or a cache of all, updated where sampled.
+            last full step, or a cache of all, updated where sampled. Default: hero `"all"`, lean `"sampled"`.
         text: text tokens reuse cached features in shallow layers, or are recomputed.
         cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
             (shallow, deep). Default: hero `("pre_gate", "post_gate")`, others `"pre_gate"`.

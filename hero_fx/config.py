@@ -16,21 +16,24 @@ from .schedule import Schedule, make_schedule
 
 __all__ = ["Config"]
 
-_POLICIES = ("hero", "fora", "taylorseer", "toca", "duca", "full")
+_POLICIES = ("hero", "lean", "fora", "taylorseer", "toca", "duca", "full")
 _INNER = ("inductor", "aot_eager", "eager")
-# Which policies an option means something to; the others take any.
+_OBJECT = "a policy object"
+_SAMPLED = ("hero", "lean", _OBJECT)
+# Which policies an option means something to; options that are not named here mean something to all.
 _USED_BY = {
-    "refresh_layers": ("hero",),
-    "refresh_ratio": ("hero", "toca", "duca"),
-    "patch": ("hero",),
-    "order": ("hero", "taylorseer"),
+    "refresh_layers": ("hero", "lean"),
+    "refresh_ratio": (*_SAMPLED, "toca", "duca"),
+    "patch": _SAMPLED,
+    "order": ("hero", "lean", "taylorseer"),
     "selection": ("hero",),
     "keys": ("hero",),
-    "text": ("hero", "toca", "duca"),
-    "unsampled": ("hero",),
-    "age_weighting": ("hero",),
-    "seed": ("hero",),
-    "grid": ("hero", "toca", "duca"),
+    "text": ("hero", "lean", "toca", "duca"),
+    "cache_point": ("hero", "fora", "taylorseer", "toca", "duca"),
+    "unsampled": ("hero", "lean"),
+    "age_weighting": _SAMPLED,
+    "seed": _SAMPLED,
+    "grid": (*_SAMPLED, "toca", "duca"),
 }
 
 
@@ -39,7 +42,7 @@ class Config:
     """Every option of `hero_fx.backend`; see there for what they mean together."""
 
     policy: str | Policy = "hero"
-    """`"hero"`, `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or a policy object."""
+    """`"hero"`, `"lean"` (HERO with the least state), `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or an object."""
     interval: int = 2
     """N: a full step every N steps."""
     schedule: str | Sequence[object] = "uniform"
@@ -60,8 +63,8 @@ class Config:
     """Order of the extrapolation; 1 is Eq. 6."""
     selection: str = "per_step"
     """`"per_step"`: one selection for all layers; `"per_layer"`: one for each."""
-    keys: Keys = "all"
-    """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"all"`."""
+    keys: Keys | None = None
+    """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"all"`; None: hero `"all"`, lean `"sampled"`."""
     text: Text = "skip"
     """`"skip"`: text reuses its cached features; `"live"`: text tokens are recomputed with the sampled ones."""
     cache_point: str | tuple[str, str] | None = None
@@ -97,6 +100,8 @@ class Config:
             raise ValueError(
                 f"policy={self.policy!r} is neither a name ({', '.join(_POLICIES)}) nor an object with name, steps and kind"
             )
+        else:
+            self._no_idle_options(_OBJECT)
         _count("interval", self.interval, 1)
         _count("warmup", self.warmup, 1)
         _count("cooldown", self.cooldown, 0)
@@ -115,7 +120,8 @@ class Config:
         if self.grid is not None:
             _triple("grid", self.grid)
         _one_of("selection", self.selection, ("per_step", "per_layer"))
-        _one_of("keys", self.keys, get_args(Keys))
+        if self.keys is not None:
+            _one_of("keys", self.keys, get_args(Keys))
         _one_of("text", self.text, get_args(Text))
         _one_of("unsampled", self.unsampled, get_args(Unsampled))
         _one_of("form", self.form, ("collapsed", "literal"))
@@ -178,11 +184,21 @@ class Config:
                 return Hero(
                     refresh_layers=self.refresh_layers,
                     order=self.order,
-                    keys=self.keys,
+                    keys=self.keys or "all",
                     text=self.text,
                     cache_point=(shallow, deep),
                     unsampled=self.unsampled,
                     per_layer=self.selection == "per_layer",
+                )
+            case "lean":
+                return Hero(
+                    refresh_layers=self.refresh_layers,
+                    order=self.order,
+                    keys="sampled",
+                    text=self.text,
+                    cache_point=("post_gate", "post_gate"),
+                    unsampled=self.unsampled,
+                    name="lean",
                 )
             case "fora":
                 return Fora(cache_point=shallow)

@@ -34,12 +34,12 @@ class CommonSubexpressions:
 
     Before::
 
-        cos_1 = aten.index_select.default(cos, 0, idx)      # layer 0
-        cos_2 = aten.index_select.default(cos, 0, idx)      # layer 1
+        cos_1 = aten.index_select.default(cos, 0, idx)  # layer 0
+        cos_2 = aten.index_select.default(cos, 0, idx)  # layer 1
 
     After::
 
-        cos_1 = aten.index_select.default(cos, 0, idx)      # both layers
+        cos_1 = aten.index_select.default(cos, 0, idx)  # both layers
 
     Legal because both nodes apply the same functional op to the same nodes and constants; ops that write in place, draw
     random numbers, or return a view of something that is written to are left alone.
@@ -177,7 +177,7 @@ class ForwardGathers:
     Before::
 
         merged = aten.index_copy.default(c, 1, idx, v)
-        sampled = aten.index_select.default(merged, 1, idx)     # the next branch's input
+        sampled = aten.index_select.default(merged, 1, idx)  # the next branch's input
         norm = aten.layer_norm.default(sampled, [D])
 
     After::
@@ -209,7 +209,7 @@ class WriteRows:
 
     Before::
 
-        keys = aten.index_copy.default(k, 2, idx, k_1)          # k is feature state
+        keys = aten.index_copy.default(k, 2, idx, k_1)  # k is feature state
         sdpa = aten.scaled_dot_product_attention.default(q, keys, values)
         copy_ = aten.copy_.default(k, keys)
 

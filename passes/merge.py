@@ -141,7 +141,7 @@ class MergeCaches:
 
     Before, in a cached step::
 
-        add = aten.add.Tensor(x, a)                             # a, b: feature state of two branches
+        add = aten.add.Tensor(x, a)  # a, b: feature state of two branches
         add_1 = aten.add.Tensor(add, b)
 
     After::
@@ -157,7 +157,7 @@ class MergeCaches:
 
     After::
 
-        sub = aten.sub.Tensor(add_1, x)                         # u + v, already summed by the stream itself
+        sub = aten.sub.Tensor(add_1, x)  # u + v, already summed by the stream itself
         copy_ = aten.copy_.default(sum_a, sub)
 
     Legal because `find_merges` has seen that every cached graph reads the members only in one and the same sum, with one

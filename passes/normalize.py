@@ -60,7 +60,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 def _readable(name: str) -> str:
     """`l_self_modules_norm1_modules_linear_parameters_weight_` -> `norm1_linear_weight`."""
-    name = re.sub(r"^l_(self_|kwargs_|args_)?", "", name)
+    name = re.sub(r"^l_(self_|kwargs_|args_)?(dict_)?", "", name)
     name = re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name)
     return name.strip("_") or "input"
 

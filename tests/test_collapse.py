@@ -372,7 +372,7 @@ def _tokens(node: torch.fx.Node) -> int:
 @pytest.mark.parametrize("layers", [6, 12])
 def test_state_by_depth(layers: int) -> None:
     hidden = 2 * 72 * 32 * 4
-    lean = steps_of(layers, cache_point="post_gate", keys="sampled")
+    lean = steps_of(layers, policy="lean")
     assert lean.state_bytes == 3 * hidden
     assert len(steps_of(layers, policy="fora", cache_point="post_gate").state) == 1
     assert len(steps_of(layers, policy="taylorseer", order=2, cache_point="post_gate").state) == 3

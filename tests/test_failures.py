@@ -195,6 +195,17 @@ def test_timestep_that_is_a_python_number(time: float) -> None:
     check_message(lambda: toys.torch_compile(toys.toy(), backend=backend())(toys.latents(), time), mend)
 
 
+def test_timestep_that_is_a_changing_python_number() -> None:
+    call = toys.torch_compile(toys.toy(), backend=backend(), dynamic=True)
+    check_message(lambda: call(toys.latents(), 487.0), "Python number that changes .* pass such numbers as tensors")
+    torch._dynamo.reset()
+    lenient = toys.torch_compile(toys.toy(), backend=backend(strict=False))
+    with pytest.warns(UserWarning, match="without step caching: no timestep was found") as caught:
+        ours = toys.loop(lenient, toys.latents(), [487.0, 321.0, 123.0])
+    assert toys.same(ours, toys.loop(toys.toy(), toys.latents(), [487.0, 321.0, 123.0]))
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("timestep", ["tiemstep", 99])
 def test_timestep_that_names_nothing(timestep: str | int) -> None:
     mend = f"timestep={timestep!r} names no tensor input of the graph; its tensor inputs are .*timestep.*"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -103,16 +104,23 @@ def test_a_jump_back_starts_a_trajectory(num_steps: int | None) -> None:
     assert (last.trajectory, last.step) == (3, STEPS - 1)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2,)], ids=str)
-@pytest.mark.parametrize("kind", ["int", "float", "scaled", "double"])
-def test_forms_of_timestep(shape: tuple[int, ...], kind: str) -> None:
+@cache
+def usual() -> list[Tensor]:
+    """The trajectory of int timesteps of shape [2]."""
+    return toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("int", ()), ("float", (1,)), ("float", (2,)), ("scaled", (2,)), ("double", ())], ids=str
+)
+def test_forms_of_timestep(kind: str, shape: tuple[int, ...]) -> None:
     table = tiny.timesteps(STEPS)
     times = {"int": table, "float": table.float(), "scaled": table.float() / 1000, "double": table.double()}[kind]
     model = toys.toy(scale=1000.0 if kind == "scaled" else 1.0)
     call, backend = toys.compiled(model)
     ours = toys.loop(call, toys.latents(), [t.expand(shape) for t in times])
     assert (backend.stats().full_steps, backend.stats().cached_steps) == (5, 4)
-    assert tiny.worst(ours, toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))) < 1e-3
+    assert tiny.worst(ours, usual()) < 1e-3
 
 
 def test_ascending_timesteps() -> None:
@@ -129,7 +137,7 @@ def test_timesteps_per_token() -> None:
     call, backend = toys.compiled()
     table = toys.times(STEPS)
     even = toys.loop(call, toys.latents(), [t[:, None].expand(2, toys.TOKENS).clone() for t in table])
-    assert tiny.worst(even, toys.loop(toys.compiled()[0], toys.latents(), table)) < 1e-4
+    assert tiny.worst(even, usual()) < 1e-4
     # Conditioning tokens stand still at zero; the others say which step it is.
     held = [torch.cat([torch.zeros(2, 10), t[:, None].expand(2, 20)], dim=1) for t in table]
     backend.reset()
@@ -138,11 +146,10 @@ def test_timesteps_per_token() -> None:
 
 
 def test_time_input_by_structure_and_by_argument() -> None:
-    expected = toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))
     for options in ({}, {"timestep": "when"}):
         torch._dynamo.reset()
         call, _ = toys.compiled(toys.Renamed(toys.toy()).eval(), **options)
-        assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), expected)
+        assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), usual())
 
 
 def test_shapes_in_turns_own_their_state() -> None:
@@ -166,9 +173,9 @@ def test_shapes_in_turns_own_their_state() -> None:
         assert toys.same(outputs, toys.alone(run, backend, start, list(times)))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_another_batch_compiles_once_more(dynamic: bool | None) -> None:
-    backend = hero_fx.backend(inner="aot_eager", policy="taylorseer", warmup=2)
+@pytest.mark.parametrize(("inner", "dynamic"), [("aot_eager", None), ("eager", True)])
+def test_another_batch_compiles_once_more(inner: str, dynamic: bool | None) -> None:
+    backend = hero_fx.backend(inner=inner, policy="taylorseer", warmup=2)
     call = toys.torch_compile(toys.toy(layers=2), backend=backend, fullgraph=True, dynamic=dynamic)
     for graphs, batch in enumerate((2, 3, 2), start=1):
         ours = toys.loop(call, toys.latents(batch), toys.times(STEPS, batch))
@@ -207,14 +214,20 @@ def test_inference_mode() -> None:
 def test_inference_mode_in_the_middle_of_a_trajectory() -> None:
     kwargs, times = tiny.inputs(), tiny.timesteps(STEPS)
     call = tiny.captured(layers=2).compiled(hero_fx.backend(inner="eager", warmup=2))
-    expected = tiny.denoise(call, kwargs, times)
     latents, outputs = kwargs["hidden_states"], []
     for i, t in enumerate(times):
         with torch.inference_mode(i % 3 == 0), torch.no_grad():
             out = call(**{**kwargs, "hidden_states": latents}, timestep=t.expand(2), return_dict=False)[0]
             latents = latents - out / STEPS
         outputs.append(out)
-    assert toys.same(outputs, expected)
+    assert toys.same(outputs, tiny.denoise(call, kwargs, times))
+
+
+def test_a_trajectory_of_nan_does_not_spoil_the_next() -> None:
+    call, _ = toys.compiled(warmup=1)
+    expected = toys.loop(call, toys.latents(), toys.times(STEPS))
+    assert toys.loop(call, toys.latents() * torch.nan, toys.times(STEPS))[-1].isnan().all()
+    assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), expected)
 
 
 @pytest.mark.parametrize("at", [0, 3, 4], ids=["first", "full", "cached"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.guard import TimestepReader
 
-from . import toys
+from . import tiny, toys
 
 STEPS = 9
 
@@ -43,6 +44,39 @@ def test_sessions_in_turns() -> None:
     assert (backend.stats().sessions, backend.stats().state_bytes) == (1, per_lane)
     for outputs, start in zip(both, starts, strict=True):
         assert toys.same(outputs, toys.alone(call, backend, start, times))
+
+
+@pytest.mark.parametrize("names", [["a"] * 3, ["a", "b", "c"]], ids=["one session", "three sessions"])
+def test_calls_of_a_session_queue_up_and_sessions_do_not(names: list[str]) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+    together = threading.Barrier(3)
+
+    def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            inside.append(1)
+            most.append(len(inside))
+            if len(set(names)) > 1:
+                together.wait(30)
+            time.sleep(0.02)
+            inside.pop()
+            return gm.forward(*args)
+
+        return run
+
+    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=inner))
+
+    def work(name: str) -> None:
+        with hero_fx.session(name):
+            call(timestep=toys.times(1)[0])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(most) == 3
+    assert max(most) == len(set(names))
 
 
 def test_sessions_nest_and_need_a_name() -> None:

@@ -1,0 +1,23 @@
+"""Loads the scripts of `examples/`, which is a folder and no package."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> Any:
+    """The module `examples/<name>.py`, executed anew, as `python examples/<name>.py` would find its imports."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the names in their annotations
+    with patch.object(sys, "path", [str(FOLDER), *sys.path]):
+        spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,140 @@
+"""The examples run, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hero_fx
+
+from .examples import example
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """The examples turn gradients off for good, and compile the same class many times."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "frames.png"
+    arguments = ["--steps", "6", "--layers", "2", "--heads", "1", "--size", "3", "8", "12", "--inner", "eager"]
+    example("quickstart").main([*arguments, "--picture", str(picture)])
+    head, data = picture.read_bytes()[:24], picture.stat().st_size
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    assert width > 300
+    assert height > 300
+    assert data > 10_000
+    out = capsys.readouterr().out
+    assert "2 layers of width 64, 72 image + 32 text tokens, batch 2, float32, 6 DDIM steps" in out
+    rows = {cells[0]: cells[1:] for cells in (re.split(" {2,}", line.strip()) for line in out.splitlines())}
+    assert rows["full + cached steps"] == ["6 + 0", "5 + 1"]  # 0 1 2 4 5 are full
+    assert rows["relative L2 to full compute"][0] == "0"
+    assert 0 < float(rows["relative L2 to full compute"][1]) < 0.1
+    for name in (
+        "seconds per full step (median)", "seconds per trajectory", "speed-up of the trajectory",
+        "speed-up that the FLOPs with attention allow", "GEMM TFLOPs", "feature state, MB",
+    ):  # fmt: skip
+        assert len([float(cell) for cell in rows[name]]) == 2
+    assert f"frames side by side: {picture}" in out
+
+
+def benchmark(*arguments: str) -> None:
+    example("benchmark").main(["--preset", "tiny", "--inner", "eager", "--threads", "1", "--rounds", "2", *arguments])
+
+
+def test_benchmark_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["eager", "inductor", "hero", "duca"]
+    benchmark("--json", "--systems", ",".join(names))
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["systems"]) == names
+    assert (report["torch"], report["device"], report["threads"]) == (torch.__version__, "cpu", 1)
+    for name, of in report["systems"].items():
+        low, high = of["full_s_range"]
+        assert 0 < low <= of["full_s"] <= high
+        assert of["failed"] is None
+        assert of["speedup_over_eager"] > 0
+        assert of["speedup_over_inductor"] > 0
+        assert ("cached_s" in of) == (name in ("hero", "duca"))
+    hero = report["systems"]["hero"]
+    assert 0 < hero["ratio_by_flops"] < 1 < hero["speedup_by_flops"] < 2
+    assert hero["ratio_quotient"] == pytest.approx(hero["ratio"] / hero["ratio_by_flops"])
+    assert hero["reached"] == pytest.approx(hero["speedup_over_inductor"] / hero["speedup_by_flops"])
+    assert 0 < hero["host_us"] < 1e6 * hero["cached_s"] == pytest.approx(hero["host_us"] / hero["host_share"])
+    assert hero["state_mb"] > 0
+
+
+def test_benchmark_as_table(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("--systems", "hero-sampled,inductor")
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("2 layers of width 64, 72 image + 32 text tokens, batch 2, float32; cpu, 1 threads, torch ")
+    assert [line.split()[0] for line in lines[-2:]] == ["hero-sampled", "inductor"]
+    assert " .. " in lines[-1]
+
+
+def test_benchmark_takes_in_turn_and_counts_no_first_round() -> None:
+    module = example("benchmark")
+    bench = module.Bench(module.PRESETS["tiny"], ["eager", "fora"], 2, "eager")
+    order: list[str] = []
+    for system in bench.systems:
+
+        def call(name: str = system.name, run: Any = system.call, **inputs: Any) -> Any:
+            order.append(name)
+            return run(**inputs)
+
+        system.call = call
+    bench.run(nullcontext)
+    first, second = ["eager"] * 2, ["fora"] * 2
+    assert order == ["eager", "fora", *first, *second, *second, *first, *first, *second]
+    eager, fora = bench.systems
+    assert [len(s) for s in (eager.full, eager.cached, fora.full, fora.cached)] == [4, 0, 2, 2]
+    stats = fora.backend.stats()
+    assert (stats.full_steps, stats.cached_steps) == (4, 3)
+
+
+def test_benchmark_goes_on_without_a_system_that_runs_out_of_memory() -> None:
+    module = example("benchmark")
+    bench = module.Bench(module.PRESETS["tiny"], ["hero", "eager"], 1, "eager")
+
+    def call(**inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 43 GB\nand more")
+
+    bench.systems[0].call = call
+    bench.run(nullcontext)
+    report = {system.name: module.figures(system, {}) for system in bench.systems}
+    assert report["hero"]["failed"] == "out of memory: tried to allocate 43 GB"
+    assert report["eager"]["full_s"] > 0
+    assert "hero   out of memory" in module.table({"systems": report})
+
+
+def test_benchmark_options_of_every_system_are_allowed() -> None:
+    for options in example("benchmark").SYSTEMS.values():
+        hero_fx.backend(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--systems hero,nero", "--systems: nero is unknown; choose from eager, inductor, hero,"),
+        ("--rounds 0", "--rounds 0: at least 1"),
+        ("--preset aether", "--preset aether needs a CUDA device"),
+    ],
+)
+def test_benchmark_says_what_is_wrong(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        example("benchmark").main(arguments.split())
+    assert message in capsys.readouterr().err

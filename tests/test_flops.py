@@ -1,0 +1,121 @@
+"""FLOPs: counted from graphs, against counts by hand and one row of the paper at full size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hero_fx
+from hero_fx import Flops
+
+from . import toys
+from .examples import example
+from .tracing import trace
+
+# A multiply-add is two operations.
+CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Flops]] = {
+    "linear, the bias is not counted": (
+        F.linear,
+        [(2, 3, 5), (7, 5), (7,)],
+        Flops(gemm=2 * (2 * 3) * 5 * 7, attention=0),
+    ),
+    "matmul": (torch.matmul, [(2, 3, 5, 7), (2, 3, 7, 11)], Flops(gemm=2 * (2 * 3) * 5 * 7 * 11, attention=0)),
+    "convolution, stride 1": (
+        F.conv2d,
+        [(2, 3, 5, 7), (13, 3, 2, 2)],
+        Flops(gemm=2 * (2 * 13 * 4 * 6) * (3 * 2 * 2), attention=0),
+    ),
+    "patches: a convolution whose stride is its kernel": (
+        lambda x, w: F.conv3d(x, w, stride=(1, 2, 2)),
+        [(2, 3, 5, 4, 6), (7, 3, 1, 2, 2)],
+        Flops(gemm=2 * (2 * 7 * 5 * 2 * 3) * (3 * 1 * 2 * 2), attention=0),
+    ),
+    "self-attention": (
+        F.scaled_dot_product_attention,
+        [(2, 3, 5, 7)] * 3,
+        Flops(gemm=0, attention=2 * (2 * 3) * 5 * 5 * (7 + 7)),
+    ),
+    "cross-attention, keys and values of other sizes": (
+        F.scaled_dot_product_attention,
+        [(2, 3, 5, 7), (2, 3, 11, 7), (2, 3, 11, 13)],
+        Flops(gemm=0, attention=2 * (2 * 3) * 5 * 11 * (7 + 13)),
+    ),
+    "pointwise ops and norms are free": (
+        lambda x: F.layer_norm(F.gelu(x) * x, (5,)).transpose(0, 1),
+        [(2, 3, 5)],
+        Flops(gemm=0, attention=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_by_hand(name: str) -> None:
+    function, shapes, wanted = CASES[name]
+    assert hero_fx.flops(trace(function, *map(torch.empty, shapes))) == wanted
+
+
+def test_flops_of_a_block_by_hand() -> None:
+    """Both kinds in one graph: q, k, v and output projections, attention, FFN."""
+
+    def block(x: Tensor, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in F.linear(x, qkv).chunk(3, dim=-1))
+        x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), out)
+        return x + F.linear(F.gelu(F.linear(x, up)), down)
+
+    batch, tokens, width = 2, 5, 6
+    shapes = [(batch, tokens, width), (3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    counted = hero_fx.flops(trace(block, *map(torch.empty, shapes)))
+    assert counted.gemm == 2 * batch * tokens * width * (3 * width + width + 8 * width)
+    assert counted.attention == 4 * batch * tokens**2 * width
+    assert counted.total == counted.gemm + counted.attention
+
+
+def test_flops_add_and_multiply() -> None:
+    assert Flops(2, 3) + Flops(5, 7) * 10 == Flops(52, 73)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"policy": "hero", "num_steps": 10, "interval": 3}, "FFF00F00FF"),
+        ({"policy": "fora", "interval": 2}, "FFF0F0F0F0"),
+        ({"policy": "duca", "num_steps": 10, "interval": 4}, "FFF010F01F"),
+        ({"policy": "duca", "schedule": (1, 0, 0, 0, 0, 1, 1, 0, 0, 1)}, "F0101FF01F"),
+        ({"policy": "taylorseer", "interval": 1}, "FFFFFFFFFF"),
+    ],
+    ids=str,
+)
+def test_step_kinds(options: dict[str, Any], kinds: str) -> None:
+    config = hero_fx.backend(**options).config
+    policy = config.make_policy()
+    assert policy is not None
+    assert hero_fx.step_kinds(config, policy, 10) == [None if kind == "F" else int(kind) for kind in kinds]
+
+
+def test_trajectory_flops_weigh_each_kind_by_its_steps() -> None:
+    backend = hero_fx.backend("duca", num_steps=10, interval=4, grid=toys.GRID, refresh_ratio=0.4)
+    steps = hero_fx.trace(toys.toy(), toys.latents(), toys.times(1)[0], backend=backend)
+    full, refreshing, reusing = (hero_fx.flops(gm) for gm in (steps.full, *steps.cached))
+    total = hero_fx.trajectory_flops(steps, backend.config, 10)
+    assert total == full * 5 + refreshing * 3 + reusing * 2
+    # Both kinds of cached step run the embeddings and the modulations; one runs the FFNs of 3 layers on 12 of 30 tokens.
+    ffn = 2 * (toys.WIDTH * 2 * toys.WIDTH) * 2
+    assert refreshing.gemm - reusing.gemm == 3 * (2 * 12) * ffn
+    assert full.gemm - reusing.gemm == 3 * (2 * toys.TOKENS) * (ffn + 2 * toys.WIDTH * 4 * toys.WIDTH)
+    assert full.attention == 3 * 4 * 2 * toys.TOKENS**2 * toys.WIDTH
+    assert refreshing.attention == reusing.attention == 0
+
+
+def test_full_size_rows_of_the_paper() -> None:
+    """Aether, 42 layers and 14,850 tokens: the main row of the planning table, and the full compute it is held against."""
+    paper_flops = example("paper_flops")
+    rows = {row.name: row for row in paper_flops.rows()}
+    traced = paper_flops.capture(2)
+    for name, paper in (("planning, full compute", 14352.50), ("planning, HERO N=2", 8295.21)):
+        assert rows[name].paper == paper
+        assert paper_flops.measure(rows[name], traced).gemm / 1e12 == pytest.approx(paper, rel=1e-3)
