@@ -43,6 +43,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "inductor": {},
     "hero": {},
     "hero-sampled": {"keys": "sampled"},
+    "lean": {"policy": "lean"},
     "fora": {"policy": "fora"},
     "taylorseer": {"policy": "taylorseer"},
     "toca": {"policy": "toca"},
@@ -51,8 +52,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 """Options of `hero_fx.backend`, by the system's name; `eager` and `inductor` run without hero_fx."""
 STEPS = 50
 """Of the trajectory that speed-ups are worked out for; its schedule is "uniform" at N=2."""
-
-
 PRESETS = {
     "tiny": Setting(2, 1, (3, 8, 12)),
     "small": Setting(12, 8, (7, 24, 36)),
@@ -205,10 +204,9 @@ def figures(system: System, plain: dict[str, float]) -> dict[str, Any]:
         policy = config.make_policy()
         assert policy is not None
         kinds = hero_fx.step_kinds(config, policy, STEPS)
-        cached = median(system.cached)
         by_flops = hero_fx.flops(steps.cached[policy.kind(1)]).total / hero_fx.flops(steps.full).total
         # Full and cached step of one round ran one after the other: their ratio does not see the machine drift.
-        ratios = [c / f for c, f in zip(system.cached, system.full, strict=True)]
+        cached, ratios = median(system.cached), [c / f for c, f in zip(system.cached, system.full, strict=True)]
         trajectory = kinds.count(None) * full + (STEPS - kinds.count(None)) * cached
         allowed = STEPS * hero_fx.flops(steps.normal).total / hero_fx.trajectory_flops(steps, config, STEPS).total
         host = host_seconds(backend.steppers[-1], config)
@@ -240,6 +238,7 @@ def table(report: dict[str, Any]) -> str:
         ("by\nFLOPs", "speedup_by_flops", ".2f"), ("reached", "reached", ".1%"), ("state,\nMB", "state_mb", ".1f"),
         ("host,\nus", "host_us", ".0f"), ("of a\ncached step", "host_share", ".2%"), ("peak,\nMB", "peak_mb", ".0f"),
     ]  # fmt: skip
+    columns = [column for column in columns if any(column[1] in of for of in report["systems"].values())]
     rows = []
     for name, of in report["systems"].items():
         cells = [f"{of[key]:{form}}" if key in of else "" for _, key, form in columns]

@@ -49,7 +49,7 @@ class Backend:
         self.config = config
         self.graphs: list[StepGraphs] = []
         self.steppers: list[Stepper] = []
-        self._warned = False
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"hero_fx.backend({self.config!r})"
@@ -76,8 +76,8 @@ class Backend:
         except ValueError as error:
             if config.strict:
                 raise
-            if not self._warned:
-                self._warned = True
+            if str(error) not in self._warned:
+                self._warned.add(str(error))
                 warnings.warn(f"hero_fx compiles this model without step caching: {error}", stacklevel=2)
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:

@@ -151,6 +151,11 @@ class Config:
             raise ValueError(
                 f"mode={self.mode!r} and options={self.options!r} are Inductor's; with inner={self.inner!r} leave them out"
             )
+        for name, default in (("warmup", 3), ("cooldown", 1)):
+            if self.schedule != "uniform" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with schedule={self.schedule!r}; it is for 'uniform': leave it out"
+                )
         self.make_schedule()
 
     @classmethod

@@ -223,7 +223,7 @@ def _anchor(gm: fx.GraphModule, analysis: Analysis) -> fx.Node:
     inside = set(analysis.body)
 
     def hoist(node: fx.Node) -> None:
-        if order[node] >= order[anchor] and node.op == "call_function":
+        if order[node] >= order[anchor] and node.op in ("call_function", "get_attr"):
             for source in node.all_input_nodes:
                 hoist(source)
             anchor.prepend(node)

@@ -73,7 +73,9 @@ def block(x: Tensor, s1: Tensor, v: Tensor, gate: Tensor, idx: Tensor) -> Tensor
 class TestDiffs(expecttest.TestCase):
     def test_sink_scatters(self) -> None:
         _, diff = run(graph(block, **tensors()), SinkScatters(), DropDeadCode())
-        self.assertExpectedInline(diff, """\
+        self.assertExpectedInline(
+            diff,
+            """\
   ...
 - mul: f32[2, 5, 3] = aten.mul.Tensor(gate, index_copy)
 - add: f32[2, 5, 3] = aten.add.Tensor(x, mul)
@@ -88,44 +90,56 @@ class TestDiffs(expecttest.TestCase):
 + index_select: f32[2, 2, 3] = aten.index_select.default(index_copy_default_1, 1, idx)
   ...
 - return (mul_1, add)
-+ return (mul_1, index_copy_default_1)""")
++ return (mul_1, index_copy_default_1)""",
+        )
 
     def test_forward_gathers(self) -> None:
         gm = graph(block, **tensors())
         run(gm, SinkScatters(), DropDeadCode())
-        self.assertExpectedInline(run(gm, ForwardGathers())[1], """\
+        self.assertExpectedInline(
+            run(gm, ForwardGathers())[1],
+            """\
   ...
 - index_select: f32[2, 2, 3] = aten.index_select.default(index_copy_default_1, 1, idx)
 - mul_1: f32[2, 2, 3] = aten.mul.Tensor(index_select, 2)
 + mul_1: f32[2, 2, 3] = aten.mul.Tensor(add_tensor_1, 2)
-  ...""")
+  ...""",
+        )
 
     def test_write_rows(self) -> None:
         gm = graph(block, **tensors())
         run(gm, SinkScatters(), ForwardGathers(), DropDeadCode())
-        self.assertExpectedInline(run(gm, WriteRows())[1], """\
+        self.assertExpectedInline(
+            run(gm, WriteRows())[1],
+            """\
   ...
 - index_copy: f32[2, 5, 3] = aten.index_copy.default(s1, 1, idx, v)
   ...
 - copy_: f32[2, 5, 3] = aten.copy_.default(s1, index_copy)
 + index_copy__default: f32[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, v)
-  ...""")
+  ...""",
+        )
 
     def test_common_subexpressions(self) -> None:
         def twice(x: Tensor, idx: Tensor) -> Tensor:
             return torch.index_select(x, 1, idx) + torch.index_select(x, 1, idx) * 2
 
         inputs = {name: tensors()[name] for name in ("x", "idx")}
-        self.assertExpectedInline(run(graph(twice, **inputs), CommonSubexpressions())[1], """\
+        self.assertExpectedInline(
+            run(graph(twice, **inputs), CommonSubexpressions())[1],
+            """\
   ...
 - index_select_1: f32[2, 2, 3] = aten.index_select.default(x, 1, idx)
 - mul: f32[2, 2, 3] = aten.mul.Tensor(index_select_1, 2)
 + mul: f32[2, 2, 3] = aten.mul.Tensor(index_select, 2)
-  ...""")
+  ...""",
+        )
 
     def test_merge_caches(self) -> None:
         cached, full, merges = two_branches()
-        self.assertExpectedInline(run(cached, MergeCaches(merges=merges))[1], """\
+        self.assertExpectedInline(
+            run(cached, MergeCaches(merges=merges))[1],
+            """\
   ...
 - s1: f32[2, 5, 3] = input
 - s2: f32[2, 5, 3] = input
@@ -143,8 +157,11 @@ class TestDiffs(expecttest.TestCase):
 - add_2: f32[2, 5, 3] = aten.add.Tensor(s3, mul_1)
 - add_3: f32[2, 5, 3] = aten.add.Tensor(add_1, add_2)
 - return add_3
-+ return add_1""")
-        self.assertExpectedInline(run(full, MergeCaches(merges=merges), DropDeadCode())[1], """\
++ return add_1""",
+        )
+        self.assertExpectedInline(
+            run(full, MergeCaches(merges=merges), DropDeadCode())[1],
+            """\
   ...
 - s1: f32[2, 5, 3] = input
 - s2: f32[2, 5, 3] = input
@@ -167,7 +184,8 @@ class TestDiffs(expecttest.TestCase):
 + mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(sub_tensor_1, w)
 + copy__default: f32[2, 5, 3] = aten.copy_.default(sum_s1, sub_tensor)
 + copy__default_1: f32[2, 5, 3] = aten.copy_.default(sum_s2, mul_tensor)
-  ...""")
+  ...""",
+        )
 
     def test_drop_unread_state(self) -> None:
         def record(x: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
@@ -177,13 +195,16 @@ class TestDiffs(expecttest.TestCase):
 
         values = tensors()
         gm = graph(record, x=values["x"], s1=values["s1"], s2=values["s1"].clone())
-        self.assertExpectedInline(run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[1], """\
+        self.assertExpectedInline(
+            run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[1],
+            """\
   ...
 - s2: f32[2, 5, 3] = input
   ...
 - mul: f32[2, 5, 3] = aten.mul.Tensor(x, 2)
 - copy__1: f32[2, 5, 3] = aten.copy_.default(s2, mul)
-  ...""")
+  ...""",
+        )
         assert run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[0] == 0
 
 
@@ -361,7 +382,9 @@ def test_cached_step_gathers_and_scatters_once(layers: int) -> None:
     streams = [n for n in full_size if n.target in (aten.mul.Tensor, aten.add.Tensor)]
     assert len(streams) <= 4 * shallow + 5
     sampled = op_count(cached, "aten.linear")["aten.linear"]
-    assert sampled == op_count(steps.normal, "aten.linear")["aten.linear"] - 6 * (layers - shallow) - 2 * (layers - shallow)
+    assert sampled == op_count(steps.normal, "aten.linear")["aten.linear"] - 6 * (layers - shallow) - 2 * (
+        layers - shallow
+    )
 
 
 def _tokens(node: torch.fx.Node) -> int:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,22 @@ def test_benchmark_says_what_is_wrong(
     with pytest.raises(SystemExit):
         example("benchmark").main(arguments.split())
     assert message in capsys.readouterr().err
+
+
+def test_benchmark_frees_the_state_of_each_system_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("benchmark")
+    preset = replace(module.PRESETS["tiny"], dtype=torch.bfloat16)
+    bench = module.Bench(preset, ["hero", "inductor", "taylorseer"], 2, "eager")
+    bench.preset = replace(preset, device="cuda")  # from here on it believes so
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    bench.run(nullcontext)
+    for system in bench.systems:
+        assert (system.step, system.peak) == (0, 5_000_000)
+        if system.backend is not None:
+            stats = system.backend.stats()
+            # The compiling call, and three turns of full, full, cached.
+            assert (stats.full_steps, stats.cached_steps, stats.state_bytes) == (7, 3, 0)
+            assert (len(system.full), len(system.cached)) == (2, 2)
+    report = {system.name: module.figures(system, {}) for system in bench.systems}
+    assert report["hero"]["peak_mb"] == 5

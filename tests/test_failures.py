@@ -258,7 +258,7 @@ def test_some_blocks_by_themselves() -> None:
 
 MISFITS = {
     "patch": ((3, 2, 3), r"patch=\(3, 2, 3\) is larger than grid=\(2, 3, 5\).*Try patch=\(2, 2, 3\)"),
-    "refresh_layers": (4, r"refresh_layers=4 is beyond .*depth of 3 layers; give a count from 0 to 3"),
+    "refresh_layers": (3, r"refresh_layers=3 is beyond .*depth of 2 layers; give a count from 0 to 2"),
     "grid": ((2, 3, 4), r"grid=\(2, 3, 4\) holds 24 tokens but the model has 30 image tokens; give .*after patch"),
     "grid=None": (None, r"grid=None: .* 30 image tokens could not be read.*pass grid=\(frames, height, width\)"),
 }

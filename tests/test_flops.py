@@ -99,7 +99,7 @@ def test_step_kinds(options: dict[str, Any], kinds: str) -> None:
 
 def test_trajectory_flops_weigh_each_kind_by_its_steps() -> None:
     backend = hero_fx.backend("duca", num_steps=10, interval=4, grid=toys.GRID, refresh_ratio=0.4)
-    steps = hero_fx.trace(toys.toy(), toys.latents(), toys.times(1)[0], backend=backend)
+    steps = hero_fx.trace(toys.toy(layers=3), toys.latents(), toys.times(1)[0], backend=backend)
     full, refreshing, reusing = (hero_fx.flops(gm) for gm in (steps.full, *steps.cached))
     total = hero_fx.trajectory_flops(steps, backend.config, 10)
     assert total == full * 5 + refreshing * 3 + reusing * 2

@@ -1,4 +1,4 @@
-"""The passes that record, reuse and extrapolate features, and the sweep behind them, on the least toys there are."""
+"""The passes that record, reuse and extrapolate features on the least toys there are, and what is left to do in a cached step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import hero_fx
 from hero_fx.graphs import graph_diff, op_count, render
-from hero_fx.passes.cleanup import DropDeadCode
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.pipeline import Pass
 from hero_fx.passes.plan import CachePoint, Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy, recordings
@@ -23,7 +22,7 @@ from hero_fx.steps import copy_graph
 
 from . import toys
 from .steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers
-from .tracing import capture, equal, run_passes, trace
+from .tracing import capture, equal, run_passes
 
 POINTS: tuple[CachePoint, ...] = ("pre_gate", "post_gate")
 
@@ -217,53 +216,6 @@ def test_reuse_by_hand(point: CachePoint) -> None:
     assert torch.equal(first, feature(before, point))
     x, gate = now[0], now[1] if point == "pre_gate" else 1
     torch.testing.assert_close(toy.run(toy.cached(plan), now)[0], x + gate * first + gate * second)
-
-
-def test_drop_dead_code_graph() -> None:
-    toy = Toy(attentions)
-    gm = copy_graph(toy.normal)
-    run_passes(gm, ReuseBranches(structure=toy.structure, plan=toy.plan(Reuse(), Full())))
-    before = render(gm)
-    (record,) = run_passes(gm, DropDeadCode())
-    assert record.sites == 5
-    assert_expected_inline(
-        graph_diff(before, gm, context=0),
-        """\
-  ...
-- layer_norm: f32[2, 6, 4] = aten.layer_norm.default(x_1, [4])
-- unsqueeze: f32[2, 1, 6, 4] = aten.unsqueeze.default(layer_norm, 1)
-- scaled_dot_product_attention: f32[2, 1, 6, 4] = aten.scaled_dot_product_attention.default(unsqueeze, unsqueeze, unsqueeze)
-- squeeze: f32[2, 6, 4] = aten.squeeze.dim(scaled_dot_product_attention, 1)
-- linear: f32[2, 6, 4] = aten.linear.default(squeeze, w_1)
-  ...""",
-    )
-    (record,) = run_passes(gm, DropDeadCode())
-    assert record.sites == 0
-
-
-def test_drop_dead_code_keeps_writes_inputs_and_what_they_read() -> None:
-    def function(state: Tensor, unused: Tensor, x: Tensor) -> Tensor:
-        F.scaled_dot_product_attention(x.sin(), x, x)
-        state.copy_(x.cos())
-        return x * 2
-
-    inputs = [torch.zeros(2, 3), torch.zeros(5), torch.ones(2, 3)]
-    gm = trace(function, *inputs)
-    (record,) = run_passes(gm, DropDeadCode())
-    assert record.sites == 2
-    assert_expected_inline(
-        render(gm),
-        """\
-state_1: f32[2, 3] = input
-unused_1: f32[5] = input
-x_1: f32[2, 3] = input
-cos: f32[2, 3] = aten.cos.default(x_1)
-copy_: f32[2, 3] = aten.copy_.default(state_1, cos)
-mul: f32[2, 3] = aten.mul.Tensor(x_1, 2)
-return mul""",
-    )
-    assert equal(gm(*inputs), torch.full((2, 3), 2.0))
-    assert torch.equal(inputs[0], torch.ones(2, 3).cos())
 
 
 DEPTH = 3

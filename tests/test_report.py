@@ -31,16 +31,23 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def explain_tiny(**options: Any) -> str:
-    """What `explain` says of the tiny CogVideoX."""
+@pytest.fixture(scope="module")
+def tiny_steps() -> hero_fx.StepGraphs:
+    """The tiny CogVideoX, traced once: the explanations of many options come from its rewrites."""
     call = {**tiny.inputs(), "timestep": tiny.timesteps(1).expand(2), "return_dict": False}
-    return str(hero_fx.explain(tiny.cogvideox(), **call, backend=hero_fx.backend(**options)))
+    return hero_fx.explain(tiny.cogvideox(), **call, backend=hero_fx.backend("fora")).steps
+
+
+def explained(traced: hero_fx.StepGraphs, **options: Any) -> str:
+    """What `explain` says of a traced model under other options."""
+    backend = hero_fx.backend(**options)
+    return str(hero_fx.Explanation(backend.rewrite(traced), backend.config))
 
 
 def explain_toy(model: Any = None, **options: Any) -> hero_fx.Explanation:
     """What `explain` says of a toy, with the model's own backend if there are no options."""
     backend = hero_fx.backend(**options) if options else None
-    model = toys.toy() if model is None else model
+    model = toys.toy(layers=2) if model is None else model
     return hero_fx.explain(model, toys.latents(), toys.times(1)[0], backend=backend)
 
 
@@ -50,9 +57,9 @@ def toy_steps() -> hero_fx.StepGraphs:
     return explain_toy(policy="fora").steps
 
 
-def test_explain_hero() -> None:
+def test_explain_hero(tiny_steps: hero_fx.StepGraphs) -> None:
     assert_expected_inline(
-        explain_tiny(num_steps=50, form="literal"),
+        explained(tiny_steps, num_steps=50, form="literal"),
         """\
 4 layers, 8 branches: 4 attention, 4 ffn
 residual streams: image [72 image tokens x 32], text [7 text tokens x 32]
@@ -83,9 +90,9 @@ feature state per lane and session         26  0.320""",
     )
 
 
-def test_explain_duca() -> None:
+def test_explain_duca(tiny_steps: hero_fx.StepGraphs) -> None:
     assert_expected_inline(
-        explain_tiny(policy="duca", form="literal"),
+        explained(tiny_steps, policy="duca", form="literal"),
         """\
 4 layers, 8 branches: 4 attention, 4 ffn
 residual streams: image [72 image tokens x 32], text [7 text tokens x 32]
@@ -138,17 +145,16 @@ note: num_steps is not given, so the end of a trajectory is not known and cooldo
 )
 def test_explain_options(shown: str, options: dict[str, Any], toy_steps: hero_fx.StepGraphs) -> None:
     grid = None if options.get("policy") in ("fora", "taylorseer") else toys.GRID
-    backend = hero_fx.backend(**options, grid=grid)
-    text = str(hero_fx.Explanation(backend.rewrite(toy_steps), backend.config))
+    text = explained(toy_steps, **options, grid=grid)
     assert shown in text
-    assert text.startswith("3 layers, 6 branches: 3 attention, 3 ffn\nresidual streams: image [30 image tokens x 16]\n")
+    assert text.startswith("2 layers, 4 branches: 2 attention, 2 ffn\nresidual streams: image [30 image tokens x 16]\n")
 
 
 def test_explain_a_backend_after_a_call_only() -> None:
     backend = hero_fx.backend(inner="eager", grid=toys.GRID)
     with pytest.raises(ValueError, match="compiled nothing yet: call the compiled model once, or explain the model"):
         hero_fx.explain(backend)
-    toys.loop(torch.compile(toys.toy(), backend=backend), toys.latents(), toys.times(1))
+    toys.loop(torch.compile(toys.toy(layers=2), backend=backend), toys.latents(), toys.times(1))
     explanation = hero_fx.explain(backend)
     assert explanation.steps is backend.graphs[-1]
     assert str(explanation) == str(explain_toy(inner="eager", grid=toys.GRID))
@@ -164,12 +170,12 @@ def test_explain_names_branches_that_fall_back(toy_steps: hero_fx.StepGraphs) ->
 
 def test_trace_uses_the_backend_that_the_model_was_compiled_with() -> None:
     ours = hero_fx.backend("fora", inner="eager")
-    call = torch.compile(toys.toy(), backend=ours, fullgraph=True)
+    call = torch.compile(toys.toy(layers=2), backend=ours, fullgraph=True)
     explanation = explain_toy(call)
     assert explanation.config is ours.config
     assert not ours.graphs, "it was traced, not compiled"
     assert explain_toy(call, policy="taylorseer").config.policy == "taylorseer"
-    plain = torch.compile(toys.toy(), backend="eager")
+    plain: Any = torch.compile(toys.toy(layers=2), backend="eager")
     assert hero_fx.trace(plain, toys.latents(), toys.times(1)[0], backend=ours).plans
     with pytest.raises(ValueError, match="grid=None"):  # that is the default backend speaking
         explain_toy(plain)
@@ -190,30 +196,31 @@ def test_trace_on_the_meta_device() -> None:
 
 def test_trace_raises_what_compiling_would() -> None:
     with pytest.raises(hero_fx.UnsupportedModel, match=r"call model\.eval\(\) first"):
-        explain_toy(toys.toy().train(), policy="fora")
+        explain_toy(toys.toy(layers=2).train(), policy="fora")
     with pytest.raises(hero_fx.UnsupportedModel, match="single transformer block"):
         explain_toy(toys.toy(layers=1), policy="fora")
     with pytest.raises(ValueError, match="policy='full' rewrites nothing"):
         explain_toy(policy="full")
     with pytest.raises(TypeError, match="latents"):
-        hero_fx.trace(toys.toy(), backend=hero_fx.backend("fora"))
+        hero_fx.trace(toys.toy(layers=2), backend=hero_fx.backend("fora"))
 
 
 @pytest.mark.xfail(reason="report.py leaves an entry in Dynamo's cache at each trace")
 def test_trace_leaves_no_compiled_code_behind() -> None:
-    """Dynamo compiles a function eight times at most: looking at a model must not use that up."""
-    model = toys.toy()
-    for _ in range(torch._dynamo.config.recompile_limit + 1):
-        explain_toy(model, policy="fora")
-    call = torch.compile(model, backend=hero_fx.backend("fora", inner="eager"), fullgraph=True)
-    assert len(toys.loop(call, toys.latents(), toys.times(5))) == 5
+    """Dynamo compiles a function eight times at most (here: two): looking at a model must not use that up."""
+    model = toys.toy(layers=2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            explain_toy(model, policy="fora")
+        call = torch.compile(model, backend=hero_fx.backend("fora", inner="eager"), fullgraph=True)
+        assert len(toys.loop(call, toys.latents(), toys.times(5))) == 5
 
 
 SCRIPT = """
 import torch, hero_fx
 from tests import toys
 
-call = torch.compile(toys.toy(), backend=hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
+call = torch.compile(toys.toy(layers=2), backend=hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
 toys.loop(call, toys.latents(), toys.times(1))
 """
 
@@ -237,9 +244,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_torch_logs_show_passes_and_graph_diffs(logged: tuple[str, str]) -> None:
     lines = [line.split("] ", 2)[-1] for line in logged[0].splitlines() if "passes/pipeline.py" in line]
     passes = [line.split(":")[0] for line in lines if " sites, " in line]
-    assert passes[:4] == ["normal 01 functionalize", "normal 02 drop_identities", "normal 03 drop_dead_code",
-                          "full 01 record_features"]  # fmt: skip
-    assert "cached 01 refresh" in passes
+    assert {"normal 01 functionalize", "full 01 record_features", "cached 01 refresh"} <= set(passes)
     diff = lines[lines.index("cached 01 refresh:") + 1 :]
     assert any(line.startswith("- ") for line in diff)
     assert any(line.startswith("+ ") and "aten.index_copy.default(" in line for line in diff)

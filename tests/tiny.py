@@ -100,9 +100,7 @@ class Captured:
         compiled: Any = torch.compile(model, backend=capture, fullgraph=True)
         torch._dynamo.reset()
         with torch.no_grad():
-            compiled(
-                **kwargs, timestep=timesteps(1).expand(kwargs["hidden_states"].shape[0]), return_dict=False
-            )
+            compiled(**kwargs, timestep=timesteps(1).expand(kwargs["hidden_states"].shape[0]), return_dict=False)
         torch._dynamo.reset()
         self.gm, self.inputs = found[0]
         self.names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]

@@ -86,10 +86,10 @@ def torch_compile(model: Any, backend: Any, **options: Any) -> Any:
     return torch.compile(model, backend=backend, **options)
 
 
-def toy(**options: Any) -> Any:
+def toy(layers: int = 2, **options: Any) -> Any:
     """A seeded `ToyDiT` in eval mode."""
     torch.manual_seed(0)
-    return tiny.randomized(ToyDiT(**options))
+    return tiny.randomized(ToyDiT(layers, **options))
 
 
 def latents(batch: int = 2, seed: int = 3, tokens: int = TOKENS) -> Tensor:
