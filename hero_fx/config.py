@@ -154,7 +154,8 @@ class Config:
         for name, default in (("warmup", 3), ("cooldown", 1)):
             if self.schedule != "uniform" and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with schedule={self.schedule!r}; it is for 'uniform': leave it out"
+                    f"{name}={getattr(self, name)!r} has no effect with schedule={self.schedule!r}; it is for 'uniform': "
+                    "leave it out"
                 )
         self.make_schedule()
 

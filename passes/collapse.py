@@ -162,7 +162,7 @@ class SinkScatters:
             if is_scatter(operand):
                 whole[i], rows[i] = operand.args[0], operand.args[3]
                 continue
-            axis = dim - (rank - value_of(operand).dim())  # type: ignore[operator]
+            axis = dim - (rank - value_of(operand).dim())
             if axis >= 0 and value_of(operand).shape[axis] != 1:
                 rows[i] = emitter.call(aten.index_select.default, operand, axis, index)
         base = emitter.call(node.target, *whole)
@@ -232,6 +232,7 @@ class WriteRows:
             if copy.target is not aten.copy_.default:
                 continue
             state, scatter = copy.args[:2]
+            assert isinstance(state, fx.Node)
             if not is_scatter(scatter) or _beneath_cast(scatter.args[0]) is not state:
                 continue
             base, dim, index, rows = scatter.args

@@ -14,6 +14,8 @@ from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode
 from hero_fx.passes.emit import IndexSlot, ScalarSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
+from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.normalize import DropIdentities
 from hero_fx.passes.plan import StepPlan, Strategy, recordings
 from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
@@ -57,26 +59,25 @@ def joint(x: Tensor, gate: Tensor, w: Tensor, v: Tensor, text: Tensor) -> tuple[
     return x, text
 
 
-def example_inputs(seed: int = 0, *, text: bool = False) -> list[Tensor]:
-    inputs = [numbers(BATCH, IMAGE, WIDTH, seed=seed), numbers(BATCH, 1, WIDTH, seed=seed + 1)]
-    weights = [numbers(WIDTH, WIDTH, seed=1000 + i) for i in range(2)]
-    return [*inputs, *weights, *([numbers(BATCH, TEXT, WIDTH, seed=seed + 2)] if text else [])]
-
-
 @dataclass
 class Toy:
     """A model, its structure, and one lane of feature state, by the names of its tensors."""
 
     function: Callable[..., Any]
     text: bool = False
+    width: int = WIDTH
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.normal = trace(self.function, *self.inputs())
+        run_passes(self.normal, Functionalize(), DropIdentities(), DropDeadCode())
         self.structure: Structure = find_branches(self.normal)
 
     def inputs(self, seed: int = 0) -> list[Tensor]:
-        return example_inputs(seed, text=self.text)
+        """Image tokens, gate, two weights that do not depend on the seed, and text tokens if there are any."""
+        streams = [numbers(BATCH, n, self.width, seed=seed + i) for i, n in enumerate((IMAGE, 1, TEXT))]
+        weights = [numbers(self.width, self.width, seed=1000 + i) for i in range(2)]
+        return [*streams[:2], *weights, *streams[2 : 2 + self.text]]
 
     def plan(self, *strategies: Strategy) -> StepPlan:
         """One strategy for each branch; the last one for the rest."""

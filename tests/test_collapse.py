@@ -229,7 +229,7 @@ def two_branches() -> tuple[GraphModule, GraphModule, Any]:
     inputs = merge_inputs()
     graphs = graph(cached, **inputs), graph(full, **inputs)
     families = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
-    return *graphs, find_merges([graphs[0]], families)  # type: ignore[return-value]
+    return *graphs, find_merges([graphs[0]], families)
 
 
 def merge_inputs() -> dict[str, Tensor]:
@@ -355,7 +355,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_collapsed_equals_literal_over_fifty_steps(options: dict[str, Any]) -> None:
     results = []
     for form in ("literal", "collapsed"):
-        backend = hero_fx.backend(inner="eager", num_steps=50, interval=3, form=form, **options)  # type: ignore[arg-type]
+        backend = hero_fx.backend(inner="eager", num_steps=50, interval=3, form=form, **options)
         results.append(tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(50)))
     assert tiny.worst(results[1], results[0]) < 1e-5
 
