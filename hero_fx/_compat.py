@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -189,3 +189,10 @@ def backend_of(model: object, kind: type) -> Any:
             return callback
         callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
     return None
+
+
+def unlimited_tracing() -> AbstractContextManager[None]:
+    """Dynamo without its limit of compiles per function, and without hiding errors: for tracing that leaves no code."""
+    return torch._dynamo.config.patch(  # type: ignore[no-any-return]
+        recompile_limit=2**30, accumulated_recompile_limit=2**30, suppress_errors=False
+    )

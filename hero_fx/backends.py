@@ -49,7 +49,7 @@ class Backend:
         self.config = config
         self.graphs: list[StepGraphs] = []
         self.steppers: list[Stepper] = []
-        self._warned: set[str] = set()
+        self._warned: set[type] = set()
 
     def __repr__(self) -> str:
         return f"hero_fx.backend({self.config!r})"
@@ -76,8 +76,11 @@ class Backend:
         except ValueError as error:
             if config.strict:
                 raise
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
+            # A model with graph breaks comes in pieces, or block by block: one warning for all of them.
+            module = type(_compat.frame_module())
+            rest = bool(self._warned) and _compat.frame_resumes_after_break()
+            if module not in self._warned and not rest:
+                self._warned.add(module)
                 warnings.warn(f"hero_fx compiles this model without step caching: {error}", stacklevel=2)
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 
@@ -386,19 +387,28 @@ def _between_streams(root: fx.Node, known: dict[fx.Node, Info]) -> list[fx.Node]
 
 
 def _image(graph: _Graph, adds: list[_Found], streams: list[Stream]) -> tuple[str | None, int]:
-    """The longest token source among the streams whose last value reaches the output."""
-    output = graph.nodes[-1]
+    """The token source that the output is made of; the longest one if there are several.
+
+    Followed from the streams' last values: in joint blocks the text stream's last value still feeds the last FFN, but none
+    of its tokens come out of it.
+    """
     last = {found.stream: found.add for found in adds}
-    reaching = [
+    known: dict[fx.Node, Info] = {}
+    for found in adds:
+        known[found.residual] = known[found.add] = streams[found.stream].tokens
+    start = min(graph.index[add] for add in last.values())
+    for node in graph.nodes[start:]:
+        with suppress(NoRule):  # unpatchify takes the token axis apart
+            known = follow([node], known)
+    leaving = [
         segment
-        for stream, add in last.items()
-        if graph.depends(output, add)
-        for segment in streams[stream].tokens.segments
+        for node in graph.nodes[start:]
+        if isinstance(info := known.get(node), Tokens) and any(user not in known for user in node.users)
+        for segment in info.segments
+        if not segment.source.startswith("%")
     ]
-    if not reaching:
-        return None, 0
-    longest = max(reaching, key=lambda s: s.length)
-    return longest.source, longest.length
+    longest = max(leaving, key=lambda s: s.length, default=None)
+    return (None, 0) if longest is None else (longest.source, longest.length)
 
 
 def _named(graph: _Graph, adds: list[_Found], streams: list[Stream]) -> list[Stream]:

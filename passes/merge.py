@@ -79,6 +79,7 @@ class _Summand:
 def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
     """The state tensors whose value is used for nothing but one sum (and whose rows may be written at the end)."""
     result = {}
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.find_nodes(op="placeholder"):
         slot = node.meta.get("slot")
         if not isinstance(slot, StateSlot):
@@ -86,6 +87,9 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
         writes = [user for user in node.users if user.target is aten.index_copy_.default and user.args[0] is node]
         readers = [user for user in node.users if user not in writes]
         if len(readers) != 1 or len(writes) > 1 or (writes and writes[0].users):
+            continue
+        # A reader behind the write sees fresh rows; the merged write comes behind all readers.
+        if writes and order[writes[0]] < order[readers[0]]:
             continue
         leaf, weight = node, None
         reader = readers[0]

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hero_fx.config import Config
 from hero_fx.passes.plan import Extrapolate, Refresh, Reuse, ScoredRefresh, resolve
+from hero_fx.steps import build_steps
 
 from .layers import D, Layer, Model, Part, attend, norm
-from .steps_by_hand import Toy
+from .steps_by_hand import GRID, Toy
 
 INDEX = torch.tensor([4, 1])
 
@@ -106,7 +108,7 @@ def parts_of_one_stream(part: Part, x: Tensor) -> Any:
 @cache
 def toy(layer: Layer) -> Toy:
     torch.manual_seed(0)
-    model, text = Model(layer).eval().requires_grad_(False), layer in (joint, cross)
+    model, text = Model(layer, layers=2).eval().requires_grad_(False), layer in (joint, cross)
     return Toy(lambda x, gate, w, v, *text: model(x, *text), text=text, width=D)
 
 
@@ -140,3 +142,27 @@ def test_branches_on_a_part_of_the_image_fall_back() -> None:
     fallbacks = repeats(toy(parts_of_one_stream), lambda branch: Refresh())
     assert list(fallbacks) == ["l0_ffn", "l0_ffn_2", "l1_ffn", "l1_ffn_2"]
     assert all("it holds a part of the tokens of one source" in reason for reason in fallbacks.values())
+
+
+def trajectory(toy: Toy, **options: Any) -> list[Tensor]:
+    """The outputs of two full steps with two cached ones behind each, on inputs and tokens that change."""
+    config = Config(policy="hero", grid=GRID, patch=(1, 1, 2), refresh_ratio=1 / 3, **options)
+    policy = config.make_policy()
+    assert policy is not None
+    steps = build_steps(toy.normal, toy.structure, policy, config)
+    toy.state.clear()
+    results: list[Tensor] = []
+    for step in range(6):
+        since, gap = step % 3, 1 / 3 if step >= 3 else 0.0
+        index = torch.tensor([step % 2, 2 + step % 4])
+        gm = steps.cached[0] if since else steps.full
+        results += toy.run(gm, toy.inputs(seed=100 * step), index=index, x=float(since), inverse_gap_1=gap)
+    return results
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_collapsed_is_literal(layer: Layer) -> None:
+    for points in (("pre_gate", "post_gate"), ("post_gate", "post_gate")):
+        options: dict[str, Any] = {"refresh_layers": 1, "cache_point": points}
+        ours, theirs = (trajectory(toy(layer), form=form, **options) for form in ("collapsed", "literal"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -129,7 +129,6 @@ note: num_steps is not given, so the end of a trajectory is not known and cooldo
         pytest.param(
             "refresh the best 50% by attention, text skip (pre_gate)",
             {"policy": "toca", "refresh_ratio": 0.5},
-            marks=pytest.mark.xfail(reason="report.py asserts that recording costs nothing; ToCa's scores do"),
         ),
         ("keys sampled, text skip, others extrapolate (pre_gate)", {"keys": "sampled", "unsampled": "extrapolate"}),
         ("keys all, text live, others reuse (post_gate)", {"text": "live", "cache_point": "post_gate"}),
@@ -205,7 +204,6 @@ def test_trace_raises_what_compiling_would() -> None:
         hero_fx.trace(toys.toy(layers=2), backend=hero_fx.backend("fora"))
 
 
-@pytest.mark.xfail(reason="report.py leaves an entry in Dynamo's cache at each trace")
 def test_trace_leaves_no_compiled_code_behind() -> None:
     """Dynamo compiles a function eight times at most (here: two): looking at a model must not use that up."""
     model = toys.toy(layers=2)
