@@ -49,7 +49,7 @@ class Backend:
         self.config = config
         self.graphs: list[StepGraphs] = []
         self.steppers: list[Stepper] = []
-        self._warned: set[type] = set()
+        self._warned = False
 
     def __repr__(self) -> str:
         return f"hero_fx.backend({self.config!r})"
@@ -76,12 +76,13 @@ class Backend:
         except ValueError as error:
             if config.strict:
                 raise
-            # A model with graph breaks comes in pieces, or block by block: one warning for all of them.
-            module = type(_compat.frame_module())
-            rest = bool(self._warned) and _compat.frame_resumes_after_break()
-            if module not in self._warned and not rest:
-                self._warned.add(module)
-                warnings.warn(f"hero_fx compiles this model without step caching: {error}", stacklevel=2)
+            message = f"hero_fx compiles this model without step caching: {error}"
+            # A model with graph breaks comes in pieces: one warning, the further pieces go to the log.
+            if self._warned:
+                log.warning("%s", message)
+            else:
+                self._warned = True
+                warnings.warn(message, stacklevel=2)
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
             warnings.warn(
