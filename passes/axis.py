@@ -1,0 +1,108 @@
+"""The token axis of a tensor as segments of token sources, and the ops that mix tokens or hold a layer's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["ATTENTION", "AttentionOp", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start:stop` of a source (a residual stream's own tokens, or tokens that only the branch knows)."""
+
+    source: str
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.source}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Where a tensor's token axis is (from the left) and what lies along it."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(s.length for s in self.segments)
+
+    def at(self, dim: int) -> Tokens:
+        return Tokens(dim, self.segments)
+
+    def cut(self, start: int, stop: int) -> Tokens:
+        """The tokens `start:stop` of this axis."""
+        kept, offset = [], 0
+        for segment in self.segments:
+            low, high = max(start, offset), min(stop, offset + segment.length)
+            if low < high:
+                kept.append(Segment(segment.source, segment.start + low - offset, segment.start + high - offset))
+            offset += segment.length
+        return Tokens(self.dim, tuple(kept))
+
+    def __str__(self) -> str:
+        return f"dim {self.dim}: " + " ".join(map(str, self.segments))
+
+
+class NoRule(Exception):
+    """The token axis could not be followed through a node."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(f"{node.name} = {node.target}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOp:
+    """Where an attention op takes queries, keys, values and mask (argument positions), and its token axis."""
+
+    query: int = 0
+    key: int = 1
+    value: int = 2
+    mask: int | None = 3
+    mask_name: str | None = "attn_mask"
+    dim: int = -2
+
+
+ATTENTION: Mapping[Any, AttentionOp] = {aten.scaled_dot_product_attention.default: AttentionOp()}
+
+_MATMULS = {
+    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
+    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
+}  # fmt: skip
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """True for the ops whose work caching saves: projections, convolutions, attention."""
+    if node.op != "call_function":
+        return False
+    return node.target in ATTENTION or (
+        getattr(node.target, "_schema", None) is not None
+        and (
+            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
+        )
+    )
+
+
+Info = Tokens | None | tuple["Tokens | None", ...]
+Lookup = Callable[[Any], Tokens | None]
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    """`dim` counted from the left."""
+    return dim % rank if rank else 0
