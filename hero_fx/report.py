@@ -34,7 +34,7 @@ class Flops:
     gemm: int
     """Matrix products and convolutions, as the paper counts."""
     attention: int
-    """Q K^T and P V inside attention ops."""
+    """Q K^T and P V, inside attention ops or written out as products of two batches of matrices."""
 
     @property
     def total(self) -> int:
@@ -63,7 +63,11 @@ def flops(gm: fx.GraphModule) -> Flops:
             mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
             with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
                 node.target(*args, **kwargs)
-            gemm += counter.get_total_flops()
+            # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.
+            if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and "conv" not in str(node.target):
+                attention += counter.get_total_flops()
+            else:
+                gemm += counter.get_total_flops()
     return Flops(gemm, attention)
 
 

@@ -24,7 +24,12 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Flops]] = {
         [(2, 3, 5), (7, 5), (7,)],
         Flops(gemm=2 * (2 * 3) * 5 * 7, attention=0),
     ),
-    "matmul": (torch.matmul, [(2, 3, 5, 7), (2, 3, 7, 11)], Flops(gemm=2 * (2 * 3) * 5 * 7 * 11, attention=0)),
+    "matmul with weights": (torch.matmul, [(2, 3, 5, 7), (7, 11)], Flops(gemm=2 * (2 * 3) * 5 * 7 * 11, attention=0)),
+    "matmul of two batches": (
+        torch.matmul,
+        [(2, 3, 5, 7), (2, 3, 7, 11)],
+        Flops(gemm=0, attention=2 * (2 * 3) * 5 * 7 * 11),
+    ),
     "convolution, stride 1": (
         F.conv2d,
         [(2, 3, 5, 7), (13, 3, 2, 2)],
