@@ -103,7 +103,8 @@ def measure(row: Row, traced: hero_fx.StepGraphs) -> hero_fx.Flops:
     num_steps = row.task[0]
     if row.options["policy"] == "full":
         return hero_fx.flops(traced.normal) * num_steps
-    backend = hero_fx.backend(num_steps=num_steps, **row.options)
+    # The algebra of the collapsed form moves and merges caches; its matrix products are those of the literal form.
+    backend = hero_fx.backend(num_steps=num_steps, form="literal", **row.options)
     return hero_fx.trajectory_flops(backend.rewrite(traced), backend.config, num_steps)
 
 

@@ -116,6 +116,9 @@ def test_trajectory_flops_weigh_each_kind_by_its_steps() -> None:
     assert refreshing.attention == reusing.attention == 0
 
 
+FORMS = ("literal", "collapsed")
+
+
 def test_full_size_rows_of_the_paper() -> None:
     """Aether, 42 layers and 14,850 tokens: the main row of the planning table, and the full compute it is held against."""
     paper_flops = example("paper_flops")
@@ -124,3 +127,9 @@ def test_full_size_rows_of_the_paper() -> None:
     for name, paper in (("planning, full compute", 14352.50), ("planning, HERO N=2", 8295.21)):
         assert rows[name].paper == paper
         assert paper_flops.measure(rows[name], traced).gemm / 1e12 == pytest.approx(paper, rel=1e-3)
+    # State in bf16, and the matrix products that the collapsed form keeps.
+    hero = {"policy": "hero", "keys": "sampled", "refresh_layers": 21}
+    products = [hero_fx.flops(hero_fx.backend(form=form, **hero).rewrite(traced).cached[0]) for form in FORMS]
+    assert products[0] == products[1]
+    for policy, most in (("lean", 0.60e9), ("hero", 16.5e9)):
+        assert hero_fx.backend(policy, state_dtype=torch.bfloat16).rewrite(traced).state_bytes <= most
