@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_trajectory_flops_weigh_each_kind_by_its_steps() -> None:
     assert refreshing.attention == reusing.attention == 0
 
 
-FORMS = ("literal", "collapsed")
+FORMS: tuple[Literal["literal"], Literal["collapsed"]] = ("literal", "collapsed")
 
 
 def test_full_size_rows_of_the_paper() -> None:
@@ -128,7 +128,7 @@ def test_full_size_rows_of_the_paper() -> None:
         assert rows[name].paper == paper
         assert paper_flops.measure(rows[name], traced).gemm / 1e12 == pytest.approx(paper, rel=1e-3)
     # State in bf16, and the matrix products that the collapsed form keeps.
-    hero = {"policy": "hero", "keys": "sampled", "refresh_layers": 21}
+    hero: dict[str, Any] = {"policy": "hero", "keys": "sampled", "refresh_layers": 21}
     products = [hero_fx.flops(hero_fx.backend(form=form, **hero).rewrite(traced).cached[0]) for form in FORMS]
     assert products[0] == products[1]
     for policy, most in (("lean", 0.60e9), ("hero", 16.5e9)):
