@@ -96,7 +96,7 @@ class Config:
         if isinstance(self.policy, str):
             _one_of("policy", self.policy, _POLICIES, "or a policy object")
             self._no_idle_options(self.policy)
-        elif not isinstance(self.policy, Policy):
+        elif isinstance(self.policy, type) or not isinstance(self.policy, Policy):
             raise ValueError(
                 f"policy={self.policy!r} is neither a name ({', '.join(_POLICIES)}) nor an object with name, steps and kind"
             )

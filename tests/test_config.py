@@ -11,10 +11,12 @@ import torch
 
 import hero_fx
 from hero_fx.config import Config
+from hero_fx.policy import Fora
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"policy": "heroic"}, "is not one of 'hero', .*'full' or a policy object"),
     ({"policy": 3}, "neither a name .* nor an object with name, steps and kind"),
+    ({"policy": Fora}, "neither a name .* nor an object with name, steps and kind"),
     ({"interval": 0}, "at least 1"),
     ({"interval": -2}, "at least 1"),
     ({"interval": 2.0}, "whole number"),
