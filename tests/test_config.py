@@ -90,23 +90,25 @@ def test_every_option_has_a_bad_value() -> None:
     assert {next(iter(options)) for options, _ in BAD} == {field.name for field in dataclasses.fields(Config)}
 
 
+HEROES = {"hero", "lean"}
 IDLE: dict[str, tuple[Any, set[str]]] = {
-    "refresh_layers": (2, {"hero"}),
-    "refresh_ratio": (0.5, {"hero", "toca", "duca"}),
-    "patch": ((1, 1, 2), {"hero"}),
-    "order": (2, {"hero", "taylorseer"}),
+    "refresh_layers": (2, HEROES),
+    "refresh_ratio": (0.5, HEROES | {"toca", "duca"}),
+    "patch": ((1, 1, 2), HEROES),
+    "order": (2, HEROES | {"taylorseer"}),
     "selection": ("per_layer", {"hero"}),
     "keys": ("sampled", {"hero"}),
-    "text": ("live", {"hero", "toca", "duca"}),
-    "unsampled": ("extrapolate", {"hero"}),
-    "age_weighting": (False, {"hero"}),
-    "seed": (1, {"hero"}),
-    "grid": ((2, 3, 4), {"hero", "toca", "duca"}),
+    "text": ("live", HEROES | {"toca", "duca"}),
+    "cache_point": ("post_gate", {"hero", "fora", "taylorseer", "toca", "duca"}),
+    "unsampled": ("extrapolate", HEROES),
+    "age_weighting": (False, HEROES),
+    "seed": (1, HEROES),
+    "grid": ((2, 3, 4), HEROES | {"toca", "duca"}),
 }
 
 
 @pytest.mark.parametrize("name", IDLE)
-@pytest.mark.parametrize("policy", ["hero", "fora", "taylorseer", "toca", "duca", "full"])
+@pytest.mark.parametrize("policy", ["hero", "lean", "fora", "taylorseer", "toca", "duca", "full"])
 def test_options_without_effect(name: str, policy: str) -> None:
     value, users = IDLE[name]
     if policy in users:
@@ -114,6 +116,12 @@ def test_options_without_effect(name: str, policy: str) -> None:
         return
     with pytest.raises(ValueError, match=f"^{name}=.* has no effect with policy='{policy}'; .*: leave it out$"):
         hero_fx.backend(policy, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["warmup", "cooldown"])
+def test_uniform_options_with_other_schedules(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}=2 has no effect with schedule='toca'; .*: leave it out$"):
+        Config.from_options({"schedule": "toca", "num_steps": 9, name: 2})
 
 
 def test_unknown_options() -> None:
