@@ -21,7 +21,7 @@ from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
 
-__all__ = ["Backend", "Stats", "backend", "hero_fx"]
+__all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ class Backend:
         timestep: int,
     ) -> Stepper:
         stepper = Stepper(
-            full=_compile_step(gm, steps.full, config),
-            cached=[_compile_step(gm, cached, config) for cached in steps.cached],
+            full=compile_step(gm, steps.full, config),
+            cached=[compile_step(gm, cached, config) for cached in steps.cached],
             policy=policy,
             schedule=config.make_schedule(),
             state=steps.state,
@@ -164,7 +164,7 @@ class Backend:
         return stepper
 
 
-def _compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
+def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
     """Hands a step graph to the inner compiler."""
     _compat.copy_dynamo_marks(source, gm)
     inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
