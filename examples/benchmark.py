@@ -10,7 +10,7 @@ that of all systems would not fit together.
 
 "Reached" compares the speed-up of a 50-step trajectory at N=2 (27 full steps), put together from the medians, with the one
 that the FLOPs with attention allow. Host overhead is the time that a cached call spends in hero_fx outside of the step
-graph: reading the timestep, the guard, finding the state, drawing tokens.
+graph: reading the timestep, the guard, finding the state, drawing tokens. What compiling costs is `compile_cost.py`'s.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 import hero_fx
@@ -107,13 +104,13 @@ class Bench:
         backend = hero_fx.backend(schedule=self.mask, inner=inner, **SYSTEMS[name])
         return System(name, torch.compile(model, backend=backend, fullgraph=True), backend)
 
-    def run(self, around_first: Callable[[], AbstractContextManager[None]]) -> None:
-        """Compiles every system inside a context of `around_first`, then measures `rounds` rounds of turns."""
+    def run(self) -> None:
+        """Compiles every system, then measures `rounds` rounds of turns."""
         with tqdm(total=len(self.systems) * (self.rounds + 2), leave=False) as bar:
             for system in self.systems:
                 bar.set_description(f"{system.name}: first call")
-                with self._out_of_memory(system), around_first():
-                    system.first = self._step(system)
+                with self._out_of_memory(system):
+                    system.first = self.step(system)
                     self._leave(system)
                 bar.update()
             with torch.compiler.set_stance("fail_on_recompile"):
@@ -131,8 +128,8 @@ class Bench:
         if self.preset.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if system.step == 0:
-            self._step(system)
-        full, cached = self._step(system), self._step(system)
+            self.step(system)
+        full, cached = self.step(system), self.step(system)
         if self.preset.device == "cuda":
             system.peak = max(system.peak, torch.cuda.max_memory_allocated())
         self._leave(system)
@@ -140,7 +137,7 @@ class Bench:
             system.full.append(full)
             (system.full if system.backend is None else system.cached).append(cached)
 
-    def _step(self, system: System) -> float:
+    def step(self, system: System) -> float:
         """Seconds of the trajectory's next step."""
         t = self.times[system.step].expand(2)
         system.step += 1
@@ -249,13 +246,6 @@ def table(report: dict[str, Any]) -> str:
     return tabulate(rows, headers=["", *[title for title, _, _ in columns]], disable_numparse=True)
 
 
-def compiling(inner: str, cold_in: str | None) -> Callable[[], AbstractContextManager[None]]:
-    """Makes the context to compile a system in: one with empty Inductor caches, in the folder `cold_in` if it is given."""
-    if inner == "inductor":  # starting Inductor itself is no cost of the first system
-        torch.compile(torch.sin)(torch.ones(2))
-    return nullcontext if cold_in is None else partial(fresh_cache, dir=cold_in, delete=False)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measures, and prints the table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,7 +254,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
-    parser.add_argument("--cold", action="store_true", help="every system compiles with an empty Inductor cache")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     names, preset = arguments.systems.split(","), PRESETS[arguments.preset]
@@ -276,15 +265,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--preset {arguments.preset} needs a CUDA device, and torch finds none; on a CPU: --preset small")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         bench = Bench(preset, names, arguments.rounds, arguments.inner)
-        bench.run(compiling(arguments.inner, folder if arguments.cold else None))
+        bench.run()
         plain = {s.name: median(s.full) for s in bench.systems if s.backend is None and s.full}
         report = {
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if preset.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            **{name: getattr(arguments, name) for name in ("preset", "inner", "rounds", "cold")},
+            **{name: getattr(arguments, name) for name in ("preset", "inner", "rounds")},
             "systems": {system.name: figures(system, plain) for system in bench.systems},
         }
     if arguments.json:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.output_code import CompiledFxGraph
 
 import hero_fx
 from hero_fx.graphs import op_count
@@ -19,7 +20,9 @@ from hero_fx.passes.plan import Extrapolate, Full, Reuse, StepPlan
 
 from . import tiny, toys
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+IN_PLACE = (aten.copy_.default, aten.index_copy_.default)
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +248,27 @@ def test_state_addresses_are_stable() -> None:
         seen.append([])
         toys.loop(call, toys.latents(), toys.times(8))
     assert seen[0] == seen[1] != []
+
+
+def test_cuda_graphs_may_record_both_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gives CUDA graphs up where a graph writes to an input whose address may change."""
+    compiled: list[tuple[set[int], set[int]]] = []
+    original = CompiledFxGraph.post_compile
+
+    def watched(self: Any, *args: Any) -> Any:
+        compiled.append((set(self.mutated_input_idxs), set(self.fx_kwargs["static_input_idxs"])))
+        return original(self, *args)
+
+    monkeypatch.setattr(CompiledFxGraph, "post_compile", watched)
+    backend = toy_backend(mode="reduce-overhead", inner="inductor")
+    call = toys.torch_compile(toys.toy(), backend=backend, fullgraph=True)
+    toys.loop(call, toys.latents(), toys.times(8))
+    weights = len(list(toys.toy().parameters()))
+    assert len(compiled) == 2
+    for gm, (written, fixed) in zip((backend.graphs[0].full, *backend.graphs[0].cached), compiled, strict=True):
+        assert len(written) == len([n for n in gm.graph.nodes if n.target in IN_PLACE]) > 0
+        assert written <= fixed
+        assert len(fixed) >= weights + len(written)
 
 
 def test_state_dtype_halves_the_bytes() -> None:
