@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Switch:
         """Options of the calls to come; None: the model as it is."""
         self.traced: hero_fx.StepGraphs | None = None
         """Of the graph that was called last."""
-        self._made: tuple[object, object, Callable[..., Any]] | None = None
+        self._made: tuple[hero_fx.Backend, hero_fx.StepGraphs, Stepper] | None = None
+        self._rewritten: dict[tuple[hero_fx.Config, int], hero_fx.StepGraphs] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Takes one Dynamo graph."""
@@ -76,18 +77,27 @@ class Switch:
             self.traced = steps
             if self.backend is None:
                 return gm.forward(*values)
-            if self._made is None or self._made[:2] != (self.backend, steps):
-                self._made = (self.backend, steps, stepper(self.backend, steps, timestep))
+            if self._made is None or self._made[0] is not self.backend or self._made[1] is not steps:
+                made = stepper(self.backend, self.rewritten(self.backend, steps), timestep)
+                self._made = (self.backend, steps, made)
             return self._made[2](*values)
 
         return call
 
+    def rewritten(self, backend: hero_fx.Backend, steps: hero_fx.StepGraphs) -> hero_fx.StepGraphs:
+        """The step graphs for a backend's options; the schedule is not in them, and N only in the scores of ToCa and DuCa."""
+        config = replace(backend.config, schedule="uniform", num_steps=None)
+        if config.policy not in ("toca", "duca"):
+            config = replace(config, interval=2)
+        if (config, id(steps)) not in self._rewritten:
+            self._rewritten[config, id(steps)] = backend.rewrite(steps)
+        return self._rewritten[config, id(steps)]
+
 
 def stepper(backend: hero_fx.Backend, steps: hero_fx.StepGraphs, timestep: int) -> Stepper:
-    """What `backend` would make of a traced model with `inner="eager"`, without tracing it again."""
+    """What `backend` would compile with `inner="eager"`, from step graphs that are rewritten already."""
     policy = backend.config.make_policy()
     assert policy is not None, "full compute needs no stepper"
-    steps = backend.rewrite(steps)
 
     def step(gm: fx.GraphModule) -> Step:
         return Step(gm.forward, tuple(slot for _, slot in slots_of(gm)), torch.device("cpu"))
@@ -116,8 +126,9 @@ class Runner:
         self.code = _digest(sorted(Path(hero_fx.__file__).parent.rglob("*.py")))
         self.switch = Switch()
         self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
-        self._costs: dict[str, Cost] = {}
-        self._rewritten: dict[tuple[str, int], tuple[hero_fx.Flops, list[hero_fx.Flops], int]] = {}
+        # The pipeline passes a view of its table of timesteps, and Dynamo would compile anew for every length of the table.
+        self.pipeline.transformer.register_forward_pre_hook(_own_timestep, with_kwargs=True)
+        self._traced: dict[str, hero_fx.StepGraphs] = {}
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
 
@@ -135,10 +146,10 @@ class Runner:
         parts: dict[tuple[str, range], Tensor] = {}
         bar = tqdm(total=len(settings) * scenes, desc=f"{task}, {label}", unit="clip")
         for setting in settings:
+            self.switch.backend = self._backend(task, setting)
             for numbers in self.batches(scenes):
                 parts[setting.key, numbers] = self._batch(task, setting, numbers)
                 bar.update(len(numbers))
-            self.switch.backend = None
         bar.close()
         return [torch.cat([parts[setting.key, numbers] for numbers in self.batches(scenes)]) for setting in settings]
 
@@ -148,14 +159,12 @@ class Runner:
         if path is not None and path.exists():
             return Cost(**json.loads(path.read_text()))
         steps = STEPS[task] if setting.steps is None else setting.steps
-        traced = self._trace(task)
-        batch = self.batch
-        backend = self._backend(task, setting)
+        traced, batch, backend = self._trace(task), self.batch, self._backend(task, setting)
         if backend is None:
             each = hero_fx.flops(traced.normal)
             cost = Cost(steps, steps, each.gemm * steps // batch, each.total * steps // batch, 0)
         else:
-            rewritten, policy = backend.rewrite(traced), backend.config.make_policy()
+            rewritten, policy = self.switch.rewritten(backend, traced), backend.config.make_policy()
             assert policy is not None
             fulls = hero_fx.step_kinds(backend.config, policy, steps).count(None)
             sums = hero_fx.trajectory_flops(rewritten, backend.config, steps)
@@ -169,8 +178,6 @@ class Runner:
         if path is not None and path.exists():
             kept: Tensor = torch.load(path, weights_only=True)
             return kept
-        if self.switch.backend is None or self.switch.backend.config != getattr(self._backend(task, setting), "config", None):
-            self.switch.backend = self._backend(task, setting)
         latents = self._denoise(task, numbers, setting.steps)
         if path is not None:
             torch.save(latents, path)
@@ -194,10 +201,12 @@ class Runner:
 
     def _trace(self, task: str) -> hero_fx.StepGraphs:
         """The model's graph at the size of a batch of the task."""
-        self.switch.backend = None
-        self._denoise(task, range(self.batch), 1)
-        assert self.switch.traced is not None
-        return self.switch.traced
+        if task not in self._traced:
+            self.switch.backend = None
+            self._denoise(task, range(self.batch), 1)
+            assert self.switch.traced is not None
+            self._traced[task] = self.switch.traced
+        return self._traced[task]
 
     def _path(self, task: str, setting: Setting, numbers: range | None) -> Path | None:
         """Where a result is kept: its name holds all that it depends on."""
@@ -207,6 +216,10 @@ class Runner:
         of = [self.weights, code, task, GUIDANCE[task], STEPS[task], setting.key, str(numbers or self.batch)]
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
         return self.cache / f"{name}.{'json' if numbers is None else 'pt'}"
+
+
+def _own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "timestep": kwargs["timestep"].clone()}
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -59,7 +59,8 @@ def alphas(depth: int) -> list[Setting]:
     """The paper's Table 3: the share of refreshed tokens at M = 16 of 42 layers, N = 2."""
     layers = round(16 / 42 * depth)
     return [
-        Setting(f"α = {k}/6", {"interval": 2, "refresh_layers": layers, "refresh_ratio": k / 6}) for k in (5, 4, 3, 2, 1)
+        Setting(f"α = {k}/6", {"interval": 2, "refresh_layers": layers, "refresh_ratio": k / 6})
+        for k in (5, 4, 3, 2, 1)
     ]
 
 
@@ -93,7 +94,11 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "age weighting": {"off": {"age_weighting": False}},
     "order of deep layers": {"0": {"order": 0}, "2": {"order": 2}},
-    "M": {"0": {"refresh_layers": 0.0}, "a quarter": {"refresh_layers": 0.25}, "three quarters": {"refresh_layers": 0.75}},
+    "M": {
+        "0": {"refresh_layers": 0.0},
+        "a quarter": {"refresh_layers": 0.25},
+        "three quarters": {"refresh_layers": 0.75},
+    },
     "α": {"1/12": {"refresh_ratio": 1 / 12}, "1/3": {"refresh_ratio": 1 / 3}, "1/2": {"refresh_ratio": 1 / 2}},
     "dtype of the state": {
         "bfloat16": {"state_dtype": torch.bfloat16},

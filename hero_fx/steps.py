@@ -16,6 +16,7 @@ from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
 from hero_fx.passes.merge import MergeCaches, find_merges
+from hero_fx.passes.narrow import WriteBytes
 from hero_fx.passes.normalize import DropIdentities, normalize
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
@@ -155,7 +156,7 @@ def build_steps(
         merge = MergeCaches(merges=find_merges(cached, families))
         done += _on_all(full, cached, "merge", (merge, DropDeadCode()))
         unread = DropUnreadState(read=state_read(cached))
-        done += _on_all(full, cached, "state", (unread,))
+        done += _on_all(full, cached, "state", (unread, WriteBytes()))
     return StepGraphs(
         normal=normal,
         structure=structure,
