@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
-from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
 from _fidelity_run import Cost, Truth
 from _fidelity_settings import METHODS, Setting
 from _metrics import depth_errors, intervals, pose_errors, psnr, relative_l2, ssim
+from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
 __all__ = ["Row", "figures", "measure", "plot", "table"]
 
@@ -132,12 +132,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "rpe_rot": ("RPE rot, °", ".3f"),
 }
 """Heading and format of each metric."""
-TO_FULL = ("rgb_l2", "rgb_psnr", "rgb_ssim", "disparity_l2", "disparity_psnr", "disparity_ssim", "raymap_l2", "raymap_psnr", "raymap_ssim")  # fmt: skip
-TO_TRUTH = ("rgb_converged", "disparity_converged", "raymap_converged", "truth_psnr", "abs_rel", "delta_1", "delta_2", "ate", "rpe_trans", "rpe_rot")  # fmt: skip
+TO_FULL = tuple(f"{modality}_{metric}" for modality in MODALITIES for metric in ("l2", "psnr", "ssim"))
+TO_TRUTH = tuple(metric for metric in COLUMNS if metric not in TO_FULL)
 
 
 def cell(metric: str, of: dict[str, Any] | None) -> str:
-    """Mean and half the width of its interval; a mark where it is surely better (▲) or worse (▼) than HERO's, scene by scene."""
+    """Mean and half the width of its interval; ▲ or ▼ where it is surely better or worse than HERO's, scene by scene."""
     if of is None:
         return ""
     form = COLUMNS[metric][1]

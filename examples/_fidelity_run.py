@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from tqdm import tqdm
-from world.latents import encode
-from world.model import FRAMES, SIZE
-from world.pipeline import GUIDANCE, STEPS, WorldModelPipeline
-from world.render import render
-from world.scenes import HELD_OUT, sample_scenes
 
 import hero_fx
 from _fidelity_settings import Setting
 from hero_fx.checks import find_timestep
 from hero_fx.passes.emit import slots_of
 from hero_fx.runtime import Step, Stepper
+from world.latents import encode
+from world.model import FRAMES, SIZE
+from world.pipeline import GUIDANCE, STEPS, WorldModelPipeline
+from world.render import render
+from world.scenes import HELD_OUT, sample_scenes
 
 __all__ = ["Cost", "Runner", "Switch", "Truth"]
 

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from world.pipeline import STEPS, WEIGHTS
 
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, is_better, measure, plot, table
 from _fidelity_run import Runner
 from _fidelity_settings import CHOICES, Setting, alphas, boundaries, choices, full, methods
+from world.pipeline import STEPS, WEIGHTS
 
 TABLES = ("main", "alpha", "layers", "choices")
 TITLES = {"main": "method", "alpha": "α at M = 16/42 of the depth, N=2", "layers": "M at α = 1/6, N=2"}

@@ -7,13 +7,14 @@
 frames from anywhere. `score` hands a folder of videos to the package `vbench` and prints its six numbers.
 
 The two are separate because vbench 0.1.5 pins numpy < 2 and transformers 4.33.2: it wants an environment of its own, and
-`score` needs nothing but vbench. Its metrics run DINO, CLIP (B/32 and L/14), AMT, RAFT, LAION's aesthetic head and MUSIQ; their
-weights must be in `VBENCH_CACHE_DIR` (default `~/.cache/vbench`). This script downloads nothing: it says which files are missing.
+`score` needs nothing but vbench. Its metrics run DINO, CLIP (B/32 and L/14), AMT, RAFT, LAION's aesthetic head and MUSIQ;
+their weights must be in `VBENCH_CACHE_DIR` (default `~/.cache/vbench`). This script downloads nothing: it says which files
+are missing.
 
-Not tested: these networks. Neither their weights nor an environment with vbench's pins were to be had where this was written.
-Tested are the written files (read back frame by frame), the errors, and the calls, against a stand-in with the interface of
-vbench 0.1.5. VBench is also made for real video of 16 frames and more: on the small world model's 6 frames of 32 x 32 pixels its
-numbers would mean little; write the clips of a real model.
+Not tested: these networks. Neither their weights nor an environment with vbench's pins were to be had where this was
+written. Tested are the written files (read back frame by frame), the errors, and the calls, against a stand-in with the
+interface of vbench 0.1.5. VBench is also made for real video of 16 frames and more: on the small world model's 6 frames of
+32 x 32 pixels its numbers would mean little; write the clips of a real model.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
-from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.structure import Structure, Update
+from hero_fx.passes.observe import Features, ReturnFeatures
+from hero_fx.passes.pipeline import Pipeline
 
 from .backends import backend, compile_step
 from .checks import find_timestep
@@ -31,11 +31,7 @@ from .guard import TimestepGuard, TimestepReader
 from .schedule import Uniform
 from .steps import copy_graph
 
-__all__ = ["Features", "Recorder", "Stability", "split", "with_features"]
-
-aten = torch.ops.aten
-
-Features = Literal["update", "hidden"]
+__all__ = ["Recorder", "Stability", "split"]
 
 
 class Recorder:
@@ -89,7 +85,9 @@ class Recorder:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compiles one Dynamo graph."""
         steps = self._backend.trace(gm, inputs)
-        graph = with_features(steps.normal, steps.structure, self.features)
+        graph = copy_graph(steps.normal)
+        observe = ReturnFeatures(structure=steps.structure, features=self.features)
+        Pipeline(label="analysis", passes=(observe,))(graph)
         position = find_timestep(steps.normal, self._backend.config.timestep)
         run = compile_step(gm, graph, self._backend.config).run
         count = len(steps.normal.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -216,7 +214,7 @@ class Stability:
 
     @property
     def relative_boundary(self) -> int | None:
-        """Where the relative score would put M."""
+        """The same of the relative score."""
         return split(self.relative_score)
 
     def __str__(self) -> str:
@@ -278,64 +276,6 @@ def split(scores: Sequence[float]) -> int | None:
     best = min(cuts, key=lambda m: spread(scores[:m]) + spread(scores[m:]))
     prefix, rest = scores[:best], scores[best:]
     return best if sum(prefix) / len(prefix) < sum(rest) / len(rest) else None
-
-
-def with_features(normal: fx.GraphModule, structure: Structure, features: Features) -> fx.GraphModule:
-    """A copy of a normalised graph that returns, behind its own outputs, the features of each layer's image tokens.
-
-    Before and after, with one layer and `features="update"`::
-
-        mul = aten.mul.Tensor(gate, linear)                 as before
-        add = aten.add.Tensor(x, mul)
-        mul_1 = aten.mul.Tensor(gate_1, linear_1)
-        add_1 = aten.add.Tensor(add, mul_1)
-        return (add_1,)                                     add_2 = aten.add.Tensor(mul, mul_1)
-                                                            return (add_1, add_2)
-
-    Legal because it only adds readers of existing values.
-    """
-    gm = copy_graph(normal)
-    nodes = {node.name: node for node in gm.graph.nodes}
-    emitter = Emitter(gm)
-    collected = []
-    with emitter.before(emitter.output):
-        for layer in range(structure.depth):
-            updates = [
-                u for b in structure.branches if b.layer == layer for u in b.updates if _holds_image(structure, u)
-            ]
-            if not updates:
-                continue
-            wanted = [nodes[u.update] for u in updates] if features == "update" else [nodes[updates[-1].add]]
-            parts = [
-                _image_tokens(emitter, structure, u, n) for u, n in zip(updates[-len(wanted) :], wanted, strict=True)
-            ]
-            total = parts[0]
-            for part in parts[1:]:
-                total = emitter.call(aten.add.Tensor, total, part)
-            collected.append(total)
-    own = emitter.output.args[0]
-    assert isinstance(own, (tuple, list)), "Dynamo's graphs return a tuple"
-    emitter.output.args = ((*own, *collected),)
-    gm.graph.lint()
-    gm.recompile()
-    return gm
-
-
-def _holds_image(structure: Structure, update: Update) -> bool:
-    return any(segment.source == structure.image for segment in structure.streams[update.stream].tokens.segments)
-
-
-def _image_tokens(emitter: Emitter, structure: Structure, update: Update, node: fx.Node) -> fx.Node:
-    """The image tokens among those of a stream's value."""
-    tokens, offset, pieces = structure.streams[update.stream].tokens, 0, []
-    for segment in tokens.segments:
-        if segment.source == structure.image:
-            pieces.append((offset, offset + segment.length))
-        offset += segment.length
-    if pieces == [(0, value_of(node).shape[tokens.dim])]:
-        return node
-    parts = [emitter.call(aten.slice.Tensor, node, tokens.dim, start, stop) for start, stop in pieces]
-    return parts[0] if len(parts) == 1 else emitter.call(aten.cat.default, parts, tokens.dim)
 
 
 def _mean_square(x: Tensor) -> float:

@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from expecttest import assert_expected_inline
+from torch import Tensor, fx
 
 import hero_fx
 from hero_fx import analysis
-from hero_fx.graphs import op_count
+from hero_fx.graphs import graph_diff
+from hero_fx.passes.branches import find_branches
+from hero_fx.passes.observe import ReturnFeatures
+from hero_fx.passes.pipeline import Pipeline
+from hero_fx.steps import copy_graph, normalized
 
-from . import tiny, toys
+from . import layers, tiny, toys
+from .test_branches import joint, single
+from .tracing import capture, trace
 
 LAYERS, STEPS = 3, 6
 
@@ -48,7 +55,7 @@ def recorded() -> tuple[analysis.Recorder, analysis.Recorder, Tensor]:
     captured = tiny.Captured(model, kwargs)
     recorders = []
     for features in ("update", "hidden"):
-        recorder = analysis.Recorder(features=features, inner="eager", keep=True)  # type: ignore[arg-type]
+        recorder = analysis.Recorder(features=features, inner="eager", keep=True)
         assert tiny.worst(tiny.denoise(captured.compiled(recorder), kwargs, times), plain) < 1e-12
         recorders.append(recorder)
     return recorders[0], recorders[1], streams
@@ -71,7 +78,7 @@ def test_stability_is_the_variance_of_second_differences(
     features = streams.diff(dim=1) if which == 0 else streams[:, 1:]
     second = features.diff(n=2, dim=0)
     variance = second.var(dim=0, correction=0).mean(dim=(1, 2, 3))
-    result = recorded[which].stability()
+    result = (recorded[0], recorded[1])[which].stability()
     assert result.variance == pytest.approx(variance.tolist(), rel=1e-5)
     assert result.score == pytest.approx(
         ((variance.max() - variance) / (variance.max() - variance.min())).tolist(), abs=1e-4
@@ -103,16 +110,58 @@ def test_report_and_plot(recorded: tuple[analysis.Recorder, analysis.Recorder, T
     assert [bar.get_height() for bar in bars.patches[:LAYERS]] == pytest.approx(result.score)
 
 
+def observed(normal: fx.GraphModule, features: Any) -> fx.GraphModule:
+    gm = copy_graph(normal)
+    Pipeline(label="test", passes=(ReturnFeatures(structure=find_branches(normal), features=features),))(gm)
+    return gm
+
+
 def test_graph_returns_features_and_nothing_else_changes() -> None:
     model = toys.toy(layers=2)
-    steps = hero_fx.trace(model, toys.latents(), toys.times(1)[0], backend=hero_fx.backend("fora"))
-    gm = analysis.with_features(steps.normal, steps.structure, "update")
-    before, after = op_count(steps.normal), op_count(gm)
-    assert after - before == {"aten.add": 2}  # attention's and the FFN's update, in two layers
-    assert not before - after
-    assert len(gm.graph.output_node().args[0]) == 3  # type: ignore[arg-type]
-    gm = analysis.with_features(steps.normal, steps.structure, "hidden")
-    assert op_count(gm) == before
+    normal = hero_fx.trace(model, toys.latents(), toys.times(1)[0], backend=hero_fx.backend("fora")).normal
+    assert_expected_inline(
+        graph_diff(normal, observed(normal, "update"), context=0),
+        """\
+  ...
+- return (linear_12,)
++ add_tensor: f32[2, 30, 16] = aten.add.Tensor(mul_4, mul_6)
++ add_tensor_1: f32[2, 30, 16] = aten.add.Tensor(mul_8, mul_10)
++ return (linear_12, add_tensor, add_tensor_1)""",
+    )
+    assert_expected_inline(
+        graph_diff(normal, observed(normal, "hidden"), context=0),
+        """\
+  ...
+- return (linear_12,)
++ return (linear_12, add_5, add_11)""",
+    )
+
+
+def test_a_graph_without_branches_is_left_alone() -> None:
+    gm = trace(lambda x: (x + 1,), torch.ones(2, 3))
+    assert ReturnFeatures(structure=find_branches(gm), features="update").apply(gm) == 0
+
+
+def test_only_the_image_tokens_of_a_joined_stream() -> None:
+    class Flux(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dual, self.single = layers.Model(joint), layers.Model(single)
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            x, text = self.dual(x, text)
+            result: Tensor = self.single(torch.cat([text, x], dim=1))[0][:, text.shape[1] :]
+            return result
+
+    torch.manual_seed(0)
+    model = Flux().eval().requires_grad_(False)
+    graph, inputs = capture(model, torch.randn(2, 5, layers.D), torch.randn(2, 3, layers.D))
+    normal = normalized(graph, inputs)[0]
+    output, *hidden = observed(normal, "hidden")(*inputs)
+    assert [value.shape for value in hidden] == [(2, 5, layers.D)] * 4
+    assert torch.equal(hidden[-1], output)
+    output, *updates = observed(normal, "update")(*inputs)
+    torch.testing.assert_close(hidden[1] + updates[2] + updates[3], output)
 
 
 def test_trajectories_and_lanes_are_kept_apart() -> None:
@@ -120,7 +169,7 @@ def test_trajectories_and_lanes_are_kept_apart() -> None:
     torch._dynamo.reset()
     model = toys.toy(layers=2)
     recorder = analysis.Recorder(inner="eager", keep=True)
-    call = torch.compile(model, backend=recorder, fullgraph=True)
+    call = toys.torch_compile(model, recorder, fullgraph=True)
     with torch.no_grad():
         for trajectory in range(2):
             for t in toys.times(5):
