@@ -17,7 +17,7 @@ from _fidelity_settings import METHODS, Setting
 from _metrics import depth_errors, intervals, pose_errors, psnr, relative_l2, ssim
 from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
-__all__ = ["Row", "figures", "measure", "plot", "table"]
+__all__ = ["Row", "figures", "measure", "plot", "summary", "table", "triple"]
 
 Array = NDArray[Any]
 
@@ -142,10 +142,15 @@ def cell(metric: str, of: dict[str, Any] | None) -> str:
         return ""
     form = COLUMNS[metric][1]
     text = f"{of['mean']:{form}} ± {(of['high'] - of['low']) / 2:{form}}"
+    return f"{text} {mark(metric, of)}".rstrip()
+
+
+def mark(metric: str, of: dict[str, Any]) -> str:
+    """▲ or ▼ where a metric is surely better or worse than HERO's: the interval of the differences is on one side of 0."""
     low, high = of.get("less_hero_low", 0.0), of.get("less_hero_high", 0.0)
     if low > 0 or high < 0:
-        text += " ▲" if is_better(metric, low + high) else " ▼"
-    return text
+        return "▲" if is_better(metric, low + high) else "▼"
+    return ""
 
 
 def table(rows: Sequence[dict[str, Any]], metrics: Sequence[str], first: str, form: str = "github") -> str:
@@ -162,6 +167,33 @@ def table(rows: Sequence[dict[str, Any]], metrics: Sequence[str], first: str, fo
         for row in rows
     ]
     headers = [first, "full steps", *[COLUMNS[m][0] for m in metrics], "GEMM GFLOPs", "speed", "with attention"]
+    return tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True)
+
+
+def triple(metrics: dict[str, Any], kind: str) -> str:
+    """Means of `<modality>_<kind>` in thousandths, RGB / disparity / raymap, marked as in `cell`."""
+    parts = []
+    for modality in MODALITIES:
+        of = metrics.get(f"{modality}_{kind}")
+        if of is not None:
+            parts.append(f"{1000 * of['mean']:.1f}{mark(kind, of)}")
+    return " / ".join(parts)
+
+
+def summary(rows: Sequence[dict[str, Any]], first: str, form: str = "github") -> str:
+    """The main figures of a table in one, without intervals."""
+    single = ("rgb_psnr", "rgb_ssim", "abs_rel", "delta_1", "ate", "rpe_trans", "rpe_rot")
+    lines = []
+    for row in rows:
+        of = row["metrics"]
+        cells = [f"{of[m]['mean']:{COLUMNS[m][1]}}{mark(m, of[m])}" if m in of else "" for m in single]
+        costs = [f"{row['gflops_gemm']:.1f}", f"{row['speed_gemm']:.2f}", f"{row['speed_total']:.2f}"]
+        lines.append(
+            [row["name"], row["full_steps"], triple(of, "l2"), *cells[:2], triple(of, "converged"), *cells[2:], *costs]
+        )
+    full, converged = "L2 to full, ‰: RGB / disparity / raymap", "L2 to converged, ‰: RGB / disparity / raymap"
+    names = [COLUMNS[m][0] for m in single]
+    headers = [first, "full steps", full, *names[:2], converged, *names[2:], "GEMM GFLOPs", "speed", "with attention"]
     return tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True)
 
 

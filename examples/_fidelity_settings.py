@@ -66,7 +66,7 @@ def alphas(depth: int) -> list[Setting]:
 
 def boundaries(depth: int) -> list[Setting]:
     """The paper's Table 4: M = 6 .. 36 of 42 layers in steps of 5, scaled to the depth, and none and all, at N = 2."""
-    counts = [0, *dict.fromkeys(round(m / 42 * depth) for m in (6, 11, 16, 21, 26, 31, 36)), depth]
+    counts = sorted({0, *(round(m / 42 * depth) for m in (6, 11, 16, 21, 26, 31, 36)), depth})
     return [Setting(f"M = {m} of {depth}", {"interval": 2, "refresh_layers": m}) for m in counts]
 
 

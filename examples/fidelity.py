@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, is_better, measure, plot, table
+from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
 from _fidelity_run import Runner
 from _fidelity_settings import CHOICES, Setting, alphas, boundaries, choices, full, methods
 from world.pipeline import STEPS, WEIGHTS
@@ -102,19 +102,10 @@ class Bench:
 def choice_table(found: dict[str, list[dict[str, Any]]], form: str = "github") -> str:
     """One line per choice; in each cell the relative L2 of RGB / disparity / raymap to full compute, in thousandths."""
 
-    def cell(row: dict[str, Any]) -> str:
-        parts = []
-        for name in ("rgb_l2", "disparity_l2", "raymap_l2"):
-            of = row["metrics"][name]
-            low, high = of.get("less_hero_low", 0.0), of.get("less_hero_high", 0.0)
-            mark = ("▲" if is_better(name, low + high) else "▼") if low > 0 or high < 0 else ""
-            parts.append(f"{1000 * of['mean']:.1f}{mark}")
-        return " / ".join(parts)
-
     first = next(iter(found.values()))
     lines = []
     for i, row in enumerate(first):
-        cells = [cell(rows[i]) for rows in found.values()]
+        cells = [triple(rows[i]["metrics"], "l2") for rows in found.values()]
         lines.append([row["choice"], row["name"], *cells, f"{row['speed_total']:.2f}", f"{row['state_mb']:.2f}"])
     heads = ["choice", "value", *[f"N={n}" for n in found], f"speed at N={next(iter(found))}", "state, MB per clip"]
     return tabulate(lines, headers=heads, tablefmt=form, disable_numparse=True)
@@ -127,6 +118,7 @@ def report(found: dict[str, Any]) -> str:
         parts.append(f"## {task.capitalize()}, {STEPS[task]} steps, {found['scenes']} scenes")
         for name, title in TITLES.items():
             if name in tables:
+                parts.append(f"### {name}: summary\n\n{summary(tables[name], title)}")
                 parts.append(f"### {name}: to full compute\n\n{table(tables[name], TO_FULL, title)}")
                 parts.append(
                     f"### {name}: to converged sampling and to the truth\n\n{table(tables[name], TO_TRUTH, title)}"

@@ -139,9 +139,10 @@ def test_reports(results: Path) -> None:
     tables = (results / "tables.md").read_text()
     assert f"## Reconstruction, {STEPS} steps, {SCENES} scenes" in tables
     lines = [line for line in tables.splitlines() if line.startswith("| HERO, N=4")]
-    assert len(lines) == 2
+    assert len(lines) == 3  # the summary, to full compute, to converged sampling and the truth
     value = rows(results)["HERO, N=4"]["metrics"]["rgb_l2"]["mean"]
-    assert lines[0].split("|")[3].strip().startswith(f"{value:.4f} ± ")
+    assert lines[0].split("|")[3].strip().startswith(f"{1000 * value:.1f} / ")
+    assert lines[1].split("|")[3].strip().startswith(f"{value:.4f} ± ")
     assert (results / "reconstruction.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
