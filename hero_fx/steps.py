@@ -154,7 +154,7 @@ def build_steps(
         ]
         merge = MergeCaches(merges=find_merges(cached, families))
         done += _on_all(full, cached, "merge", (merge, DropDeadCode()))
-        unread = DropUnreadState(read=state_read(cached))
+        unread = DropUnreadState(read=state_read(full, cached))
         done += _on_all(full, cached, "state", (unread,))
     return StepGraphs(
         normal=normal,
