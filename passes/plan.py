@@ -108,7 +108,7 @@ def cached_node(gm_nodes: dict[str, fx.Node], update: Update, cache_point: Cache
 
 
 def gate_of(gm_nodes: dict[str, fx.Node], update: Update, tokens: Tokens) -> tuple[fx.Node, fx.Node] | None:
-    """(gate, what it scales) if the update of tokens [.., L, D] is their product with a gate that is the same for all tokens."""
+    """(gate, what it scales) if the update of tokens [.., L, D] is their product with one gate for all tokens."""
     node = gm_nodes[update.update]
     if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
         return None
