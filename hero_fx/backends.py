@@ -21,7 +21,7 @@ from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
 
-__all__ = ["Backend", "Stats", "backend", "hero_fx"]
+__all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ class Backend:
         timestep: int,
     ) -> Stepper:
         stepper = Stepper(
-            full=_compile_step(gm, steps.full, config),
-            cached=[_compile_step(gm, cached, config) for cached in steps.cached],
+            full=compile_step(gm, steps.full, config),
+            cached=[compile_step(gm, cached, config) for cached in steps.cached],
             policy=policy,
             schedule=config.make_schedule(),
             state=steps.state,
@@ -164,7 +164,7 @@ class Backend:
         return stepper
 
 
-def _compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
+def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
     """Hands a step graph to the inner compiler."""
     _compat.copy_dynamo_marks(source, gm)
     inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
@@ -256,7 +256,8 @@ def backend(
             change of the adaLN gate to first order (`"gate"`: caches behind the gate, which then merge into two tensors per
             stream however many layers are refreshed).
         age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
-        state_dtype: floating-point dtype to store features in; None keeps their own.
+        state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
+            and values: per token and head); None keeps their own.
         form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
         grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
         timestep: name or position of the input with the diffusion time, where it is not found by itself.

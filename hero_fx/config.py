@@ -76,7 +76,7 @@ class Config:
     age_weighting: bool = True
     """Sample tokens with a probability that grows with their age; false: uniformly."""
     state_dtype: torch.dtype | None = None
-    """Floating-point dtype of the feature state; None: the features' own."""
+    """Dtype of the feature state: a floating-point one, or `torch.int8` with a scale per token; None: the features' own."""
     form: str = "collapsed"
     """`"collapsed"`: after exact algebra, gathers once, scatters once, sums caches; `"literal"`: a cache per branch."""
     grid: tuple[int, int, int] | None = None
@@ -142,10 +142,11 @@ class Config:
                 f"cache_point={self.cache_point!r}: unsampled='gate' is for shallow caches behind the gate, in front of it the "
                 "live gate is applied anyway; leave cache_point out, or give 'post_gate'"
             )
-        if self.state_dtype is not None and not (
-            isinstance(self.state_dtype, torch.dtype) and self.state_dtype.is_floating_point
+        dtype = self.state_dtype
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)
         ):
-            raise ValueError(f"state_dtype={self.state_dtype!r} must be a floating-point torch.dtype or None")
+            raise ValueError(f"state_dtype={dtype!r} must be a floating-point torch.dtype, torch.int8 or None")
         if self.timestep is not None and not isinstance(self.timestep, str):
             _count("timestep", self.timestep, 0, "as a position among the graph's inputs; or give the argument's name")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -246,9 +247,12 @@ class MergeCaches:
             writes = [part.write for part in parts if part.write is not None]
             if writes:
                 with emitter.before(writes[-1]):
-                    total = writes[0].args[3]
-                    for write in writes[1:]:
-                        total = emitter.call(aten.add.Tensor, total, write.args[3])
+                    # Summed as features, then narrowed once: a narrow dtype loses at every sum, and 8-bit floats have none.
+                    total, *others = (_beneath_cast(write.args[3]) for write in writes)
+                    for rows in others:
+                        total = emitter.call(aten.add.Tensor, total, rows)
+                    if value_of(total).dtype != value_of(state).dtype:
+                        total = emitter.call(aten.to.dtype, total, value_of(state).dtype)
                     emitter.call(aten.index_copy_.default, state, *writes[0].args[1:3], total)
                 for write in writes:
                     gm.graph.erase_node(write)
@@ -325,6 +329,12 @@ def _total(emitter: Emitter, updates: list[fx.Node]) -> fx.Node:
     for update in updates[1:]:
         total = emitter.call(aten.add.Tensor, total, update)
     return total
+
+
+def _beneath_cast(node: Any) -> fx.Node:
+    rows = node.args[0] if node.target is aten.to.dtype else node
+    assert isinstance(rows, fx.Node)
+    return rows
 
 
 def _drop_readers(graph: fx.Graph, node: fx.Node) -> None:

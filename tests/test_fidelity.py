@@ -1,0 +1,227 @@
+"""The fidelity bench on a tiny untrained world model: what it runs, what it measures, what it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+
+from .examples import FOLDER, example
+from .tiny import randomized
+
+STEPS, SCENES = 7, 3
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """`examples/fidelity.py`, with short trajectories."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        torch._dynamo.reset()
+        module = example("fidelity")
+        from world.pipeline import STEPS as steps  # type: ignore[import-not-found]
+
+        for task in steps:
+            patch.setitem(steps, task, STEPS)
+        yield module
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def weights(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of two layers, saved."""
+    from world.model import world_scheduler, world_transformer  # type: ignore[import-not-found]
+    from world.pipeline import WorldModelPipeline
+
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = randomized(world_transformer(layers=2, heads=2, head=16))
+    WorldModelPipeline(model, world_scheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run writes, its cache beside it."""
+    folder = tmp_path_factory.mktemp("results")
+    bench.main([*command(weights, folder), "--intervals", "2,4"])
+    return folder
+
+
+def command(weights: Path, folder: Path) -> list[str]:
+    numbers = ["--scenes", str(SCENES), "--batch", str(SCENES), "--converged", "9", "--converged-scenes", "2"]
+    folders = ["--weights", str(weights), "--results", str(folder), "--cache", str(folder / "cache")]
+    return [*folders, *numbers, "--tasks", "reconstruction"]
+
+
+def rows(results: Path) -> dict[str, Any]:
+    found = json.loads((results / "fidelity.json").read_text())
+    return {row["name"]: row for row in found["tasks"]["reconstruction"]["main"]}
+
+
+def test_a_setting_runs_what_torch_compile_would(bench: Any, weights: Path) -> None:
+    """One trace for all settings gives the same latents, FLOPs and state as compiling each by itself."""
+    from world.pipeline import WorldModelPipeline
+    from world.render import render  # type: ignore[import-not-found]
+    from world.scenes import HELD_OUT, sample_scenes  # type: ignore[import-not-found]
+
+    runner = bench.Runner(weights, None, batch=2)
+    options: dict[str, Any] = {"interval": 3, "refresh_layers": 1}
+    settings = [bench.Setting("hero", options), bench.Setting("fora", {"policy": "fora"}), bench.full()]
+    with torch.no_grad():
+        hero, fora, full = runner.sample("planning", settings, 2, "test")
+    pipeline = WorldModelPipeline.from_pretrained(weights)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline.transformer
+
+    def alone() -> Tensor:
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        rgb = render(sample_scenes([HELD_OUT, HELD_OUT + 1])).rgb
+        latents: Tensor = pipeline(rgb, task="planning", generator=generators, output_type="latent").latents
+        return latents
+
+    torch.testing.assert_close(full, alone(), rtol=0, atol=1e-5)
+    backend = hero_fx.backend(**options, num_steps=STEPS, inner="eager")
+    pipeline.transformer = torch.compile(plain, backend=backend, fullgraph=True)
+    torch.testing.assert_close(hero, alone(), rtol=0, atol=1e-5)
+    assert (hero - full).abs().max() > 1e-3
+    assert (fora - hero).abs().max() > 1e-3
+    cost, stats = runner.cost("planning", settings[0]), backend.stats()
+    assert (cost.steps, cost.full_steps) == (STEPS, stats.full_steps)
+    assert cost.gemm == hero_fx.trajectory_flops(backend.graphs[0], backend.config, STEPS).gemm // 2
+    assert cost.state == stats.state_bytes // 2
+    assert runner.cost("planning", settings[2]).total == hero_fx.flops(backend.graphs[0].normal).total * STEPS // 2
+
+
+def test_every_method_at_equal_full_steps(results: Path) -> None:
+    found = rows(results)
+    methods = ("FORA", "TaylorSeer, order 1", "TaylorSeer, order 2", "ToCa", "DuCa", "HERO", "HERO, lean")
+    cached = [f"{method}, N={n}" for n in (2, 4) for method in methods]
+    assert [name for name in found if not name.startswith("plain")] == ["full compute", *cached]
+    assert {found[name]["full_steps"] for name in cached[:7]} == {5}  # 0 1 2 4 6
+    assert {found[name]["full_steps"] for name in cached[7:]} == {4}  # 0 1 2 6
+    for name, row in found.items():
+        assert row["speed_gemm"] >= 1.0
+        assert ("rgb_l2" in row["metrics"]) == (name != "full compute")
+        for metric in ("rgb_converged", "abs_rel", "ate"):
+            of = row["metrics"][metric]
+            assert of["low"] <= of["mean"] <= of["high"]
+            assert of["scenes"] == (2 if metric == "rgb_converged" else SCENES)
+    assert 0 < found["HERO, N=2"]["metrics"]["rgb_l2"]["mean"] < found["HERO, N=4"]["metrics"]["rgb_l2"]["mean"] < 1
+
+
+def test_the_rival_has_equal_flops(results: Path) -> None:
+    found = rows(results)
+    plain = [row for name, row in found.items() if name.startswith("plain")]
+    step = found["full compute"]["gflops_total"] / STEPS
+    for name in ("FORA, N=2", "HERO, N=2", "HERO, N=4"):
+        assert min(abs(row["gflops_total"] - found[name]["gflops_total"]) for row in plain) <= step / 2
+    assert all(row["steps"] == row["full_steps"] for row in plain)
+
+
+def test_differences_are_paired(results: Path) -> None:
+    found = rows(results)
+    hero, fora = (found[f"{name}, N=2"]["metrics"]["raymap_l2"] for name in ("HERO", "FORA"))
+    assert "less_hero" not in hero
+    assert fora["less_hero"] == pytest.approx(fora["mean"] - hero["mean"])
+    assert fora["less_hero_low"] <= fora["less_hero"] <= fora["less_hero_high"]
+
+
+def test_reports(results: Path) -> None:
+    tables = (results / "tables.md").read_text()
+    assert f"## Reconstruction, {STEPS} steps, {SCENES} scenes" in tables
+    lines = [line for line in tables.splitlines() if line.startswith("| HERO, N=4")]
+    assert len(lines) == 2
+    value = rows(results)["HERO, N=4"]["metrics"]["rgb_l2"]["mean"]
+    assert lines[0].split("|")[3].strip().startswith(f"{value:.4f} ± ")
+    assert (results / "reconstruction.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_second_run_samples_nothing_again(
+    bench: Any, weights: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(bench.Runner, "_denoise", refuse)
+    before = (results / "fidelity.json").read_text()
+    bench.main([*command(weights, results), "--intervals", "2,4", "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(before)
+    with pytest.raises(AssertionError, match="sampled again"):
+        bench.main([*command(weights, results), "--intervals", "3"])
+
+
+def test_ablations_and_choices(
+    bench: Any, weights: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command(weights, tmp_path), "--cache", str(results / "cache")]
+    bench.main(
+        [*arguments, "--tables", "alpha,layers,choices", "--only", "text,dtype of the state", "--intervals", "2"]
+    )
+    found = json.loads((tmp_path / "fidelity.json").read_text())["tasks"]["reconstruction"]
+    assert [row["name"] for row in found["alpha"]] == [f"α = {k}/6" for k in (5, 4, 3, 2, 1)]
+    flops = [row["gflops_gemm"] for row in found["alpha"]]
+    assert flops == sorted(flops, reverse=True)
+    assert [row["name"] for row in found["layers"]] == ["M = 0 of 2", "M = 1 of 2", "M = 2 of 2"]
+    chosen = {(row["choice"], row["name"]): row for row in found["choices"]["2"]}
+    assert list(chosen)[:2] == [("default", "(default)"), ("text", "live")]
+    default, halved = chosen["default", "(default)"], chosen["dtype of the state", "bfloat16"]
+    assert halved["state_mb"] == pytest.approx(default["state_mb"] / 2)
+    assert "dtype of the state" in capsys.readouterr().out
+
+
+def test_all_settings_are_allowed(bench: Any) -> None:
+    settings = [*bench.methods(3), *bench.alphas(16), *bench.boundaries(16), *[s for _, s in bench.choices(3, None)]]
+    for setting in settings:
+        hero_fx.backend(**setting.options, num_steps=30)
+    assert [s.options["refresh_layers"] for s in bench.boundaries(42)] == [0, 6, 11, 16, 21, 26, 31, 36, 42]
+    assert {s.options["refresh_layers"] for s in bench.alphas(42)} == {16}
+
+
+def test_measures_nothing_wrong_in_the_truth_itself(bench: Any, weights: Path) -> None:
+    truth = bench.Runner(weights, None).truth(2)
+    other = truth.latents.flip(0)
+    found = bench.measure(truth.latents, other, truth.latents[:1], truth)
+    assert found["abs_rel"].max() < 1e-5
+    assert found["delta_1"].min() == 1.0
+    for name in ("ate", "rpe_trans", "rpe_rot"):
+        assert found[name].max() < 1e-3
+    assert found["converged"].tolist() == [0.0]
+    assert found["truth_psnr"].min() > 100
+    for name, channels in (("rgb", slice(0, 12)), ("disparity", slice(12, 16)), ("raymap", slice(16, 22))):
+        a, b = (x[:, :, channels].flatten(1) for x in (truth.latents, other))
+        assert found[f"{name}_l2"].tolist() == pytest.approx(((a - b).norm(dim=1) / b.norm(dim=1)).tolist(), rel=1e-5)
+        assert np.all(found[f"{name}_ssim"] < 1)
+
+
+def test_marks_say_what_is_surely_better(bench: Any) -> None:
+    report = example("_fidelity_report")
+    of = {"mean": 0.5, "low": 0.4, "high": 0.6, "less_hero_low": 0.1, "less_hero_high": 0.2}
+    assert report.cell("rgb_l2", of) == "0.5000 ± 0.1000 ▼"
+    assert report.cell("rgb_psnr", of) == "0.5 ± 0.1 ▲"
+    assert report.cell("rgb_l2", {**of, "less_hero_low": -0.1}) == "0.5000 ± 0.1000"
+    assert report.cell("delta_1", {**of, "less_hero_low": -0.3, "less_hero_high": -0.1}) == "0.5000 ± 0.1000 ▼"
+    assert report.cell("ate", None) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "cooking"], "cooking is unknown; choose from planning, reconstruction"),
+        (["--tables", "main,beta"], "beta is unknown; choose from main, alpha, layers, choices"),
+        (["--scenes", "0"], "at least 1"),
+        (["--weights", "nowhere"], "there is no pipeline; train one with examples/world/train.py"),
+    ],
+)
+def test_says_what_is_wrong(bench: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
