@@ -1,0 +1,196 @@
+"""Trains the world model. Stops and resumes anywhere: the weights that result are the same.
+
+    python examples/world/train.py --run /tmp/world --steps 2500
+    python examples/world/train.py --run /tmp/world --steps 3000 --decay 600       # the same run, longer, wound down
+
+Each step draws fresh scenes by number, so that no scene comes twice; a checkpoint holds weights, moving average, optimiser
+and step, and what a step does depends on these and its number alone. The learning rate rises, stays, and falls linearly
+over the last `--decay` steps. The first steps of that fall may also be set later, by resuming with other `--steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from world.latents import LATENT, MODALITIES, condition, encode
+from world.model import FRAMES, TASKS, rotary, task_text, world_scheduler, world_transformer
+from world.render import render
+from world.scenes import sample_scenes
+
+GAMMA = 5.0
+"""Loss weights of the clean latents' error stop growing with the signal-to-noise ratio here (min-SNR, Hang et al. 2023)."""
+NULL, GOAL = 0.08, 0.06
+"""Shares of the planning clips that are trained without any condition, and without the last frame."""
+
+
+class Training:
+    """Model, moving average, optimisers, step."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = world_transformer(options.layers, options.heads).to(self.device)
+        self.average = world_transformer(options.layers, options.heads).to(self.device).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.called: Any = torch.compile(self.model) if options.compile else self.model
+        self.rotary = rotary(self.model, FRAMES, 16, 16)
+        self.alphas = world_scheduler().alphas_cumprod.float().to(self.device)
+        self.step = 0
+        # Muon is for the matrices between the residual streams; all else, and the two ends, go by AdamW.
+        named = list(self.model.named_parameters())
+        inner = [p for name, p in named if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name]
+        chosen = {id(p) for p in inner}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.optimisers = [
+            torch.optim.Muon(inner, lr=options.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, condition and text of this step's scenes."""
+        count = self.options.batch
+        clips = render(sample_scenes(range(self.step * count, (self.step + 1) * count)).to(self.device))
+        generator = torch.Generator().manual_seed(self.step)
+        given = torch.ones(count, FRAMES, dtype=torch.bool)
+        tasks: list[str | None] = [TASKS[1]] * count
+        for row, chance in enumerate(torch.rand(count, generator=generator).tolist()):
+            if row % 2:
+                continue
+            tasks[row], given[row, 1:-1] = TASKS[0], False
+            if chance < NULL + GOAL:
+                tasks[row], given[row, -1] = None, False
+                given[row, 0] = chance >= NULL
+        text = task_text(tasks).to(self.device)
+        return encode(clips), condition(clips.rgb, given.to(self.device)), text
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted squared error of the velocity, by modality, on this step's scenes."""
+        clean, given, text = self.batch()
+        generator = torch.Generator().manual_seed(2**32 + self.step)
+        count = len(clean)
+        # Evenly spread timesteps: less noise in the loss than with independent ones. Shuffled, for tasks alternate.
+        spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        timestep = (spread * 1000).long().to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        signal = self.alphas[timestep]
+        a, b = (x.sqrt()[:, None, None, None, None] for x in (signal, 1 - signal))
+        noisy, target = a * clean + b * noise, a * noise - b * clean
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            velocity = self.called(
+                hidden_states=torch.cat([noisy, given], dim=2),
+                encoder_hidden_states=text,
+                timestep=timestep,
+                image_rotary_emb=self.rotary,
+                return_dict=False,
+            )[0]
+        # An error of the velocity is one of the clean latents times 1 / b, so b**2 turns the weight of one into the other's.
+        ratio = signal / (1 - signal)
+        weight = (1 - signal) * (ratio + 1).clamp(max=GAMMA)
+        error = (velocity.float() - target).square() * weight[:, None, None, None, None]
+        return {name: error[:, :, channels].mean() for name, channels in MODALITIES.items()}
+
+    def rate(self) -> float:
+        """Share of the full learning rate at this step."""
+        left = (self.options.steps - self.step) / max(1, self.options.decay)
+        return min(1.0, (self.step + 1) / self.options.warmup, left)
+
+    def advance(self) -> dict[str, float]:
+        """One step; its losses."""
+        losses = self.losses()
+        total = torch.stack(list(losses.values())).mean()
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.options.rate * self.rate()
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        # A moving average over a tenth of what was trained so far, at most over `--average` steps.
+        keep = min(1 - 1 / self.options.average, 1 - 10 / (self.step + 10))
+        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(value.detach(), 1 - keep)
+        return {"loss": float(total.detach()), "norm": float(norm), **{k: float(v.detach()) for k, v in losses.items()}}
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def load(self, path: Path) -> None:
+        """Takes up a checkpoint."""
+        state = torch.load(path, map_location=self.device)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimiser, of in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(of)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--run", type=Path, required=True, help="folder of checkpoint and log; taken up if there is one"
+    )
+    parser.add_argument("--steps", type=int, default=2500, help="in all, those before a resumption counted in")
+    parser.add_argument("--decay", type=int, default=500, help="last steps, over which the learning rate falls to 0")
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--average", type=int, default=150, help="steps that the moving average spans")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=4, help="of 32 channels each")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights")
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--until", type=float, help="stop (and save) at this Unix time")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Training:
+    """Trains, or goes on training."""
+    options = parse(argv)
+    options.run.mkdir(parents=True, exist_ok=True)
+    training, checkpoint = Training(options), options.run / "checkpoint.pt"
+    if checkpoint.exists():
+        training.load(checkpoint)
+    parameters = sum(p.numel() for p in training.model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {LATENT} channels, {training.device}, from step {training.step}")
+    bar = tqdm(total=options.steps, initial=training.step, desc="training", mininterval=5)
+    with (options.run / "losses.jsonl").open("a") as log:
+        while training.step < options.steps and time.time() < (options.until or float("inf")):
+            losses = training.advance()
+            log.write(json.dumps({"step": training.step, **losses}) + "\n")
+            log.flush()
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
+            if training.step % options.save_every == 0 or training.step == options.steps:
+                training.save(checkpoint)
+    training.save(checkpoint)
+    bar.close()
+    return training
+
+
+if __name__ == "__main__":
+    main()
