@@ -134,7 +134,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_scale: 3.0 for planning, 1.0 (none, and half the work) for reconstruction, if not given.
             generator: of the noise; one, or one per clip.
             latents: the noise itself, [B, F, 22, S / 2, S / 2], drawn anew if not given.
-            output_type: `"pt"` tensors, `"np"` arrays, `"pil"` images for RGB and arrays for the rest, `"latent"` latents alone.
+            output_type: `"pt"` tensors, `"np"` arrays, `"pil"` images for RGB and arrays for the rest, `"latent"` only latents.
             return_dict: False returns the tuple (rgb, depth, raymap, poses, latents).
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)`; may return tensors to go on with.
             callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` if not given.

@@ -129,6 +129,7 @@ class Training:
         """Writes a checkpoint, whole or not at all."""
         state = {
             "step": self.step,
+            "sizes": {"layers": self.options.layers, "heads": self.options.heads},
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
