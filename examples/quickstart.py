@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import hero_fx
 from world.evaluate import errors
-from world.latents import MODALITIES, World
+from world.latents import MODALITIES
 from world.model import TASKS
 from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
 from world.render import Clips, render
@@ -58,7 +59,7 @@ def run(pipe: WorldModelPipeline, system: System, clips: Clips, task: str, steps
     pipe.transformer = system.transformer
     generator = torch.Generator().manual_seed(0)
     system.output = pipe(clips.rgb, task, steps, generator=generator, callback_on_step_end=mark)
-    return [after - before for before, after in zip(marks[:-1], marks[1:], strict=True)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 def report(plain: System, fast: System, backend: hero_fx.Backend, clips: Clips, num_steps: int) -> str:
@@ -91,11 +92,8 @@ def report(plain: System, fast: System, backend: hero_fx.Backend, clips: Clips, 
         rows.append([f"{name}: relative L2 to full compute", "0", f"{float((ours - full).norm() / full.norm()):.4f}"])
     psnr = -10 * (fast.output.rgb - plain.output.rgb).square().mean().log10()
     rows.append(["rgb: PSNR to full compute, dB", "", f"{float(psnr):.1f}"])
-    truth = [
-        errors(World(o.rgb, o.depth, o.raymap, o.poses), o.latents, clips) for o in (plain.output, fast.output)
-    ]
-    for name in list(truth[0])[:5]:
-        rows.append([f"to the truth: {name}", *(f"{of[name]:.3f}" for of in truth)])
+    truth = [errors(system.output, clips) for system in (plain, fast)]
+    rows += [[f"to the truth: {name}", *(f"{of[name]:.3f}" for of in truth)] for name in truth[0]]
     return tabulate(rows, headers=["", plain.name, fast.name], disable_numparse=True, stralign="right")
 
 
@@ -142,11 +140,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=8, help="denoised as one batch")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--picture", type=Path, default=Path("quickstart.png"))
     arguments = parser.parse_args(argv)
     torch.set_grad_enabled(False)
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
-    pipe = WorldModelPipeline.from_pretrained(WEIGHTS)
+    pipe = WorldModelPipeline.from_pretrained(arguments.weights)
     pipe.set_progress_bar_config(disable=True)
     clips = render(sample_scenes(range(HELD_OUT, HELD_OUT + arguments.scenes)))
     config = pipe.transformer.config
