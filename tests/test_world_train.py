@@ -76,7 +76,12 @@ def test_batches_hold_both_tasks_and_drop_conditions(tmp_path: Path) -> None:
 
 def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(train, "sample_scenes", lambda seeds: seen.extend(seeds) or scenes.sample_scenes(seeds))
+
+    def spy(seeds: range) -> Any:
+        seen.extend(seeds)
+        return scenes.sample_scenes(seeds)
+
+    monkeypatch.setattr(train, "sample_scenes", spy)
     training = train.Training(train.parse(options(tmp_path)))
     training.step = 100_000
     training.batch()
