@@ -119,7 +119,7 @@ class QuantizeState:
 def _has_tokens(node: fx.Node) -> bool:
     """Features, keys and values [.., N, D]; not scores [B, N], nor gates, which have one token."""
     value = value_of(node)
-    return value.is_floating_point() and value.dim() >= 3 and value.shape[-2] > 1 and value.shape[-1] > 1
+    return bool(value.is_floating_point() and value.dim() >= 3 and value.shape[-2] > 1 and value.shape[-1] > 1)
 
 
 def _scales(rows: torch.Tensor) -> torch.Tensor:

@@ -119,10 +119,8 @@ def test_scores_and_gates_stay_as_they_are() -> None:
 @pytest.mark.parametrize("form", ["literal", "collapsed"])
 @pytest.mark.parametrize("options", [{}, {"policy": "lean"}, {"policy": "toca"}, {"unsampled": "gate"}], ids=str)
 def test_trajectory_with_whole_numbers(options: dict[str, Any], form: str) -> None:
-    own, narrow = (
-        hero_fx.backend(inner="eager", num_steps=12, interval=3, form=form, state_dtype=dtype, **options)
-        for dtype in (None, torch.int8)
-    )
+    options = {"inner": "eager", "num_steps": 12, "interval": 3, "form": form, **options}
+    own, narrow = (hero_fx.backend(state_dtype=dtype, **options) for dtype in (None, torch.int8))
     theirs, ours = (
         tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(12)) for backend in (own, narrow)
     )
