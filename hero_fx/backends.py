@@ -207,10 +207,10 @@ def backend(
     patch: tuple[int, int, int] = (1, 2, 3),
     order: int = 1,
     selection: Literal["per_step", "per_layer"] = "per_step",
-    keys: Literal["sampled", "sampled+text", "all"] | None = None,
+    keys: Literal["sampled", "sampled+text", "landmarks", "all"] | None = None,
     text: Literal["skip", "live"] = "skip",
     cache_point: str | tuple[str, str] | None = None,
-    unsampled: Literal["reuse", "extrapolate"] = "reuse",
+    unsampled: Literal["reuse", "extrapolate", "gate"] = "reuse",
     age_weighting: bool = True,
     state_dtype: torch.dtype | None = None,
     form: Literal["collapsed", "literal"] = "collapsed",
@@ -247,13 +247,17 @@ def backend(
         order: order of the extrapolation (hero, taylorseer); 1 is linear.
         selection: draw tokens once per step, or for each layer.
         keys: keys and values that refreshed tokens attend to: those of the sampled tokens, these and the text's from the
-            last full step, or a cache of all, updated where sampled. Default: hero `"all"`, lean `"sampled"`.
+            last full step, these and one cached image token per patch (`"landmarks"`), or a cache of all, updated where
+            sampled. Default: hero `"all"`, lean `"sampled"`.
         text: text tokens reuse cached features in shallow layers, or are recomputed.
         cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
             (shallow, deep). Default: hero `("pre_gate", "post_gate")`, others `"pre_gate"`.
-        unsampled: shallow tokens that are not sampled reuse their cached features, or extrapolate them.
+        unsampled: shallow tokens that are not sampled reuse their cached features, extrapolate them (Eq. 6), or follow the
+            change of the adaLN gate to first order (`"gate"`: caches behind the gate, which then merge into two tensors per
+            stream however many layers are refreshed).
         age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
-        state_dtype: floating-point dtype to store features in; None keeps their own.
+        state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
+            and values: per token and head); None keeps their own.
         form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
         grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
         timestep: name or position of the input with the diffusion time, where it is not found by itself.

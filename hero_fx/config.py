@@ -64,17 +64,19 @@ class Config:
     selection: str = "per_step"
     """`"per_step"`: one selection for all layers; `"per_layer"`: one for each."""
     keys: Keys | None = None
-    """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"all"`; None: hero `"all"`, lean `"sampled"`."""
+    """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"landmarks"` (also one cached token per patch),
+    `"all"`; None: hero `"all"`, lean `"sampled"`."""
     text: Text = "skip"
     """`"skip"`: text reuses its cached features; `"live"`: text tokens are recomputed with the sampled ones."""
     cache_point: str | tuple[str, str] | None = None
-    """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero `("pre_gate", "post_gate")`, others pre."""
+    """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero `("pre_gate", "post_gate")`, with
+    `unsampled="gate"` post-gate in both, others pre."""
     unsampled: Unsampled = "reuse"
-    """What shallow tokens that are not sampled do: `"reuse"` (the paper) or `"extrapolate"`."""
+    """What shallow tokens that are not sampled do: `"reuse"` (the paper), `"extrapolate"`, or follow the `"gate"`."""
     age_weighting: bool = True
     """Sample tokens with a probability that grows with their age; false: uniformly."""
     state_dtype: torch.dtype | None = None
-    """Floating-point dtype of the feature state; None: the features' own."""
+    """Dtype of the feature state: a floating-point one, or `torch.int8` with a scale per token; None: the features' own."""
     form: str = "collapsed"
     """`"collapsed"`: after exact algebra, gathers once, scatters once, sums caches; `"literal"`: a cache per branch."""
     grid: tuple[int, int, int] | None = None
@@ -135,10 +137,16 @@ class Config:
             raise ValueError(
                 f"cache_point={self.cache_point!r}: only policy='hero' has shallow and deep layers; give one value"
             )
-        if self.state_dtype is not None and not (
-            isinstance(self.state_dtype, torch.dtype) and self.state_dtype.is_floating_point
+        if self.unsampled == "gate" and points[0] == "pre_gate":
+            raise ValueError(
+                f"cache_point={self.cache_point!r}: unsampled='gate' is for shallow caches behind the gate, in front of it the "
+                "live gate is applied anyway; leave cache_point out, or give 'post_gate'"
+            )
+        dtype = self.state_dtype
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)
         ):
-            raise ValueError(f"state_dtype={self.state_dtype!r} must be a floating-point torch.dtype or None")
+            raise ValueError(f"state_dtype={dtype!r} must be a floating-point torch.dtype, torch.int8 or None")
         if self.timestep is not None and not isinstance(self.timestep, str):
             _count("timestep", self.timestep, 0, "as a position among the graph's inputs; or give the argument's name")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -184,13 +192,15 @@ class Config:
     def make_policy(self) -> Policy | None:
         """The policy object; None for `"full"`, which rewrites nothing."""
         point: Any = self.cache_point
-        shallow, deep = point if isinstance(point, tuple) else (point or "pre_gate", point or "post_gate")
+        first = "post_gate" if self.unsampled == "gate" else "pre_gate"
+        shallow, deep = point if isinstance(point, tuple) else (point or first, point or "post_gate")
         match self.policy:
             case "hero":
                 return Hero(
                     refresh_layers=self.refresh_layers,
                     order=self.order,
                     keys=self.keys or "all",
+                    stride=math.prod(self.patch),
                     text=self.text,
                     cache_point=(shallow, deep),
                     unsampled=self.unsampled,

@@ -79,6 +79,8 @@ class Hero(_OneKind):
     refresh_layers: int | float = 0.5
     order: int = 1
     keys: Keys = "all"
+    stride: int = 6
+    """With keys "landmarks": one image token in so many is one."""
     text: Text = "skip"
     cache_point: tuple[CachePoint, CachePoint] = ("pre_gate", "post_gate")
     """Of shallow and of deep layers."""
@@ -94,6 +96,7 @@ class Hero(_OneKind):
         return Refresh(
             cache_point=shallow,
             keys=self.keys,
+            stride=self.stride,
             text=self.text,
             unsampled=self.unsampled,
             per_layer=self.per_layer,

@@ -16,7 +16,7 @@ from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
 from hero_fx.passes.merge import MergeCaches, find_merges
-from hero_fx.passes.narrow import WriteBytes
+from hero_fx.passes.narrow import QuantizeState, WriteBytes
 from hero_fx.passes.normalize import DropIdentities, normalize
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
@@ -130,7 +130,7 @@ def build_steps(
     kept = recordings(plans)
     full = copy_graph(normal)
     done = list(records)
-    dtype = config.state_dtype
+    dtype = None if config.state_dtype is torch.int8 else config.state_dtype  # whole numbers come last, see below
     record: tuple[Pass, ...] = (RecordFeatures(structure=structure, recordings=kept, state_dtype=dtype),)
     done += Pipeline(label="full", passes=record)(full)
     cached = []
@@ -155,8 +155,10 @@ def build_steps(
         ]
         merge = MergeCaches(merges=find_merges(cached, families))
         done += _on_all(full, cached, "merge", (merge, DropDeadCode()))
-        unread = DropUnreadState(read=state_read(cached))
+        unread = DropUnreadState(read=state_read(full, cached))
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
+    if config.state_dtype is torch.int8:
+        done += _on_all(full, cached, "int8", (QuantizeState(),))
     return StepGraphs(
         normal=normal,
         structure=structure,

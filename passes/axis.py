@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["ATTENTION", "AttentionOp", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim"]
+from .emit import value_of
+
+__all__ = [
+    "ATTENTION", "AttentionOp", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
+    "one_input", "rank_of",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -101,6 +106,21 @@ def is_matmul(node: fx.Node) -> bool:
 
 Info = Tokens | None | tuple["Tokens | None", ...]
 Lookup = Callable[[Any], Tokens | None]
+
+
+def rank_of(node: Any) -> int:
+    """The number of axes of a node's value."""
+    return value_of(node).dim()  # type: ignore[no-any-return]
+
+
+def one_input(node: fx.Node, look: Lookup) -> tuple[fx.Node, Tokens]:
+    """The tensor a one-input op works on; other inputs must not carry tokens."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    tokens = look(source)
+    if tokens is None or any(look(n) is not None for n in node.all_input_nodes if n is not source):
+        raise NoRule(node, "the token axis comes in through an argument that the rule does not expect")
+    return source, tokens
 
 
 def normal_dim(dim: int, rank: int) -> int:

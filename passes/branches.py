@@ -13,8 +13,8 @@ import re
 
 from torch import fx
 
-from .residuals import Ancestry, ResidualAdd, feature_of, residual_adds
-from .streams import find_grid, find_image, find_streams
+from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
+from .streams import find_grid, find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
@@ -45,31 +45,32 @@ def body_of(
 
 
 def find_branches(gm: fx.GraphModule) -> Structure:
-    """The residual branches of a normalised graph, layer by layer; a structure without branches if there are none."""
+    """The residual branches of a normalised graph, layer by layer; a structure without branches if there are none.
+
+    Only what the layers on the image tokens hold is a branch. Residual updates that no attention belongs to
+    (convolutions around the transformer, an MLP on embeddings), and those that never see an image token (refiners of the
+    text), stay what they are: every step computes them.
+    """
     graph = Ancestry(gm.graph)
-    adds = residual_adds(graph)
+    adds = _main(graph, residual_adds(graph))
     if not adds:
         return Structure((), (), None, 0, None)
     streams = find_streams(graph, adds)
-    by_stream = {found.add: found.stream for found in adds}
-    values = by_stream | {found.residual: found.stream for found in adds}
+    values = {found.residual: found.stream for found in adds} | {found.add: found.stream for found in adds}
     branches: list[Branch] = []
-    layer, seen_self_attention = -1, False
+    numbers = _LayerNumbers(streams)
     for group in _groups(adds):
         sources = list(dict.fromkeys(f.source for f in group))
         body = graph.between(sources, [f.update for f in group])
         attention = [n for n in body if n.target in ATTENTION]
-        kind = _kind(graph, body, attention, sources, [f.update for f in group])
-        starts = kind in ("attention", "parallel")
-        if layer < 0 or (starts and seen_self_attention):
-            layer, seen_self_attention = layer + 1, False
-        seen_self_attention |= starts
+        kind = _kind(graph, body, attention, sources)
+        layer = numbers.next(kind, group)
         label = f"l{layer}_{kind}"
         if any(b.label == label for b in branches[-8:]):
             label = f"{label}_{sum(b.layer == layer for b in branches)}"
         updates = tuple(
             Update(
-                stream=by_stream[f.add],
+                stream=f.stream,
                 add=f.add.name,
                 residual=f.residual.name,
                 source=f.source.name,
@@ -89,8 +90,61 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 tuple(n.name for n in attention),
             )
         )
-    image, count = find_image(graph, adds, streams)
-    return Structure(tuple(branches), tuple(streams), image, count, find_grid(gm, count))
+    image = find_image(graph, adds, streams)
+    count = 0 if image is None else image.length
+    return Structure(
+        tuple(branches), tuple(streams), image.source if image is not None else None, count, find_grid(gm, count)
+    )
+
+
+def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
+    """The updates of streams with attention that depend on a stream which comes out of the model."""
+    if not any(found.attends for found in adds):
+        return adds
+    streams = find_streams(graph, adds)
+    sources = [{segment.source for segment in stream.tokens.segments} for stream in streams]
+    attended: set[str] = set()
+    for group in _groups(adds):
+        if any(found.attends for found in group):
+            attended.update(*(sources[found.stream] for found in group))
+    adds = [found for found in adds if sources[found.stream] & attended]
+    outputs = {segment.source for segment in find_outputs(graph, adds, streams)}
+    made = {f.add for f in adds}
+    roots = [
+        f.residual
+        for f in adds
+        if f.residual not in made and any(s.source in outputs for s in streams[f.stream].tokens.segments)
+    ]
+    return [f for f in adds if not roots or any(f.update is r or graph.depends(f.update, r) for r in roots)]
+
+
+class _LayerNumbers:
+    """Counts layers: each has self-attention, if need be beside another or on other tokens, and then its FFNs."""
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self.streams = streams
+        self.layer = -1
+        self._start()
+
+    def _start(self) -> None:
+        self.layer += 1
+        self.attended: set[str] = set()
+        self.read: set[fx.Node] = set()
+        self.over = False
+
+    def next(self, kind: str, group: list[ResidualAdd]) -> int:
+        """The layer of the next branch."""
+        if kind not in ("attention", "parallel"):
+            self.over |= kind == "ffn" and bool(self.attended)
+            return self.layer
+        tokens = {segment.source for f in group for segment in self.streams[f.stream].tokens.segments}
+        read = {f.source for f in group}
+        again = bool(tokens & self.attended) and not read <= self.read
+        if again or (self.over and not read <= self.read):
+            self._start()
+        self.attended |= tokens
+        self.read |= read
+        return self.layer
 
 
 def _groups(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
@@ -121,19 +175,24 @@ def _reads(targets: list[fx.Node], values: dict[fx.Node, int]) -> list[fx.Node]:
     return list(met)
 
 
-def _kind(
-    graph: Ancestry,
-    body: list[fx.Node],
-    attention: list[fx.Node],
-    sources: list[fx.Node],
-    updates: list[fx.Node],
-) -> str:
-    if not attention:
+def _kind(graph: Ancestry, body: list[fx.Node], attention: list[fx.Node], sources: list[fx.Node]) -> str:
+    meeting: list[tuple[fx.Node, list[fx.Node]]] = []  # where tokens meet, and what must come from the stream
+    for node in attention:
+        key = node.args[ATTENTION[node.target].key]
+        assert isinstance(key, fx.Node)
+        meeting.append((node, [key]))
+    if not attention:  # written out, or linear
+        meeting = [(n, n.all_input_nodes) for n in body if is_product_of_values(graph, n)]
+    if not meeting:
         return "ffn"
-    key = attention[0].args[ATTENTION[attention[0].target].key]
-    assert isinstance(key, fx.Node)
-    if not any(graph.depends(key, s) for s in sources):
+
+    def moves(node: fx.Node) -> bool:
+        return any(node is s or graph.depends(node, s) for s in sources)
+
+    if not any(all(map(moves, parts)) for _, parts in meeting[:1]):
         return "cross_attention"
+    if not attention:
+        return "attention"
     # A product that neither feeds attention nor reads it is an FFN beside it.
     for node in body:
         if (

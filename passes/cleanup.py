@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +82,33 @@ def is_write(node: fx.Node, state: fx.Node) -> bool:
     )
 
 
-def state_read(cached: Iterable[fx.GraphModule]) -> frozenset[StateSlot]:
-    """The state that some cached step reads (a tensor that is only written does not count)."""
-    return frozenset(
+def state_read(full: fx.GraphModule, cached: Iterable[fx.GraphModule]) -> frozenset[StateSlot]:
+    """The state that some cached step reads, or that a full step needs to record it (what is only written does not count)."""
+    read = {
         slot
         for gm in cached
         for node, slot in slots_of(gm)
         if isinstance(slot, StateSlot) and any(not is_write(user, node) for user in node.users)
-    )
+    }
+    feeds = {slot: set(_fed(node)) for node, slot in slots_of(full) if isinstance(slot, StateSlot)}
+    while more := {slot for slot, into in feeds.items() if slot not in read and into & read}:
+        read |= more
+    return frozenset(read)
+
+
+def _fed(state: fx.Node) -> Iterator[StateSlot]:
+    """The other state that is written from what a full step reads of `state`."""
+    waiting, seen = list(state.users), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or is_write(node, state):
+            continue
+        seen.add(node)
+        waiting += node.users
+        if (
+            node.op == "call_function"
+            and node.args
+            and isinstance(node.args[0], fx.Node)
+            and is_write(node, node.args[0])
+        ):
+            yield node.args[0].meta["slot"]

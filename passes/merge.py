@@ -49,8 +49,9 @@ def find_merges(cached: Sequence[fx.GraphModule], families: Sequence[tuple[State
             weights = tuple(w.weight for w in where if w is not None)
             writes = tuple(w.rows for w in where if w is not None)
             likes = tuple((w.shape, w.dtype) for w in where if w is not None)
-            if len(roots) == 1:
-                keys[family] = (roots.pop(), weights, writes, likes)
+            gathers = [w.gather for w in where if w is not None and w.gather is not None]
+            if len(roots) == 1 and all(gather.into == family[0] for gather in gathers):
+                keys[family] = (roots.pop(), weights, writes, likes, tuple(gather.where for gather in gathers))
         groups.append(keys)
     found: dict[tuple[object, ...], list[tuple[StateSlot, ...]]] = {}
     for family in families:
@@ -61,6 +62,17 @@ def find_merges(cached: Sequence[fx.GraphModule], families: Sequence[tuple[State
         for members in found.values()
         if len(members) > 1
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Rows of Y_1 that are taken off the fresh rows on their way into Y_0, so that the estimate at this x is fresh."""
+
+    where: tuple[str, ...]
+    """(axis, index, scalar): the rows gathered and what they are multiplied with."""
+    into: StateSlot
+    taken: fx.Node
+    """fresh - x Y_1[idx]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,7 @@ class _Summand:
     dtype: torch.dtype
     leaf: fx.Node
     write: fx.Node | None
+    gather: _Gather | None
 
 
 def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
@@ -86,16 +99,18 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
         if not isinstance(slot, StateSlot):
             continue
         writes = [user for user in node.users if user.target is aten.index_copy_.default and user.args[0] is node]
+        leaf, weight = node, None
         readers = [user for user in node.users if user not in writes]
-        if len(readers) != 1 or len(writes) > 1 or (writes and writes[0].users):
+        if len(readers) == 1 and readers[0].target is aten.to.dtype:
+            leaf, readers = readers[0], list(readers[0].users)
+        gathers = [gather for reader in readers if (gather := _gather(reader)) is not None]
+        readers = [reader for reader in readers if _gather(reader) is None]
+        if len(readers) != 1 or len(gathers) > 1 or len(writes) > 1 or (writes and writes[0].users):
             continue
         # A reader behind the write sees fresh rows; the merged write comes behind all readers.
         if writes and order[writes[0]] < order[readers[0]]:
             continue
-        leaf, weight = node, None
         reader = readers[0]
-        if reader.target is aten.to.dtype and len(reader.users) == 1:
-            leaf, reader = reader, next(iter(reader.users))
         if reader.target is aten.mul.Tensor and len(reader.users) == 1:
             factor = next((a for a in reader.args if a is not leaf), None)
             scalar = factor.meta.get("slot") if isinstance(factor, fx.Node) else None
@@ -114,9 +129,35 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
             rows = (dim, str(index))
         value = value_of(node)
         result[slot] = _Summand(
-            _root(reader).name, weight, rows, tuple(value.shape), value.dtype, leaf, writes[0] if writes else None
+            root=_root(reader).name,
+            weight=weight,
+            rows=rows,
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            leaf=leaf,
+            write=writes[0] if writes else None,
+            gather=gathers[0] if gathers else None,
         )
     return result
+
+
+def _gather(reader: fx.Node) -> _Gather | None:
+    """The chain index_select -> * scalar -> fresh - . -> rows of a state tensor, if nothing else reads a part of it."""
+    chain = [reader]
+    while len(chain[-1].users) == 1 and chain[-1].target is not aten.index_copy_.default:
+        chain.append(next(iter(chain[-1].users)))
+    targets = [node.target for node in chain if node.target is not aten.to.dtype]
+    if targets != [aten.index_select.default, aten.mul.Tensor, aten.sub.Tensor, aten.index_copy_.default]:
+        return None
+    scaled, taken, write = chain[1], chain[2], chain[-1]
+    factor, state = scaled.args[1], write.args[0]
+    if taken.args[1] is not scaled or taken.kwargs or not isinstance(factor, fx.Node) or write.users:
+        return None
+    assert isinstance(state, fx.Node)
+    scalar, slot = factor.meta.get("slot"), state.meta.get("slot")
+    if not isinstance(scalar, ScalarSlot) or not isinstance(slot, StateSlot) or write.args[3] is not chain[-2]:
+        return None
+    return _Gather((str(reader.args[1]), str(reader.args[2]), scalar.name), slot, taken)
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -167,7 +208,8 @@ class MergeCaches:
 
     Legal because `find_merges` has seen that every cached graph reads the members only in one and the same sum, with one
     and the same weight, and writes the same rows of them. That needs caches behind the gates: a live gate g(t) between
-    cache and sum differs from branch to branch. Differences (Y_1, ...) are linear, so those of the sum are their sums.
+    cache and sum differs from branch to branch. Differences (Y_1, ...) are linear, so those of the sum are their sums, and
+    so are the rows that an extrapolated refresh takes off what it writes (`fresh - x Y_1[idx]`).
     """
 
     merges: tuple[Merge, ...]
@@ -195,8 +237,8 @@ class MergeCaches:
 
     @staticmethod
     def _cached(emitter: Emitter, gm: fx.GraphModule, merge: Merge) -> None:
+        summands = _summands(gm)
         for term, slot in enumerate(merge.merged):
-            summands = _summands(gm)
             parts = [summands[family[term]] for family in merge.members]
             inputs = {n.meta["slot"]: n for n in gm.graph.find_nodes(op="placeholder") if "slot" in n.meta}
             first = inputs[merge.members[0][term]]
@@ -221,24 +263,26 @@ class MergeCaches:
                 assert isinstance(sibling, fx.Node)
                 reader.replace_all_uses_with(sibling)
                 gm.graph.erase_node(reader)
+                if part.gather is not None:
+                    fresh = part.gather.taken.args[0]
+                    assert isinstance(fresh, fx.Node)
+                    part.gather.taken.replace_all_uses_with(fresh)
 
     @staticmethod
     def _full(emitter: Emitter, merge: Merge, families: list[list[fx.Node]]) -> None:
         copies = [[_recorded(node) for node in family] for family in families]
-        updates = [copy[0].args[1] for copy in copies if copy[0] is not None]
-        scalars = [_gap(copy) for copy in copies[0] if copy is not None]
         with emitter.before(emitter.output):
-            value = _total(emitter, [u for u in updates if isinstance(u, fx.Node)])
-            writes = []
+            writes: list[tuple[fx.Node, fx.Node]] = []
             for term, slot in enumerate(merge.merged):
-                like = value_of(families[0][term])
-                state = emitter.state(slot, like)
-                writes.append((state, value))
-                if term + 1 < len(merge.merged):
-                    gap = scalars[term + 1]
-                    assert gap is not None
-                    change = emitter.call(aten.sub.Tensor, value, emitter.read(state, value_of(value)))
-                    value = emitter.call(aten.mul.Tensor, change, gap)
+                gaps = [_gap(family[term], states[term - 1]) for family, states in zip(copies, families, strict=True)]
+                if term and gaps[0] is not None and gaps.count(gaps[0]) == len(gaps):
+                    state, last = writes[-1]
+                    change = emitter.call(aten.sub.Tensor, last, emitter.read(state, value_of(last)))
+                    value = emitter.call(aten.mul.Tensor, change, gaps[0])
+                else:
+                    recorded = [family[term].args[1] for family in copies]  # type: ignore[union-attr]
+                    value = _total(emitter, [node for node in recorded if isinstance(node, fx.Node)])
+                writes.append((emitter.state(slot, value_of(families[0][term])), value))
             for state, new in writes:
                 emitter.write_back(state, new)
         for family in copies:
@@ -252,13 +296,20 @@ def _recorded(state: fx.Node) -> fx.Node | None:
     return next((user for user in state.users if user.target is aten.copy_.default and user.args[0] is state), None)
 
 
-def _gap(copy: fx.Node) -> fx.Node | None:
-    """The 1 / d that a recorded difference was multiplied with; None for the features themselves."""
+def _gap(copy: fx.Node | None, before: fx.Node) -> fx.Node | None:
+    """The 1 / d of a recorded difference to what the state tensor `before` holds; None for anything else."""
+    assert copy is not None
     value = copy.args[1]
     if not isinstance(value, fx.Node) or value.target is not aten.mul.Tensor:
         return None
-    gap = value.args[1]
-    return gap if isinstance(gap, fx.Node) and isinstance(gap.meta.get("slot"), ScalarSlot) else None
+    change, gap = value.args
+    if not isinstance(change, fx.Node) or change.target is not aten.sub.Tensor:
+        return None
+    held = change.args[1]
+    if isinstance(held, fx.Node) and held.target is aten.to.dtype:
+        held = held.args[0]
+    is_gap = isinstance(gap, fx.Node) and isinstance(gap.meta.get("slot"), ScalarSlot)
+    return gap if is_gap and held is before else None  # type: ignore[return-value]
 
 
 def _total(emitter: Emitter, updates: list[fx.Node]) -> fx.Node:

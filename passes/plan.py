@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import fx
 
 from .branches import Branch, Stream, Structure, Update, body_of
@@ -15,13 +16,13 @@ from .tokens import ATTENTION, Info, NoRule, Tokens, follow
 
 __all__ = [
     "CachePoint", "Extrapolate", "Fallback", "Full", "Keys", "Recording", "Refresh", "Reuse", "ScoredRefresh",
-    "StepPlan", "Strategy", "Text", "Unsampled", "analyse", "cached_node", "recordings", "resolve", "term_slot",
+    "StepPlan", "Strategy", "Text", "Unsampled", "analyse", "cached_node", "gate_of", "recordings", "resolve", "term_slot",
 ]  # fmt: skip
 
 CachePoint = Literal["pre_gate", "post_gate"]
-Keys = Literal["sampled", "sampled+text", "all"]
+Keys = Literal["sampled", "sampled+text", "landmarks", "all"]
 Text = Literal["skip", "live"]
-Unsampled = Literal["reuse", "extrapolate"]
+Unsampled = Literal["reuse", "extrapolate", "gate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +51,12 @@ class Refresh:
 
     cache_point: CachePoint = "pre_gate"
     keys: Keys = "all"
+    stride: int = 1
+    """`keys="landmarks"`: one image token in so many is a landmark, whose keys and values are kept."""
     text: Text = "skip"
     unsampled: Unsampled = "reuse"
+    """Tokens that are not sampled: keep the cached features (Eq. 4), extrapolate them (Eq. 6), or follow the change of the
+    gate to first order: (g + x (g - g_prev) / d) F, for caches behind the gate."""
     per_layer: bool = False
 
 
@@ -88,8 +93,11 @@ class Recording:
     cache_point: CachePoint
     terms: int
     """Taylor terms Y_0 .. Y_{terms-1} per stream; 1 is the features alone."""
+    gate: bool = False
+    """Y_1 is the change of the gate times the features in front of it, not the change of the features."""
     keys: Keys | None = None
-    """Keep keys and values of its attention: of all tokens, or of the text tokens."""
+    """Keep keys and values of its attention: of all tokens, of the text tokens, or of these and of landmarks."""
+    stride: int = 1
     score: ScoredRefresh | None = None
     """Keep the scores that select tokens for this branch."""
 
@@ -97,6 +105,21 @@ class Recording:
 def cached_node(gm_nodes: dict[str, fx.Node], update: Update, cache_point: CachePoint) -> fx.Node:
     """The node whose value is cached: the feature, or the gated update."""
     return gm_nodes[update.feature if cache_point == "pre_gate" else update.update]
+
+
+def gate_of(gm_nodes: dict[str, fx.Node], update: Update, tokens: Tokens) -> tuple[fx.Node, fx.Node] | None:
+    """(gate, what it scales) if the update of tokens [.., L, D] is their product with one gate for all tokens."""
+    node = gm_nodes[update.update]
+    if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    dim = tokens.dim - value_of(node).dim()
+    for gate, scaled in (node.args, node.args[::-1]):
+        assert isinstance(gate, fx.Node)
+        assert isinstance(scaled, fx.Node)
+        shape = value_of(gate).shape
+        if (len(shape) < -dim or shape[dim] == 1) and value_of(scaled).shape == value_of(node).shape:
+            return gate, scaled
+    return None
 
 
 def term_slot(branch: Branch, streams: Sequence[Stream], update: Update, term: int) -> StateSlot:
@@ -162,22 +185,48 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
 def resolve(
     gm: fx.GraphModule, structure: Structure, steps: Sequence[StepPlan]
 ) -> tuple[tuple[StepPlan, ...], tuple[Fallback, ...]]:
-    """Replaces refreshes that cannot be done by `Full`, and says why."""
+    """Replaces refreshes that cannot be done by `Full`, and says why; without a gate there is none to follow."""
     reasons: dict[str, str] = {}
+    nodes = {node.name: node for node in gm.graph.nodes}
+
+    def gated(branch: Branch) -> bool:
+        return all(gate_of(nodes, u, structure.streams[u.stream].tokens) is not None for u in branch.updates)
+
+    def resolved(branch: Branch, strategy: Strategy) -> Strategy:
+        if branch.label in reasons:
+            return Full()
+        if isinstance(strategy, Refresh) and strategy.unsampled == "gate" and not gated(branch):
+            return replace(strategy, unsampled="reuse")
+        return strategy
+
     for plan in steps:
         for branch, strategy in plan:
             if not isinstance(strategy, (Refresh, ScoredRefresh)) or branch.label in reasons:
                 continue
             try:
-                analyse(gm, structure, branch, strategy.cache_point)
+                body = analyse(gm, structure, branch, strategy.cache_point).body
+                if isinstance(strategy, Refresh) and strategy.keys == "landmarks":
+                    _no_mask(body)
                 if isinstance(strategy, ScoredRefresh):
                     self_attention(gm, structure, branch)
             except NoRule as error:
                 reasons[branch.label] = str(error)
-    resolved = tuple(
-        tuple((branch, Full() if branch.label in reasons else strategy) for branch, strategy in plan) for plan in steps
-    )
-    return resolved, tuple(Fallback(label, reason) for label, reason in reasons.items())
+    plans = tuple(tuple((branch, resolved(branch, strategy)) for branch, strategy in plan) for plan in steps)
+    return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
+
+
+def _no_mask(body: Sequence[fx.Node]) -> None:
+    for node in body:
+        op = ATTENTION.get(node.target)
+        if op is None:
+            continue
+        mask = (
+            node.args[op.mask]
+            if op.mask is not None and len(node.args) > op.mask
+            else node.kwargs.get(op.mask_name or "")
+        )
+        if isinstance(mask, fx.Node):
+            raise NoRule(node, "landmark keys are for attention without a mask; use keys='all' or 'sampled'")
 
 
 def recordings(steps: Sequence[StepPlan]) -> tuple[Recording, ...]:
@@ -195,7 +244,9 @@ def recordings(steps: Sequence[StepPlan]) -> tuple[Recording, ...]:
                 branch=branch,
                 cache_point=points.pop(),
                 terms=max(_terms(s) for s in wanted),
+                gate=any(isinstance(s, Refresh) and s.unsampled == "gate" for s in wanted),
                 keys=next((s.keys for s in wanted if isinstance(s, Refresh) and s.keys != "sampled"), None),
+                stride=next((s.stride for s in wanted if isinstance(s, Refresh)), 1),
                 score=next((s for s in wanted if isinstance(s, ScoredRefresh)), None),
             )
         )
@@ -205,4 +256,4 @@ def recordings(steps: Sequence[StepPlan]) -> tuple[Recording, ...]:
 def _terms(strategy: Strategy) -> int:
     if isinstance(strategy, Extrapolate):
         return strategy.order + 1
-    return 2 if isinstance(strategy, Refresh) and strategy.unsampled == "extrapolate" else 1
+    return 2 if isinstance(strategy, Refresh) and strategy.unsampled != "reuse" else 1

@@ -9,7 +9,7 @@ from torch import fx
 
 from .branches import Branch, Structure
 from .emit import Emitter, StateSlot, value_of
-from .plan import Recording, ScoredRefresh, analyse, cached_node, self_attention, term_slot
+from .plan import Recording, Refresh, ScoredRefresh, analyse, cached_node, gate_of, self_attention, term_slot
 from .tokens import ATTENTION, Tokens
 
 __all__ = ["RecordFeatures", "image_range", "key_slots", "score_slots"]
@@ -54,7 +54,12 @@ class RecordFeatures:
             for update in branch.updates:
                 feature = cached_node(nodes, update, recording.cache_point)
                 slots = [term_slot(branch, self.structure.streams, update, i) for i in range(recording.terms)]
-                self._terms(emitter, feature, slots)
+                if recording.gate:
+                    gated = gate_of(nodes, update, self.structure.streams[update.stream].tokens)
+                    assert gated is not None, "resolve has seen the gate"
+                    self._gate(emitter, feature, gated, slots)
+                else:
+                    self._terms(emitter, feature, slots)
                 sites += 1
             if recording.keys is not None:
                 sites += self._keys(emitter, gm, recording)
@@ -77,8 +82,20 @@ class RecordFeatures:
             for state, new in writes:
                 emitter.write_back(state, new)
 
+    def _gate(self, emitter: Emitter, feature: fx.Node, gated: tuple[fx.Node, fx.Node], slots: list[StateSlot]) -> None:
+        """Y_0 = g F and Y_1 = (g - g of the full step before) F / d: how far the gate alone moves the update per step."""
+        gate, scaled = gated
+        with emitter.before(emitter.output):
+            before = emitter.state(StateSlot(f"{slots[0].name.removesuffix('_y0')}_gate"), value_of(gate))
+            gap = emitter.scalar("inverse_gap_1", value_of(gate).device)
+            change = emitter.call(aten.mul.Tensor, emitter.call(aten.sub.Tensor, gate, before), gap)
+            slope = emitter.call(aten.mul.Tensor, change, scaled)
+            for slot, value in zip(slots, (feature, slope), strict=True):
+                emitter.write_back(emitter.state(slot, value_of(value), self.state_dtype), value)
+            emitter.write_back(before, gate)
+
     def _keys(self, emitter: Emitter, gm: fx.GraphModule, recording: Recording) -> int:
-        """Keys and values, as attention gets them: of all tokens, or of the tokens that cached steps skip."""
+        """Keys and values, as attention gets them: of all tokens, or of those that cached steps see without computing them."""
         sites = 0
         analysis = analyse(gm, self.structure, recording.branch, recording.cache_point)
         for number, name in enumerate(recording.branch.attention):
@@ -90,11 +107,11 @@ class RecordFeatures:
                 tokens = analysis.infos.get(source)
                 if not isinstance(tokens, Tokens):
                     continue
-                for slot, start, stop in key_slots(recording.branch, number, role, tokens, recording.keys == "all"):
+                for slot, start, stop, step in key_slots(recording.branch, number, role, tokens, recording):
                     with emitter.before(emitter.output):
                         piece = source
-                        if stop - start != tokens.length:
-                            piece = emitter.call(aten.slice.Tensor, source, tokens.dim, start, stop)
+                        if stop - start != tokens.length or step != 1:
+                            piece = emitter.call(aten.slice.Tensor, source, tokens.dim, start, stop, step)
                         state = emitter.state(slot, value_of(piece), self.state_dtype)
                         emitter.write_back(state, piece)
                     sites += 1
@@ -169,16 +186,18 @@ def image_range(gm: fx.GraphModule, structure: Structure, attention: fx.Node) ->
 
 
 def key_slots(
-    branch: Branch, number: int, role: str, tokens: Tokens, everything: bool
-) -> list[tuple[StateSlot, int, int]]:
-    """State for keys (`role` "k") or values ("v") of one attention op: (slot, first token, end), all or text only."""
+    branch: Branch, number: int, role: str, tokens: Tokens, keys: Recording | Refresh
+) -> list[tuple[StateSlot, int, int, int]]:
+    """State for keys (`role` "k") or values ("v") of one attention op: (slot, first token, end, step) of what is kept."""
     base = f"{branch.label}_{role}{number or ''}"
-    if everything:
-        return [(StateSlot(base), 0, tokens.length)]
+    if keys.keys == "all":
+        return [(StateSlot(base), 0, tokens.length, 1)]
     slots, offset = [], 0
     for segment in tokens.segments:
-        if segment.source != "image" and not segment.source.startswith("%"):
-            slots.append((StateSlot(f"{base}_{segment.source}"), offset, offset + segment.length))
+        image = segment.source == "image" or segment.source.startswith("%")
+        if not image or keys.keys == "landmarks":
+            name = "landmarks" if image else segment.source
+            slots.append((StateSlot(f"{base}_{name}"), offset, offset + segment.length, keys.stride if image else 1))
         offset += segment.length
     return slots
 

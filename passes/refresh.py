@@ -43,8 +43,9 @@ class RefreshBranches:
     Legal in the paper's sense for the merge (Eq. 4, numerics change), and exact for the part: every op between the
     stream and the feature is pointwise in tokens or moves them whole (`tokens.follow`), so computing on gathered
     tokens is gathering what would be computed. Attention is where tokens meet: sampled queries see the keys and values
-    of the sampled tokens (`keys="sampled"`), also the text's from the last full step (`"sampled+text"`), or a cache of
-    all keys and values in which the sampled ones are brought up to date (`"all"`).
+    of the sampled tokens (`keys="sampled"`), also the text's from the last full step (`"sampled+text"`), and those of
+    every so many image tokens (`"landmarks"`, which need no mask), or a cache of all keys and values in which the sampled
+    ones are brought up to date (`"all"`).
     """
 
     structure: Structure
@@ -93,8 +94,10 @@ class RefreshBranches:
                 continue
             everything = strategy.keys == "all"
             cached = {}
-            for slot, start, stop in key_slots(branch, number, role, tokens, everything):
-                like = value_of(source).narrow(tokens.dim, start, stop - start)
+            for slot, start, stop, step in key_slots(branch, number, role, tokens, strategy):
+                rows = [slice(None)] * tokens.dim + [slice(start, stop, step)]
+                with emitter.mode:
+                    like = value_of(source)[tuple(rows)]
                 state = emitter.state(slot, like, self.state_dtype)
                 cached[start] = (state, emitter.read(state, like))
             if everything:
@@ -102,7 +105,9 @@ class RefreshBranches:
                 args[argument] = subset.merge(value, tokens, fresh)
                 emitter.write_back(state, args[argument])  # type: ignore[arg-type]
             else:
-                args[argument], seen = _beside(subset, tokens, fresh, {s: v for s, (_, v) in cached.items()})
+                args[argument], seen = _beside(
+                    subset, tokens, fresh, {s: v for s, (_, v) in cached.items()}, self.structure.image
+                )
         return _attention_call(gm, node, args, analysis, subset, None if strategy.keys == "all" else seen)
 
 
@@ -114,8 +119,10 @@ def _keep(structure: Structure, rows: Rows, text: str) -> dict[str, Keep]:
     }
 
 
-def _beside(subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node]) -> tuple[fx.Node, Subset]:
-    """Fresh keys with the cached ones of skipped sources in their places, and the selection that the sum stands for."""
+def _beside(
+    subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node], image: str | None
+) -> tuple[fx.Node, Subset]:
+    """Fresh keys with the cached ones of skipped sources and landmarks beside them, and what of the sources they stand for."""
     seen = Subset(
         subset.emitter,
         subset.infos,
@@ -131,7 +138,7 @@ def _beside(subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx
                 piece = subset.emitter.call(aten.slice.Tensor, fresh, tokens.dim, at, at + count)
             pieces.append(piece)
             at += count
-        elif offset in cached:
+        if offset in cached and (not count or segment.source == image):
             pieces.append(cached[offset])
         offset += segment.length
     if len(pieces) == 1:
@@ -213,7 +220,7 @@ def _recompute(
 
 
 def _extrapolates(strategy: Strategy) -> bool:
-    return isinstance(strategy, Refresh) and strategy.unsampled == "extrapolate"
+    return isinstance(strategy, Refresh) and strategy.unsampled != "reuse"
 
 
 def _anchor(gm: fx.GraphModule, analysis: Analysis) -> fx.Node:

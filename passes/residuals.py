@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .emit import value_of
-from .tokens import is_matmul
+from .tokens import ATTENTION, is_matmul
 
-__all__ = ["Ancestry", "ResidualAdd", "beneath_casts", "feature_of", "residual_adds"]
+__all__ = [
+    "Ancestry", "ResidualAdd", "beneath_casts", "feature_of", "is_product_of_values", "residual_adds",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -29,6 +31,14 @@ class Ancestry:
                 i = self.index[source]
                 bits |= self.above[i] | 1 << i
             self.above.append(bits)
+        # Where no one says what is a weight, every input may be a value.
+        calls = [n for n in graph.find_nodes(op="placeholder") if n.meta.get("model_input", True)]
+        self.calls = sum(1 << self.index[n] for n in calls)
+
+    def depends_on_call(self, node: fx.Node) -> bool:
+        """True for what depends on the call's arguments, not on weights alone."""
+        i = self.index[node]
+        return bool((self.above[i] | 1 << i) & self.calls)
 
     def depends(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(self.above[self.index[node]] >> self.index[source] & 1)
@@ -75,11 +85,16 @@ class ResidualAdd:
     source: fx.Node
     update: fx.Node
     matmuls: frozenset[fx.Node]
+    attends: bool
+    """Whether the update mixes tokens by attention, as an op or written out."""
     stream: int = -1
 
 
 def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
-    """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order."""
+    """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order.
+
+    An add around whole layers (`x + stack(x)`) is none: the layers within are.
+    """
     found: dict[fx.Node, ResidualAdd] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
@@ -91,31 +106,54 @@ def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
         if len(shape) < 3 or value_of(a).shape != shape or value_of(b).shape != shape:
             continue
         for residual, update in ((a, b), (b, a)):
-            match = _source_of(graph, found, residual, update)
-            if match is not None:
-                found[node] = ResidualAdd(node, beneath_casts(residual), match[0], update, match[1])
+            source = _source_of(graph, found, beneath_casts(residual), update)
+            body = graph.between([source], [update]) if source is not None else []
+            matmuls = frozenset(n for n in body if is_matmul(n))
+            if source is not None and matmuls:
+                attends = any(n.target in ATTENTION or _is_score(graph, n, source) for n in matmuls)
+                found[node] = ResidualAdd(node, beneath_casts(residual), source, update, matmuls, attends)
                 break
     return list(found.values())
 
 
-def _source_of(
-    graph: Ancestry, found: dict[fx.Node, ResidualAdd], residual: fx.Node, update: fx.Node
-) -> tuple[fx.Node, frozenset[fx.Node]] | None:
-    """The value of the residual's stream that `update` reads, and the matrix products in between."""
-    value = beneath_casts(residual)
+def _source_of(graph: Ancestry, found: dict[fx.Node, ResidualAdd], value: fx.Node, update: fx.Node) -> fx.Node | None:
+    """The value of the residual's stream that `update` reads; None if it reads none, or through layers of its own."""
     # x + attention(x) + ffn(x) is two adds; the second one's update reads the stream one add earlier.
     for _ in range(4):
         if graph.depends(update, value):
-            matmuls = frozenset(n for n in graph.between([value], [update]) if is_matmul(n))
-            return (value, matmuls) if matmuls else None
+            break
         if value not in found:
             return None
         value = found[value].residual
-    return None
+    else:
+        return None
+    # x + ffn(norm(x + attention(x))): the second one's update reads the stream one add later.
+    source = value
+    for other in found.values():
+        if other.residual is source and graph.depends(update, other.add):
+            source = other.add
+    within = (o for o in found.values() if o.attends and graph.depends(o.add, source) and graph.depends(update, o.add))
+    return None if any(within) else source
+
+
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+
+
+def _is_score(graph: Ancestry, node: fx.Node, source: fx.Node) -> bool:
+    """A product of two values that both depend on the stream: queries and keys, or keys and values (linear attention)."""
+    if node.target not in _PRODUCTS:
+        return False
+    moved = [n for n in node.all_input_nodes if n is source or graph.depends(n, source)]
+    return len(moved) > 1
+
+
+def is_product_of_values(graph: Ancestry, node: fx.Node) -> bool:
+    """A product of two values that depend on what the model is called with: attention written out."""
+    return node.target in _PRODUCTS and all(graph.depends_on_call(n) for n in node.all_input_nodes)
 
 
 def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> fx.Node:
-    """What a chain of gates (factors that do not depend on the streams) is multiplied with."""
+    """The branch's output before its gates (factors that do not depend on the streams) and the norm behind it, if any."""
 
     def moves(node: object) -> bool:
         return isinstance(node, fx.Node) and any(graph.depends(node, s) or node is s for s in sources)
@@ -129,4 +167,28 @@ def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> 
             node = node.args[0]  # type: ignore[assignment]
         else:
             break
-    return feature
+    return _projection_of(feature, moves) or feature
+
+
+def _projection_of(feature: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:
+    """The one projection that all of `feature` is computed from, where no one else reads it: `norm(linear)` -> `linear`."""
+    passed, products, todo = {feature}, set[fx.Node](), [feature]
+    if is_matmul(feature):
+        return None
+    while todo and len(passed) < 24:
+        for source in todo.pop().all_input_nodes:
+            if not moves(source) or source in passed:
+                continue
+            if is_matmul(source):
+                products.add(source)
+            elif source.op != "call_function":
+                return None
+            else:
+                passed.add(source)
+                todo.append(source)
+    if todo or len(products) != 1:
+        return None
+    (product,) = products
+    inside = all(user in passed for node in (passed - {feature}) | products for user in node.users)
+    same = isinstance(value_of(product), torch.Tensor) and value_of(product).shape == value_of(feature).shape
+    return product if inside and same else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -11,69 +13,105 @@ from torch import fx
 from .emit import value_of
 from .residuals import Ancestry, ResidualAdd
 from .structure import Stream
-from .tokens import Info, NoRule, Segment, Tokens, follow, is_matmul
+from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, follow, normal_dim
 
-__all__ = ["find_grid", "find_image", "find_streams"]
+__all__ = ["find_grid", "find_image", "find_outputs", "find_streams"]
 
 aten = torch.ops.aten
 
 
 def find_streams(graph: Ancestry, adds: list[ResidualAdd]) -> list[Stream]:
-    """The residual streams; sets `stream` on each update. Tokens flow from one stream into the next through cat."""
+    """The residual streams; sets `stream` on each update. Tokens flow from one stream into the next by what ops there are.
+
+    A stream that is taken apart and put together again in the same order, normalised, or joined with a skip connection is
+    still that stream: streams with equal tokens are one.
+    """
+    made = {found.add for found in adds}
+    readers: dict[fx.Node, ResidualAdd] = {}
+    for found in adds:
+        readers.setdefault(found.residual, found)
     owner: dict[fx.Node, int] = {}
     streams: list[Stream] = []
     known: dict[fx.Node, Info] = {}
+    after = {found.add: found for found in adds}
+    for node in sorted({*readers, *made}, key=graph.index.__getitem__):
+        if node in made:
+            found = after[node]
+            found.stream = owner[node] = owner[found.residual]
+        else:
+            tokens = _root_tokens(graph, node, len(streams), known, readers[node])
+            owner[node] = next((i for i, s in enumerate(streams) if s.tokens == tokens), len(streams))
+            if owner[node] == len(streams):
+                streams.append(Stream(f"s{owner[node]}", node.name, tokens, value_of(node).shape[-1]))
+        known[node] = streams[owner[node]].tokens
+    order = list(dict.fromkeys(found.stream for found in adds))  # that of their first updates
     for found in adds:
-        stream = owner.get(found.residual)
-        if stream is None:
-            root = found.residual
-            tokens = _root_tokens(root, len(streams), known)
-            # A stream that is taken apart and put together again in the same order is still that stream.
-            stream = next((i for i, s in enumerate(streams) if s.tokens == tokens), len(streams))
-            if stream == len(streams):
-                streams.append(Stream(f"s{stream}", root.name, tokens, value_of(root).shape[-1]))
-            known[root] = tokens
-            owner[root] = stream
-        found.stream = stream
-        owner[found.add] = stream
-        known[found.add] = streams[stream].tokens
-    return _named(graph, adds, streams)
+        found.stream = order.index(found.stream)
+    return _named(graph, adds, [streams[i] for i in order])
 
 
-def _root_tokens(root: fx.Node, stream: int, known: dict[fx.Node, Info]) -> Tokens:
+def _root_tokens(
+    graph: Ancestry, root: fx.Node, stream: int, known: dict[fx.Node, Info], reader: ResidualAdd
+) -> Tokens:
     """The tokens of a new stream: those of earlier streams it is made of, or its own, or those of the parts of a cat."""
-    try:
-        followed = follow(_between_streams(root, known), known)
-    except NoRule:
-        followed = {}
+    followed: dict[fx.Node, Info] = {}
+    with suppress(NoRule):
+        followed = follow(_between_streams(graph, root, known), known)
     tokens = followed.get(root)
-    if isinstance(tokens, Tokens) and tokens.dim == 1:
+    if isinstance(tokens, Tokens) and value_of(root).dim() - tokens.dim == 2:
         return tokens
-    if root.target is aten.cat.default and len(root.args) > 1 and root.args[1] in (1, -2):
+    dim = _token_axis(graph, root, reader)
+    along = root.args[1] if len(root.args) > 1 else root.kwargs.get("dim", 0)
+    if root.target is aten.cat.default and along in (dim, dim - value_of(root).dim()):
         parts: list[fx.Node] = root.args[0]  # type: ignore[assignment]
         return Tokens(
-            1,
-            tuple(Segment(f"s{stream}.{i}", 0, int(value_of(p).shape[1])) for i, p in enumerate(parts)),
+            dim,
+            tuple(Segment(f"s{stream}.{i}", 0, int(value_of(p).shape[dim])) for i, p in enumerate(parts)),
         )
-    return Tokens(1, (Segment(f"s{stream}", 0, int(value_of(root).shape[1])),))
+    return Tokens(dim, (Segment(f"s{stream}", 0, int(value_of(root).shape[dim])),))
 
 
-def _between_streams(root: fx.Node, known: dict[fx.Node, Info]) -> list[fx.Node]:
-    """The few nodes (casts, cat, slice) between known stream values and a new root, in order."""
-    path: list[fx.Node] = []
+def _token_axis(graph: Ancestry, root: fx.Node, reader: ResidualAdd) -> int:
+    """The axis of a stream that its attention attends along; the last but one, where no attention says."""
+    rank: int = value_of(root).dim()
+    usual = rank - 2
+    attention = next((n for n in graph.between([reader.source], [reader.update]) if n.target in ATTENTION), None)
+    if attention is None or reader.source is not root:
+        return usual
+    query = attention.args[ATTENTION[attention.target].query]
+    assert isinstance(query, fx.Node)
+    path = graph.between([root], [query])
+    for dim in (usual, *(d for d in range(rank - 1) if d != usual)):
+        with suppress(NoRule):
+            seed = Tokens(dim, (Segment("tokens", 0, int(value_of(root).shape[dim])),))
+            tokens = follow(path, {root: seed}).get(query)
+            if isinstance(tokens, Tokens) and tokens.dim == normal_dim(
+                ATTENTION[attention.target].dim, value_of(query).dim()
+            ):
+                return dim
+    return usual
+
+
+def _between_streams(graph: Ancestry, root: fx.Node, known: dict[fx.Node, Info]) -> list[fx.Node]:
+    """What lies between known stream values and a new root, in order; nothing if that is much."""
+    bits = sum(1 << graph.index[node] for node in known)
+    path: set[fx.Node] = set()
     todo = [root]
-    while todo and len(path) < 32:
+    while todo and len(path) < 256:
         node = todo.pop()
-        if node in known or node.op != "call_function" or is_matmul(node):
-            continue
-        path.append(node)
-        todo.extend(node.all_input_nodes)
-    order = {n: i for i, n in enumerate(root.graph.nodes)} if path else {}
-    return sorted(path, key=order.__getitem__)
+        if node not in known and node not in path and graph.above[graph.index[node]] & bits:
+            path.add(node)
+            todo.extend(node.all_input_nodes)
+    return [] if todo else sorted(path, key=graph.index.__getitem__)
 
 
-def find_image(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> tuple[str | None, int]:
-    """The token source that the output is made of; the longest one if there are several.
+def find_image(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> Segment | None:
+    """The tokens that the output is made of; the most of one source if there are several (video and audio)."""
+    return max(find_outputs(graph, adds, streams), key=lambda s: s.length, default=None)
+
+
+def find_outputs(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> list[Segment]:
+    """The tokens that the outputs are made of.
 
     Followed from the streams' last values: in joint blocks the text stream's last value still feeds the last FFN, but none
     of its tokens come out of it.
@@ -86,29 +124,43 @@ def find_image(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) 
     for node in graph.nodes[start:]:
         with suppress(NoRule):  # unpatchify takes the token axis apart
             known = follow([node], known)
-    leaving = [
+    # What leaves for good, and does not come back into a stream by an op without a rule.
+    outside = {graph.nodes[-1]}
+    for node in reversed(graph.nodes[start:]):
+        if node not in known and not outside.isdisjoint(node.users):
+            outside.add(node)
+    return [
         segment
         for node in graph.nodes[start:]
-        if isinstance(info := known.get(node), Tokens) and any(user not in known for user in node.users)
+        if isinstance(info := known.get(node), Tokens) and not outside.isdisjoint(node.users)
         for segment in info.segments
         if not segment.source.startswith("%")
     ]
-    longest = max(leaving, key=lambda s: s.length, default=None)
-    return (None, 0) if longest is None else (longest.source, longest.length)
 
 
 def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> list[Stream]:
-    """Streams and sources get the names people use: `image` for the image tokens, `text` for the one other source."""
-    image, _ = find_image(graph, adds, streams)
+    """Streams and sources get the names people use: `image` for the image tokens, `text` for the one other source.
+
+    A source of which only a part is image (a sequence that the model filled in place) is two or three sources.
+    """
+    image = find_image(graph, adds, streams)
+    if image is not None:
+        streams = [replace(stream, tokens=_parted(stream.tokens, image)) for stream in streams]
+        image = replace(image, source=_part_name(image, image))
     sources = list(dict.fromkeys(s.source for stream in streams for s in stream.tokens.segments))
-    others = [s for s in sources if s != image]
-    names = {image: "image"}
+    others = [s for s in sources if image is None or s != image.source]
+    names = {image.source: "image"} if image is not None else {}
     names |= {s: "text" if len(others) == 1 else f"text{i}" for i, s in enumerate(others)}
+    firsts = {(s.source, s.start) for stream in streams for s in stream.tokens.segments}
+    starts = {source: min(start for name, start in firsts if name == source) for source in sources}
     result: list[Stream] = []
     for stream in streams:
         tokens = Tokens(
             stream.tokens.dim,
-            tuple(Segment(names[s.source], s.start, s.stop) for s in stream.tokens.segments),
+            tuple(
+                Segment(names[s.source], s.start - starts[s.source], s.stop - starts[s.source])
+                for s in stream.tokens.segments
+            ),
         )
         name = "+".join(dict.fromkeys(s.source for s in tokens.segments))
         taken = sum(s.name.split("#")[0] == name for s in result)
@@ -116,32 +168,66 @@ def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> l
     return result
 
 
-def find_grid(gm: fx.GraphModule, tokens: int) -> tuple[int, int, int] | None:
-    """(frames, height, width) whose product is `tokens`, read from the patch embedding or from the unpatchify at the end.
+def _parted(tokens: Tokens, image: Segment) -> Tokens:
+    """The axis with the tokens before, in and behind the image as sources of their own."""
+    segments: list[Segment] = []
+    for segment in tokens.segments:
+        if segment.source != image.source:
+            segments.append(segment)
+            continue
+        bounds = [
+            segment.start,
+            *(b for b in (image.start, image.stop) if segment.start < b < segment.stop),
+            segment.stop,
+        ]
+        for start, stop in pairwise(bounds):
+            part = Segment(segment.source, start, stop)
+            segments.append(replace(part, source=_part_name(part, image)))
+    return Tokens(tokens.dim, tuple(segments))
 
-    A patch embedding is a convolution whose output [.., D, height, width] or [B, D, frames, height, width] holds the
-    tokens; an unpatchify splits the token axis of [B, tokens, D'] into the grid.
+
+def _part_name(part: Segment, image: Segment) -> str:
+    where = "before" if part.stop <= image.start else "behind" if part.start >= image.stop else "within"
+    return f"{part.source}/{where}"
+
+
+def find_grid(gm: fx.GraphModule, tokens: int) -> tuple[int, int, int] | None:
+    """(frames, height, width) whose product is `tokens`, where the graph shows it.
+
+    Read from what is found first of: a patch embedding (a convolution whose output [.., D, height, width] or
+    [B, D, frames, height, width] holds the tokens); an unpatchify that splits the token axis of [B, tokens, D'] at the
+    end; the mesh that positions are made of; a reshape that folds a grid into the token axis (a rotary table).
     """
     if tokens == 0:
         return None
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in (aten.conv2d.default, aten.conv3d.default):
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    for node in calls:
+        if node.target not in (aten.conv2d.default, aten.conv3d.default):
             continue
         spatial = [int(s) for s in value_of(node).shape[2:]]
         if len(spatial) == 2 and tokens % prod(spatial) == 0:
             return tokens // prod(spatial), spatial[0], spatial[1]
         if len(spatial) == 3 and prod(spatial) == tokens:
             return spatial[0], spatial[1], spatial[2]
-    for node in reversed(list(gm.graph.nodes)):
-        if node.op != "call_function" or node.target not in (
-            aten.reshape.default,
-            aten.view.default,
-            aten.unflatten.int,
-        ):
-            continue
+    reshapes = [node for node in calls if node.target in _RESHAPES]
+    for node in reversed(reshapes):
         before, after = list(value_of(node.args[0]).shape), list(value_of(node).shape)
         if len(before) == 3 and before[1] == tokens and len(after) > 4 and after[0] == before[0]:
             for rank in (3, 2):
                 if prod(after[1 : 1 + rank]) == tokens:
                     return (1, 1, *map(int, after[1 : 1 + rank]))[-3:]  # type: ignore[return-value]
+    for node in calls:
+        if str(node.target).startswith("aten.meshgrid"):
+            mesh = [int(s) for s in value_of(node)[0].shape]
+            if len(mesh) in (2, 3) and prod(mesh) == tokens:
+                return (1, 1, *mesh)[-3:]  # type: ignore[return-value]
+    for node in reshapes:
+        before, after = list(value_of(node.args[0]).shape), list(value_of(node).shape)
+        for at in range(len(before) - 2):
+            grid, rest = before[at : at + 3], before[at + 3 :]
+            if after == [*before[:at], tokens, *rest] and prod(grid) == tokens and grid.count(1) < 2 and len(rest) < 2:
+                return int(grid[0]), int(grid[1]), int(grid[2])
     return None
+
+
+_RESHAPES = (aten.reshape.default, aten.view.default, aten.unflatten.int, aten.flatten.using_ints)

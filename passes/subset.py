@@ -208,7 +208,7 @@ class Subset:
                 return call(aten.reshape.default, self.env[source], small)  # type: ignore[index]
             case aten.expand:
                 return call(aten.expand.default, self.env[source], small)  # type: ignore[index]
-            case aten.slice:
+            case aten.slice | aten.narrow:
                 return self._slice(node, tokens)
             case aten.slice_scatter:
                 return self._slice_scatter(node, tokens)
@@ -290,4 +290,8 @@ class Subset:
 
 
 # Ops whose further inputs are weights: never indexed by token, whatever their size.
-_PLAIN = {aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.matmul.default, aten.mm.default}
+_PLAIN = {
+    aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.matmul.default, aten.mm.default,
+    aten.bmm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default, aten.index.Tensor,
+    aten.index_select.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+}  # fmt: skip

@@ -19,8 +19,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axis import ATTENTION, AttentionOp, Info, Lookup, NoRule, Segment, Tokens, is_matmul, normal_dim
+from .axis import (
+    ATTENTION,
+    AttentionOp,
+    Info,
+    Lookup,
+    NoRule,
+    Segment,
+    Tokens,
+    is_matmul,
+    normal_dim,
+    one_input,
+    rank_of,
+)
 from .emit import value_of
+from .rules import OTHER_AXES, narrow_bounds
 
 __all__ = [
     "ATTENTION", "AttentionOp", "Info", "NoRule", "Segment", "Tokens", "follow", "is_matmul", "normal_dim",
@@ -71,20 +84,6 @@ def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[f
     return known
 
 
-def _rank(node: Any) -> int:
-    return value_of(node).dim()  # type: ignore[no-any-return]
-
-
-def _first(node: fx.Node, look: Lookup) -> tuple[fx.Node, Tokens]:
-    """The tensor a one-input op works on; other inputs must not carry tokens."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    tokens = look(source)
-    if tokens is None or any(look(n) is not None for n in node.all_input_nodes if n is not source):
-        raise NoRule(node, "the token axis comes in through an argument that the rule does not expect")
-    return source, tokens
-
-
 def _pointwise(node: fx.Node, look: Lookup) -> Tokens:
     """Broadcasting ops: all inputs with tokens agree once aligned from the right."""
     rank, out = value_of(node).dim(), None
@@ -92,7 +91,7 @@ def _pointwise(node: fx.Node, look: Lookup) -> Tokens:
         tokens = look(source)
         if tokens is None:
             continue
-        aligned = tokens.at(tokens.dim + rank - _rank(source))
+        aligned = tokens.at(tokens.dim + rank - rank_of(source))
         if out is not None and aligned != out:
             raise NoRule(node, f"its inputs carry different tokens ({out} and {aligned})")
         out = aligned
@@ -104,8 +103,8 @@ def _pointwise(node: fx.Node, look: Lookup) -> Tokens:
 
 def _from_left(node: fx.Node, look: Lookup) -> Tokens:
     """view_as_real and view_as_complex: only the last axis changes."""
-    source, tokens = _first(node, look)
-    if tokens.dim == _rank(source) - 1:
+    source, tokens = one_input(node, look)
+    if tokens.dim == rank_of(source) - 1:
         raise NoRule(node, "it mixes values along the token axis")
     return tokens
 
@@ -114,8 +113,8 @@ def _along_last(dims: Callable[[fx.Node], int]) -> Callable[[fx.Node, Lookup], T
     """Ops that mix the last `dims(node)` axes only (linear, norms): the token axis must lie in front of them."""
 
     def rule(node: fx.Node, look: Lookup) -> Tokens:
-        source, tokens = _first(node, look)
-        if tokens.dim >= _rank(source) - dims(node):
+        source, tokens = one_input(node, look)
+        if tokens.dim >= rank_of(source) - dims(node):
             raise NoRule(node, "it mixes values along the token axis")
         return tokens
 
@@ -126,9 +125,9 @@ def _over_dim(argument: int, default: int = -1) -> Callable[[fx.Node, Lookup], T
     """Ops that mix one axis of unchanged rank (softmax, glu, cumsum)."""
 
     def rule(node: fx.Node, look: Lookup) -> Tokens:
-        source, tokens = _first(node, look)
+        source, tokens = one_input(node, look)
         dim = node.args[argument] if len(node.args) > argument else default
-        if normal_dim(dim, _rank(source)) == tokens.dim:  # type: ignore[arg-type]
+        if normal_dim(dim, rank_of(source)) == tokens.dim:  # type: ignore[arg-type]
             raise NoRule(node, "it mixes values along the token axis")
         return tokens
 
@@ -136,14 +135,14 @@ def _over_dim(argument: int, default: int = -1) -> Callable[[fx.Node, Lookup], T
 
 
 def _reduction(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
+    source, tokens = one_input(node, look)
     dims = next((a for a in node.args[1:] if isinstance(a, (list, tuple)) and a), node.kwargs.get("dim"))
     if dims is None:
         raise NoRule(node, "it reduces over the token axis")
-    reduced = {normal_dim(d, _rank(source)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
+    reduced = {normal_dim(d, rank_of(source)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
     if tokens.dim in reduced:
         raise NoRule(node, "it reduces over the token axis")
-    keeps = value_of(node).dim() == _rank(source)
+    keeps = value_of(node).dim() == rank_of(source)
     return tokens if keeps else tokens.at(tokens.dim - sum(d < tokens.dim for d in reduced))
 
 
@@ -152,17 +151,17 @@ def _matmul(node: fx.Node, look: Lookup) -> Tokens:
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
     tokens = look(left)
-    if tokens is None or look(right) is not None or tokens.dim == _rank(left) - 1 or _rank(right) > _rank(left):
+    if tokens is None or look(right) is not None or tokens.dim == rank_of(left) - 1 or rank_of(right) > rank_of(left):
         raise NoRule(node, "a product over or between token axes has no rule")
-    ours = tokens.dim - _rank(left) + _rank(right)
-    if 0 <= ours < _rank(right) - 2 and value_of(right).shape[ours] != 1:
+    ours = tokens.dim - rank_of(left) + rank_of(right)
+    if 0 <= ours < rank_of(right) - 2 and value_of(right).shape[ours] != 1:
         raise NoRule(node, "a product over or between token axes has no rule")
     return tokens
 
 
 def _reshape(node: fx.Node, look: Lookup) -> Tokens:
     """The token axis survives a reshape if an axis of the same length has as many elements in front of it."""
-    source, tokens = _first(node, look)
+    source, tokens = one_input(node, look)
     before, after = value_of(source).shape, value_of(node).shape
     front = prod(before[: tokens.dim])
     for dim, size in enumerate(after):
@@ -172,26 +171,26 @@ def _reshape(node: fx.Node, look: Lookup) -> Tokens:
 
 
 def _transpose(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    a, b = (normal_dim(d, _rank(source)) for d in node.args[1:3])  # type: ignore[arg-type]
+    source, tokens = one_input(node, look)
+    a, b = (normal_dim(d, rank_of(source)) for d in node.args[1:3])  # type: ignore[arg-type]
     return tokens.at({a: b, b: a}.get(tokens.dim, tokens.dim))
 
 
 def _permute(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    order = [normal_dim(d, _rank(source)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    source, tokens = one_input(node, look)
+    order = [normal_dim(d, rank_of(source)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     return tokens.at(order.index(tokens.dim))
 
 
 def _unsqueeze(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    dim = normal_dim(node.args[1], _rank(source) + 1)  # type: ignore[arg-type]
+    source, tokens = one_input(node, look)
+    dim = normal_dim(node.args[1], rank_of(source) + 1)  # type: ignore[arg-type]
     return tokens.at(tokens.dim + (dim <= tokens.dim))
 
 
 def _squeeze(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    shape, rank = value_of(source).shape, _rank(source)
+    source, tokens = one_input(node, look)
+    shape, rank = value_of(source).shape, rank_of(source)
     dims = node.args[1] if len(node.args) > 1 else range(rank)
     gone = {normal_dim(d, rank) for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])}  # type: ignore[arg-type]
     gone = {d for d in gone if shape[d] == 1}
@@ -201,8 +200,8 @@ def _squeeze(node: fx.Node, look: Lookup) -> Tokens:
 
 
 def _select(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    dim = normal_dim(node.args[1], _rank(source))  # type: ignore[arg-type]
+    source, tokens = one_input(node, look)
+    dim = normal_dim(node.args[1], rank_of(source))  # type: ignore[arg-type]
     if dim == tokens.dim:
         raise NoRule(node, "it picks one token")
     return tokens.at(tokens.dim - (dim < tokens.dim))
@@ -210,6 +209,8 @@ def _select(node: fx.Node, look: Lookup) -> Tokens:
 
 def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
     """(dim, start, stop) of an `aten.slice` or `aten.slice_scatter` node of step 1, within the sliced axis."""
+    if node.target is aten.narrow.default:
+        return narrow_bounds(node)
     skip = 2 if node.target is aten.slice_scatter.default else 1
     given: tuple[Any, ...] = node.args[skip:]
     defaults: tuple[Any, ...] = (0, None, None, 1)
@@ -218,16 +219,16 @@ def slice_bounds(node: fx.Node) -> tuple[int, int, int]:
     start, stop = node.kwargs.get("start", start), node.kwargs.get("end", stop)
     if node.kwargs.get("step", step) != 1:
         raise NoRule(node, "it slices the token axis with a step")
-    dim = normal_dim(dim, _rank(node.args[0]))
+    dim = normal_dim(dim, rank_of(node.args[0]))
     size = value_of(node.args[0]).shape[dim]  # type: ignore[arg-type]
     low, high, _ = slice(start, stop).indices(size)
     return dim, low, high
 
 
 def _slice(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
+    source, tokens = one_input(node, look)
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if normal_dim(dim, _rank(source)) != tokens.dim:  # type: ignore[arg-type]
+    if normal_dim(dim, rank_of(source)) != tokens.dim:  # type: ignore[arg-type]
         return tokens
     _, start, stop = slice_bounds(node)
     return tokens.cut(start, stop)
@@ -252,9 +253,9 @@ def split_sizes(node: fx.Node, dim: int) -> list[int]:
 
 
 def _split(node: fx.Node, look: Lookup) -> tuple[Tokens, ...]:
-    source, tokens = _first(node, look)
+    source, tokens = one_input(node, look)
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    if normal_dim(dim, _rank(source)) != tokens.dim:  # type: ignore[arg-type]
+    if normal_dim(dim, rank_of(source)) != tokens.dim:  # type: ignore[arg-type]
         return tuple(tokens for _ in value_of(node))
     parts, offset = [], 0
     for size in split_sizes(node, tokens.dim):
@@ -264,8 +265,8 @@ def _split(node: fx.Node, look: Lookup) -> tuple[Tokens, ...]:
 
 
 def _unbind(node: fx.Node, look: Lookup) -> tuple[Tokens, ...]:
-    source, tokens = _first(node, look)
-    dim = normal_dim(node.args[1] if len(node.args) > 1 else 0, _rank(source))  # type: ignore[arg-type]
+    source, tokens = one_input(node, look)
+    dim = normal_dim(node.args[1] if len(node.args) > 1 else 0, rank_of(source))  # type: ignore[arg-type]
     if dim == tokens.dim:
         raise NoRule(node, "it takes the token axis apart")
     return tuple(tokens.at(tokens.dim - (dim < tokens.dim)) for _ in value_of(node))
@@ -306,8 +307,8 @@ def _stack(node: fx.Node, look: Lookup) -> Tokens:
 
 
 def _expand(node: fx.Node, look: Lookup) -> Tokens:
-    source, tokens = _first(node, look)
-    out = tokens.at(tokens.dim + value_of(node).dim() - _rank(source))
+    source, tokens = one_input(node, look)
+    out = tokens.at(tokens.dim + value_of(node).dim() - rank_of(source))
     if value_of(node).shape[out.dim] != tokens.length:
         raise NoRule(node, "it repeats the token axis")
     return out
@@ -318,7 +319,7 @@ def _attention(node: fx.Node, look: Lookup) -> Tokens:
     query, key, value = (node.args[i] for i in (op.query, op.key, op.value))
     tokens, k, v = look(query), look(key), look(value)
     for name, source, info in (("query", query, tokens), ("key", key, k), ("value", value, v)):
-        if info is not None and info.dim != normal_dim(op.dim, _rank(source)):
+        if info is not None and info.dim != normal_dim(op.dim, rank_of(source)):
             raise NoRule(node, f"the token axis of its {name} is not where the op attends")
     mask = (
         node.args[op.mask] if op.mask is not None and len(node.args) > op.mask else node.kwargs.get(op.mask_name or "")
@@ -326,9 +327,20 @@ def _attention(node: fx.Node, look: Lookup) -> Tokens:
     causal = node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5] and op.mask == 3)
     if look(mask) is not None or causal:
         raise NoRule(node, "its mask depends on the tokens themselves or on their order")
-    if tokens is None or k != v:
+    if tokens is None or not _alike(k, v):
         raise NoRule(node, "queries without tokens, or keys and values with different ones")
     return tokens
+
+
+def _alike(k: Tokens | None, v: Tokens | None) -> bool:
+    """The same tokens in the same order; tokens of no stream have a name of their own on either side."""
+    if k is None or v is None:
+        return k is v
+
+    def plain(segment: Segment) -> Segment:
+        return Segment("%", segment.start, segment.stop) if segment.source.startswith("%") else segment
+
+    return k.dim == v.dim and list(map(plain, k.segments)) == list(map(plain, v.segments))
 
 
 def _packets(*names: str) -> list[Any]:
@@ -344,7 +356,10 @@ _RULES: dict[Any, Callable[[fx.Node, Lookup], Info]] = {
             "lerp", "addcmul", "addcdiv", "reciprocal", "floor", "round", "sign", "isnan", "nan_to_num", "eq", "ne",
             "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "to", "_to_copy", "type_as", "clone",
             "contiguous", "detach", "alias", "dropout", "conj", "resolve_conj",
-            "zeros_like", "ones_like", "empty_like", "copy", "expand_as", "threshold", "logaddexp",
+            "zeros_like", "ones_like", "empty_like", "copy", "expand_as", "threshold", "logaddexp", "log1p", "expm1", "log2",
+            "tan", "atan", "atan2", "ceil", "trunc", "fmod", "remainder", "floor_divide", "true_divide", "fill",
+            "log_sigmoid", "hardsigmoid", "relu6", "isinf", "isfinite", "real", "imag", "complex", "polar",
+            "bitwise_and", "bitwise_or", "bitwise_not", "full_like", "float_power", "exp2",
         ),
         _pointwise,
     ),
@@ -368,4 +383,5 @@ _RULES: dict[Any, Callable[[fx.Node, Lookup], Info]] = {
     **dict.fromkeys(_packets("cat", "concat", "concatenate"), _cat),
     aten.stack: _stack,
     aten.expand: _expand,
+    **OTHER_AXES,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,3 +22,9 @@ def example(name: str) -> Any:
     with patch.object(sys, "path", [str(FOLDER), *sys.path]):
         spec.loader.exec_module(module)
     return module
+
+
+def world(name: str) -> Any:
+    """The module `examples/world/<name>.py`, as the scripts beside that folder import it."""
+    with patch.object(sys, "path", [str(FOLDER), *sys.path]):
+        return importlib.import_module(f"world.{name}")

@@ -24,9 +24,9 @@ from torch.nn import functional
 
 CHOICES = {
     "policy": ("full", "fora", "taylorseer", "hero", "toca", "duca"),
-    "keys": ("sampled", "sampled+text", "all"),
+    "keys": ("sampled", "sampled+text", "landmarks", "all"),
     "text": ("skip", "live"),
-    "unsampled": ("reuse", "extrapolate"),
+    "unsampled": ("reuse", "extrapolate", "gate"),
 }
 
 
@@ -44,6 +44,8 @@ class Config:
     interval: int = 2
     """N of the staleness bonus of toca and duca."""
     keys: str = "all"
+    stride: int = 6
+    """keys "landmarks": image tokens 0, stride, 2 stride, ... are seen as they were at the last full step."""
     text: str = "skip"
     cache_point: tuple[str, str] = ("pre_gate", "pre_gate")
     """(shallow, deep) layers of hero; fora and taylorseer take the second, toca and duca the first."""
@@ -198,6 +200,8 @@ class Reference:
         """Forget the trajectory."""
         self.y: dict[tuple[int, str], list[Tensor]] = {}
         """(layer, branch): the list Y, each ``[B, S+N, D]``."""
+        self.gates: dict[tuple[int, str], Tensor] = {}
+        """(layer, branch): the gate of every token at the last full step, ``[B, S+N, D]``."""
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         """Shallow layers: K and V of all tokens, ``[B, heads, S+N, head_dim]``."""
         self.base: dict[int, Tensor] = {}
@@ -248,10 +252,16 @@ class Reference:
 
     def _full(self, layer: int, branch: str, inputs: Tensor, gate: Tensor, step: Step) -> Tensor:
         """C of all tokens, computed as the model does, and recorded."""
-        c = self._cache_of(layer, self._features(layer, branch, inputs, None, step), gate)
-        if self.config.policy != "full":
-            before = self.y.get((layer, branch), [])
-            self.y[layer, branch] = differences(c, before, self._order(layer), step.d, step.fulls)
+        f = self._features(layer, branch, inputs, None, step)
+        c = self._cache_of(layer, f, gate)
+        if self._shallow(layer) and self.config.unsampled == "gate":
+            before = self.gates.get((layer, branch), gate)
+            self.y[layer, branch] = [c, (gate - before) / max(step.d, 1) * f]
+            self.gates[layer, branch] = gate
+        elif self.config.policy != "full":
+            self.y[layer, branch] = differences(
+                c, self.y.get((layer, branch), []), self._order(layer), step.d, step.fulls
+            )
         return c
 
     def _cached(self, layer: int, branch: str, inputs: Tensor, gate: Tensor, step: Step) -> Tensor:
@@ -290,10 +300,11 @@ class Reference:
         if self.config.keys == "sampled":
             return k, v
         old_k, old_v = self.keys_values[layer]
-        if self.config.keys == "sampled+text":
-            if self.config.text == "live":
-                return k, v
-            return torch.cat([old_k[:, :, :n_text], k], dim=2), torch.cat([old_v[:, :, :n_text], v], dim=2)
+        if self.config.keys != "all":
+            seen = list(range(n_text)) if self.config.text == "skip" else []
+            if self.config.keys == "landmarks":
+                seen += range(n_text, old_k.shape[2], self.config.stride)
+            return torch.cat([old_k[:, :, seen], k], dim=2), torch.cat([old_v[:, :, seen], v], dim=2)
         index = rows[:, None, :, None].expand_as(k)
         self.keys_values[layer] = (old_k.scatter(2, index, k), old_v.scatter(2, index, v))
         return self.keys_values[layer]

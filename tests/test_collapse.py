@@ -343,6 +343,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"cache_point": "post_gate", "keys": "sampled"},
     {"cache_point": "post_gate", "text": "live"},
     {"unsampled": "extrapolate", "cache_point": "post_gate"},
+    {"unsampled": "gate", "keys": "landmarks"},
+    {"unsampled": "gate", "state_dtype": torch.bfloat16},
     {"selection": "per_layer"},
     {"keys": "sampled+text"},
     {"policy": "fora", "cache_point": "post_gate"},
@@ -357,7 +359,8 @@ def test_collapsed_equals_literal_over_fifty_steps(options: dict[str, Any]) -> N
     for form in ("literal", "collapsed"):
         backend = hero_fx.backend(inner="eager", num_steps=50, interval=3, form=form, **options)
         results.append(tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(50)))
-    assert tiny.worst(results[1], results[0]) < 1e-5
+    # Sums of rounded caches are not rounded sums of caches: with state in bf16 the forms agree to its precision.
+    assert tiny.worst(results[1], results[0]) < (1e-5 if "state_dtype" not in options else 1e-2)
 
 
 def steps_of(layers: int, **options: Any) -> hero_fx.StepGraphs:
@@ -401,6 +404,18 @@ def test_state_by_depth(layers: int) -> None:
     assert len(steps_of(layers, policy="taylorseer", order=2, cache_point="post_gate").state) == 3
     default = steps_of(layers)
     assert len(default.state) == 2 + 4 * (layers // 2)
+
+
+@pytest.mark.parametrize("layers", [6, 12])
+def test_state_of_the_gate_correction_by_depth(layers: int) -> None:
+    """Two tensors for all shallow layers and two for all deep ones; per layer keys, and gates of one token."""
+    shallow, width, heads = layers // 2, 32, 2
+    hidden = 2 * 72 * width * 4
+    gates = 2 * shallow * 2 * width * 4
+    for keys, tokens in (("sampled", 0), ("landmarks", 12 + 7), ("all", 72 + 7)):
+        steps = steps_of(layers, unsampled="gate", keys=keys)
+        assert steps.state_bytes == 4 * hidden + gates + 2 * shallow * (2 * heads * tokens * 16 * 4)
+    assert steps_of(layers, unsampled="extrapolate", cache_point="post_gate", keys="sampled").state_bytes == 4 * hidden
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=["default", "lean"])

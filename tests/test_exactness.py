@@ -76,10 +76,12 @@ def test_hero_as_it_is_by_default(batch: int, rotary: bool, form: str) -> None:
     check(HERO, batch=batch, rotary=rotary, form=form)
 
 
-@pytest.mark.parametrize("keys", ["sampled", "sampled+text", "all"])
+UNSAMPLED = [(how, point) for how in ("reuse", "extrapolate") for point in ("pre_gate", "post_gate")]
+
+
+@pytest.mark.parametrize("keys", ["sampled", "sampled+text", "landmarks", "all"])
 @pytest.mark.parametrize("text", ["skip", "live"])
-@pytest.mark.parametrize("unsampled", ["reuse", "extrapolate"])
-@pytest.mark.parametrize("shallow", ["pre_gate", "post_gate"])
+@pytest.mark.parametrize(("unsampled", "shallow"), [*UNSAMPLED, ("gate", "post_gate")])
 def test_hero_keys_text_unsampled_and_gate(keys: str, text: str, unsampled: str, shallow: str) -> None:
     points = (shallow, "post_gate")
     choice: dict[str, Any] = {"keys": keys, "text": text, "unsampled": unsampled, "cache_point": points}

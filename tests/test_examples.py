@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,30 +23,6 @@ def alone() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
-
-
-def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "frames.png"
-    arguments = ["--steps", "6", "--layers", "2", "--heads", "1", "--size", "3", "8", "12", "--inner", "eager"]
-    example("quickstart").main([*arguments, "--picture", str(picture)])
-    head, data = picture.read_bytes()[:24], picture.stat().st_size
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    assert width > 300
-    assert height > 300
-    assert data > 10_000
-    out = capsys.readouterr().out
-    assert "2 layers of width 64, 72 image + 32 text tokens, batch 2, float32, 6 DDIM steps" in out
-    rows = {cells[0]: cells[1:] for cells in (re.split(" {2,}", line.strip()) for line in out.splitlines())}
-    assert rows["full + cached steps"] == ["6 + 0", "5 + 1"]  # 0 1 2 4 5 are full
-    assert rows["relative L2 to full compute"][0] == "0"
-    assert 0 < float(rows["relative L2 to full compute"][1]) < 0.1
-    for name in (
-        "seconds per full step (median)", "seconds per trajectory", "speed-up of the trajectory",
-        "speed-up that the FLOPs with attention allow", "GEMM TFLOPs", "feature state, MB",
-    ):  # fmt: skip
-        assert len([float(cell) for cell in rows[name]]) == 2
-    assert f"frames side by side: {picture}" in out
 
 
 def benchmark(*arguments: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +109,30 @@ class Chain:
                 self.value, self.dim = x.mean(other), dim - (other < dim)
             case "reduce and keep":
                 self.value = x - x.amax(other, keepdim=True)
+            case "repeat" if self.rank < 5:
+                times = [1 + (d == other) for d in range(self.rank)]
+                self.value, self.dim = x.repeat(*[1] * (n % 2), *times), dim + n % 2
+            case "repeat_interleave":
+                self.value = x.repeat_interleave(2, other)
+            case "pad":
+                pads = [[n % 2, 1] if d == other else [0, 0] for d in reversed(range(self.rank))]
+                self.value = F.pad(x, functools.reduce(operator.iadd, pads, []), value=0.5)
+            case "narrow":
+                self.value = x.narrow(other, 0, 1) if n % 2 else x.narrow(dim, 0, x.shape[dim])
+            case "flip, roll, sort":
+                self.value = [x.flip(other), x.roll(1, other), x.sort(other)[0], x.topk(1, other)[0]][n % 4]
+            case "select_scatter":
+                self.value = aten.select_scatter(x, x.select(other, 0) * 2, other, -1)
+            case "gather":
+                places = x.argsort(other)
+                self.value = x.gather(other, places) if n % 2 else torch.zeros_like(x).scatter(other, places, x)
+            case "einsum" if dim < self.rank - 1:
+                letters = "abcdefgh"[: self.rank]
+                self.value = torch.einsum(f"{letters},{letters[-1]}z->{letters[:-1]}z", x, values(last, 2))
+            case "bmm" if self.rank == 3 and dim == 1:
+                self.value = torch.bmm(x, values(x.shape[0], last, 3))
+            case "convolution" if self.rank == 3 and dim == 2:
+                self.value = F.conv1d(x, values(2, x.shape[1], 1))
             case "expand" if self.rank < 5:
                 self.value, self.dim = x.expand(n % 2 + 1, *x.shape), dim + 1
             case "split and swap" if len(self.lengths) > 1:
@@ -128,7 +154,8 @@ class Chain:
 OPS = [
     "pointwise", "with constants", "with a table", "linear", "layer_norm", "transpose", "permute", "heads", "flatten",
     "unsqueeze", "squeeze", "slice", "cat of channels", "stack", "unbind", "softmax", "reduce", "reduce and keep",
-    "expand", "split and swap", "one segment", "slice_scatter", "registers", "attention",
+    "expand", "split and swap", "one segment", "slice_scatter", "registers", "attention", "repeat",
+    "repeat_interleave", "pad", "narrow", "flip, roll, sort", "select_scatter", "gather", "einsum", "bmm", "convolution",
 ]  # fmt: skip
 BATCH_IN_FRONT = [
     "pointwise", "with constants", "linear", "layer_norm", "heads", "cat of channels", "stack", "reduce and keep",
@@ -144,7 +171,7 @@ rows = st.lists(st.integers(0, IMAGE - 1), min_size=1, max_size=IMAGE, unique=Tr
 texts = st.sampled_from(["all", "none"])
 
 
-@settings(max_examples=60, deadline=None, phases=PHASES)
+@settings(max_examples=100, deadline=None, phases=PHASES)
 @given(chains, rows, texts)
 def test_chains(ops: list[tuple[str, int]], image: list[int], text: Text) -> None:
     last: list[Chain] = []

@@ -22,11 +22,12 @@ UNARY = [
     "neg", "abs", "square", "sqrt", "rsqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "relu", "silu", "gelu",
     "softplus", "elu", "leaky_relu", "hardtanh", "erf", "mish", "hardswish", "reciprocal", "floor", "round", "sign",
     "isnan", "nan_to_num", "logical_not", "clone", "contiguous", "detach", "alias", "conj", "resolve_conj",
-    "zeros_like", "ones_like",
+    "zeros_like", "ones_like", "log1p", "expm1", "log2", "exp2", "tan", "atan", "ceil", "trunc", "log_sigmoid",
+    "hardsigmoid", "relu6", "isinf", "isfinite", "real",
 ]  # fmt: skip
 BINARY = [
     "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
-    "logical_or", "logaddexp",
+    "logical_or", "logaddexp", "atan2", "fmod", "remainder", "floor_divide", "true_divide", "float_power",
 ]  # fmt: skip
 
 
@@ -92,8 +93,35 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "cat with tokens of its own": (lambda x, r: torch.cat([r, x[:, TEXT:], r * 2, x[:, :TEXT]], 1), (table(2, 7, 4),)),
     "stack": (lambda x: torch.stack([torch.stack([x, -x], dim=-1).flatten(-2)] * 2, 1), ()),
     "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
+    "bits": (lambda x: aten.bitwise_or(aten.bitwise_and(x > 0, x < 1), aten.bitwise_not(x > 2)), ()),
+    "fill": (lambda x: x * aten.fill(x, 2.0) + aten.full_like(x, 3.0), ()),
+    "complex numbers": (lambda x: torch.imag(torch.complex(x, x + 1) * torch.polar(x.abs(), x)), ()),
+    "flip and roll of channels": (lambda x: x.flip(2).roll(1, -1), ()),
+    "sort": (lambda x: x.sort(2)[0] + x.argsort(-1) + x.topk(1, -1)[0], ()),
+    "index_select of channels": (lambda x, i: x.index_select(2, i.long()), (torch.tensor([3.0, 0, 1, 2, 2, 1, 0, 3]),)),
+    "index of channels": (lambda x, i: x[:, :, i.long()], (torch.tensor([3.0, 0, 1, 2, 2, 1, 0, 3]),)),
+    "repeat": (lambda x: x.repeat(1, 1, 2).repeat(3, 1, 1, 1).repeat_interleave(2, 0).repeat_interleave(2, dim=-1), ()),
+    "pad": (lambda x: aten.constant_pad_nd(aten.pad(x, [1, 0, 0, 0, 0, 1], value=2.0), [0, 1]), ()),
+    "narrow": (lambda x: x.narrow(2, 1, 2) * x.narrow(2, -2, 2), ()),
+    "narrow of the image": (lambda x: x.narrow(1, TEXT, N - TEXT) * 2, ()),
+    "select_scatter": (lambda x: aten.select_scatter(x, x[:, :, 2] * 2, 2, 1), ()),
+    "gather": (lambda x: x.gather(2, x.argsort(-1)).scatter(-1, x.argsort(2), x * 2), ()),
+    "gather by a table": (lambda x, i: x.gather(2, i.long()), ((table(2, N, 2) > 0).float(),)),
+    "einsum": (lambda x, w: torch.einsum("bnd,de,bnd->bne", x, w, x * 2), (table(WIDTH, 3),)),
+    "bmm": (lambda x, w: aten.baddbmm(w[:, :1, :3], x, w) + torch.bmm(x, w), (table(2, WIDTH, 3),)),
+    "bmm of one matrix per token": (lambda x: torch.bmm(x.permute(1, 0, 2), x.permute(1, 2, 0)), ()),
+    "addmm": (lambda x, w: torch.addmm(w[0], x.select(0, 1), w), (table(WIDTH, WIDTH),)),
+    "convolution of single tokens": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 1),)),
+    "convolutions across": (
+        lambda x, w: F.conv3d(F.conv2d(x.transpose(1, 2)[..., None], w, padding=(0, 1))[..., None], w[:3, :3, None] * 2),
+        (table(3, WIDTH, 1, 1),),
+    ),
     "attention": (lambda x, k: F.scaled_dot_product_attention(x, x * 2, x + 1), (table(1),)),
     "cross-attention": (lambda x, k: F.scaled_dot_product_attention(x, k, k * 2), (table(2, 7, WIDTH),)),
+    "attention to other tokens too": (
+        lambda x, k: F.scaled_dot_product_attention(x, torch.cat([k, x], 1), torch.cat([k * 2, x], 1)),
+        (table(2, 7, WIDTH),),
+    ),
     "a table for each token and batch": (lambda x, t: x.transpose(1, 2) * t.transpose(1, 2), (table(2, N, WIDTH),)),
     "a table for each token and head": (lambda x, t: x.unflatten(-1, (2, 2)).transpose(1, 2) * t, (table(2, N, 1),)),
     "a table for channels, as long as the axis": (lambda x, t: x[..., None] * t, (table(WIDTH, N),)),
@@ -158,6 +186,24 @@ REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "roll": (lambda x: x.roll(1, 1), ()),
     "flip": (lambda x: x.flip(1), ()),
     "sort": (lambda x: x.sort(1)[0], ()),
+    "windows": (lambda x: x.unfold(1, 2, 2), ()),
+    "topk": (lambda x: x.topk(2, 1)[0], ()),
+    "repeat": (lambda x: x.repeat(1, 2, 1), ()),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, 1), ()),
+    "pad": (lambda x: F.pad(x, (0, 0, 1, 1)), ()),
+    "select_scatter": (lambda x: aten.select_scatter(x, x[:, 0], 1, 2), ()),
+    "select_scatter of a table": (lambda x, t: aten.select_scatter(x, t, 2, 1), (table(2, N),)),
+    "index": (lambda x, i: x[:, i.long()], (torch.tensor([1.0, 2]),)),
+    "index by a mask": (lambda x, i: x[i.long(), :, 0], (torch.tensor([1.0, 0]),)),
+    "scatter by another index": (lambda x, i: x.scatter(2, i.long(), 1.0), (torch.zeros(2, 3, 1),)),
+    "einsum over tokens": (lambda x: torch.einsum("bnd,bne->bde", x, x), ()),
+    "einsum between tokens": (lambda x: torch.einsum("bnd,bmd->bnm", x, x), ()),
+    "einsum with a table": (lambda x, t: torch.einsum("bnd,n->bnd", x, t), (table(N),)),
+    "einsum with dots": (lambda x, w: torch.einsum("...d,de->...e", x, w), (table(WIDTH, 3),)),
+    "bmm of tokens": (lambda x: torch.bmm(x, x.transpose(1, 2)), ()),
+    "addmm over tokens": (lambda x, w: torch.addmm(w[0, 0], w, x.select(0, 1)), (table(3, N),)),
+    "baddbmm onto tokens": (lambda x, w: torch.baddbmm(x, x, w), (table(2, WIDTH, WIDTH),)),
+    "convolution with a stride": (lambda x, w: F.conv1d(x.transpose(1, 2), w, stride=2), (table(3, WIDTH, 1),)),
     "linear": (lambda x, w: F.linear(x.transpose(1, 2), w), (table(3, N),)),
     "layer_norm": (lambda x: F.layer_norm(x, (N, WIDTH)), ()),
     "complex": (lambda x: torch.view_as_complex(x[:, :2].transpose(1, 2).contiguous()), ()),
@@ -182,7 +228,7 @@ REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "cat along different axes": (lambda x: torch.cat([x, x.transpose(1, 2).reshape(2, WIDTH, N)[..., :4]], 1), ()),
     "broadcast of one token": (lambda x, t: x[:, TEXT - 1 : TEXT] * t, (table(2, N, WIDTH),)),
     "expand of one token": (lambda x: x[:, :1].expand(2, N, WIDTH), ()),
-    "convolution": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 1),)),
+    "convolution": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 3),)),
     "gather": (lambda x, i: x.gather(1, i.long().expand(2, 2, WIDTH)), (torch.ones(1, 2, 1),)),
     "causal attention": (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), ()),
     "attention over heads": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3), ()),
@@ -208,9 +254,27 @@ norm over all: linalg_vector_norm = aten.linalg_vector_norm.default: it reduces 
 softmax: softmax = aten.softmax.int: it mixes values along the token axis
 cumsum: cumsum = aten.cumsum.default: it mixes values along the token axis
 glu: glu = aten.glu.default: it mixes values along the token axis
-roll: roll = aten.roll.default: no rule says what this op does to the token axis
-flip: flip = aten.flip.default: no rule says what this op does to the token axis
-sort: sort = aten.sort.default: no rule says what this op does to the token axis
+roll: roll = aten.roll.default: it works along the token axis
+flip: flip = aten.flip.default: it works along the token axis
+sort: sort = aten.sort.default: it works along the token axis
+windows: unfold = aten.unfold.default: no rule says what this op does to the token axis
+topk: topk = aten.topk.default: it works along the token axis
+repeat: repeat = aten.repeat.default: it repeats the token axis
+repeat_interleave: repeat_interleave = aten.repeat_interleave.self_int: it works along the token axis
+pad: pad = aten.pad.default: it works along the token axis
+select_scatter: select = aten.select.int: it picks one token
+select_scatter of a table: select_scatter = aten.select_scatter.default: it mixes tokens with values that are none, or picks one token
+index: index = aten.index.Tensor: it picks tokens by an index
+index by a mask: index = aten.index.Tensor: it picks tokens by an index
+scatter by another index: scatter = aten.scatter.value: it picks tokens by an index, or its inputs carry different ones
+einsum over tokens: einsum = aten.einsum.default: a product over or between token axes has no rule
+einsum between tokens: einsum = aten.einsum.default: a product over or between token axes has no rule
+einsum with a table: einsum = aten.einsum.default: its inputs carry different tokens
+einsum with dots: einsum = aten.einsum.default: an einsum with `...` or without `->` has no rule
+bmm of tokens: bmm = aten.bmm.default: a product over or between token axes has no rule
+addmm over tokens: addmm = aten.addmm.default: a product over or between token axes has no rule
+baddbmm onto tokens: baddbmm = aten.baddbmm.default: the token axis comes in through an argument that the rule does not expect
+convolution with a stride: conv1d = aten.conv1d.default: it works along the token axis
 linear: linear = aten.linear.default: it mixes values along the token axis
 layer_norm: layer_norm = aten.layer_norm.default: it mixes values along the token axis
 complex: view_as_complex = aten.view_as_complex.default: it mixes values along the token axis
@@ -235,8 +299,8 @@ cat of channels with another: cat = aten.cat.default: its inputs carry different
 cat along different axes: cat = aten.cat.default: its inputs carry tokens along different axes
 broadcast of one token: mul = aten.mul.Tensor: the token axis is broadcast against itself
 expand of one token: expand = aten.expand.default: it repeats the token axis
-convolution: conv1d = aten.conv1d.default: no rule says what this op does to the token axis
-gather: gather = aten.gather.default: no rule says what this op does to the token axis
+convolution: conv1d = aten.conv1d.default: it works along the token axis
+gather: gather = aten.gather.default: it picks tokens by an index, or its inputs carry different ones
 causal attention: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
 attention over heads: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: the token axis of its query is not where the op attends
 attention with a mask of tokens: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order

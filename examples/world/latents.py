@@ -28,7 +28,7 @@ RGB, DISPARITY, RAYMAP = slice(0, 12), slice(12, 16), slice(16, 22)
 MODALITIES = {"rgb": RGB, "disparity": DISPARITY, "raymap": RAYMAP}
 LATENT = 22
 CONDITION = 16
-"""RGB latents of the frames that are given (12), a mask of them (1), and where a pixel is: x, y, time (3)."""
+"""RGB latents of the frames that are given (12), a mask of them (1), and where a pixel is: time, y, x (3)."""
 RGB_SHIFT, RGB_SCALE = 0.49, 0.165
 DISPARITY_SHIFT, DISPARITY_SCALE = 0.505, 0.17
 RAY_SCALE = (0.128, 0.036, 0.063, 0.35, 0.099, 0.303)

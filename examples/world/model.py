@@ -71,8 +71,13 @@ def task_text(tasks: list[str | None]) -> Tensor:
 
 
 def rotary(transformer: Any, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [tokens, head] of the positions of the image tokens of latents of that size."""
+    """Cosines and sines [tokens, head] of the positions of the image tokens of latents of that size.
+
+    Positions are counted in tokens of the size that the model is made for, so that those of coarser latents lie further
+    apart, and a place in the image keeps its position.
+    """
     config = transformer.config
     grid = (height // config.patch_size, width // config.patch_size)
-    cos, sin = get_3d_rotary_pos_embed(config.attention_head_dim, ((0, 0), grid), grid, temporal_size=frames)
+    full = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+    cos, sin = get_3d_rotary_pos_embed(config.attention_head_dim, ((0, 0), full), grid, temporal_size=frames)
     return cos.to(transformer.device), sin.to(transformer.device)

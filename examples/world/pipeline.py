@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs, or ran last."""
+        """Of the step that runs, or ran last."""
         return self._guidance_scale
 
     @property
@@ -118,6 +119,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
         task: str = "planning",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        use_dynamic_cfg: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pt",
@@ -132,9 +134,12 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
             task: `"planning"` or `"reconstruction"`.
             num_inference_steps: 50 for planning, 30 for reconstruction, if not given.
             guidance_scale: 3.0 for planning, 1.0 (none, and half the work) for reconstruction, if not given.
+            use_dynamic_cfg: True lets the guidance rise from 1 to its full scale along the steps, as CogVideoX and Aether do,
+                by `(1 - cos(π p**5)) / 2` of the share p of steps done; False applies it in full from the first step, which
+                overdoes contrast.
             generator: of the noise; one, or one per clip.
             latents: the noise itself, [B, F, 22, S / 2, S / 2], drawn anew if not given.
-            output_type: `"pt"` tensors, `"np"` arrays, `"pil"` images for RGB and arrays for the rest, `"latent"` latents alone.
+            output_type: `"pt"` tensors, `"np"` arrays, `"pil"` images for RGB and arrays for the rest, `"latent"` only latents.
             return_dict: False returns the tuple (rgb, depth, raymap, poses, latents).
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)`; may return tensors to go on with.
             callback_on_step_end_tensor_inputs: which tensors it gets; `["latents"]` if not given.
@@ -144,7 +149,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         self.check_inputs(video, task, latents, names, output_type)
-        self._guidance_scale = GUIDANCE[task] if guidance_scale is None else guidance_scale
+        scale = self._guidance_scale = GUIDANCE[task] if guidance_scale is None else guidance_scale
         self._interrupt = False
         device, dtype = self._execution_device, self.transformer.dtype
         video = video.to(device=device, dtype=dtype)
@@ -152,8 +157,9 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
         given = torch.ones(batch, frames, dtype=torch.bool, device=device)
         if task == "planning":
             given[:, 1:-1] = False
+        guided = self.do_classifier_free_guidance
         told, text = condition(video, given), task_text([task] * batch)
-        if self.do_classifier_free_guidance:
+        if guided:
             told = torch.cat([condition(video, torch.zeros_like(given)), told])
             text = torch.cat([task_text([None] * batch), text])
         text = text.to(device=device, dtype=dtype)
@@ -166,7 +172,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
             for step, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                repeated = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                repeated = torch.cat([latents] * 2) if guided else latents
                 with self.transformer.cache_context("cond_uncond"):
                     velocity = self.transformer(
                         hidden_states=torch.cat([repeated, told], dim=2),
@@ -175,9 +181,12 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
                         image_rotary_emb=positions,
                         return_dict=False,
                     )[0]
-                if self.do_classifier_free_guidance:
-                    without, guided = velocity.chunk(2)
-                    velocity = without + self.guidance_scale * (guided - without)
+                if guided:
+                    if use_dynamic_cfg:
+                        progress = step / max(1, len(timesteps) - 1)
+                        self._guidance_scale = 1 + (scale - 1) * (1 - math.cos(math.pi * progress**5)) / 2
+                    without, having = velocity.chunk(2)
+                    velocity = without + self.guidance_scale * (having - without)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0].to(dtype)
                 if callback_on_step_end is not None:
                     kept = callback_on_step_end(self, step, t, {name: {"latents": latents}[name] for name in names})

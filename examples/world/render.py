@@ -55,7 +55,7 @@ def level_poses(scenes: Scenes, frames: int) -> Tensor:
 
 
 def pattern(a: Tensor, b: Tensor, texture: Tensor, blur: Tensor) -> Tensor:
-    """Soft uneven checks in [0, 1] at surface coordinates in metres, fading where a pixel (`blur`, in metres) covers a whole one."""
+    """Soft uneven checks in [0, 1] at surface coordinates in metres, fading where a pixel, `blur` metres wide, covers them."""
     ka, kb, pa, pb, sharp = texture[:, None, None].unbind(-1)
     fade = (-0.5 * (blur * torch.maximum(ka, kb)).square()).exp()
     # The slow wave keeps the checks from repeating, so that a large step of the camera can be told from a small one.
@@ -67,7 +67,7 @@ def pattern(a: Tensor, b: Tensor, texture: Tensor, blur: Tensor) -> Tensor:
 
 def cast(scenes: Scenes, poses: Tensor, size: int, *, colour: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Depth [B, F, P], index of the thing seen (0 ground, 1 wall, then objects) and, if wanted, colour [B, F, P, 3]."""
-    batch, frames = poses.shape[:2]
+    frames = poses.shape[1]
     d = torch.einsum("bfij,jp->bfip", poses[..., :3, :3], pixel_rays(size).flatten(1).to(poses))
     dx, dy, dz = d.unbind(2)
     ox, oy, oz = poses[..., :3, 3, None].unbind(2)

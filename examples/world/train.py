@@ -24,13 +24,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from world.latents import LATENT, MODALITIES, condition, encode
-from world.model import FRAMES, TASKS, rotary, task_text, world_scheduler, world_transformer
+from world.latents import FOLD, LATENT, MODALITIES, condition, encode
+from world.model import FRAMES, SIZE, TASKS, rotary, task_text, world_scheduler, world_transformer
+from world.pipeline import WorldModelPipeline
 from world.render import render
 from world.scenes import sample_scenes
 
 GAMMA = 5.0
 """Loss weights of the clean latents' error stop growing with the signal-to-noise ratio here (min-SNR, Hang et al. 2023)."""
+MOST = 2**12
+"""Largest batch: step s has the scenes from `s * MOST` on, so that none comes twice, also where the batch changes."""
 NULL, GOAL = 0.08, 0.06
 """Shares of the planning clips that are trained without any condition, and without the last frame."""
 
@@ -46,7 +49,7 @@ class Training:
         self.average = world_transformer(options.layers, options.heads).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.called: Any = torch.compile(self.model) if options.compile else self.model
-        self.rotary = rotary(self.model, FRAMES, 16, 16)
+        self.rotary = rotary(self.model, FRAMES, options.size // FOLD, options.size // FOLD)
         self.alphas = world_scheduler().alphas_cumprod.float().to(self.device)
         self.step = 0
         # Muon is for the matrices between the residual streams; all else, and the two ends, go by AdamW.
@@ -62,7 +65,8 @@ class Training:
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, condition and text of this step's scenes."""
         count = self.options.batch
-        clips = render(sample_scenes(range(self.step * count, (self.step + 1) * count)).to(self.device))
+        first = self.step * MOST
+        clips = render(sample_scenes(range(first, first + count)).to(self.device), size=self.options.size)
         generator = torch.Generator().manual_seed(self.step)
         given = torch.ones(count, FRAMES, dtype=torch.bool)
         tasks: list[str | None] = [TASKS[1]] * count
@@ -129,6 +133,7 @@ class Training:
         """Writes a checkpoint, whole or not at all."""
         state = {
             "step": self.step,
+            "sizes": {"layers": self.options.layers, "heads": self.options.heads},
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -145,6 +150,12 @@ class Training:
         for optimiser, of in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(of)
 
+    def export(self, folder: Path) -> None:
+        """Writes the moving average as a pipeline: float16 safetensors, configuration and scheduler."""
+        transformer = world_transformer(self.options.layers, self.options.heads)
+        transformer.load_state_dict(self.average.state_dict())
+        WorldModelPipeline(transformer.half(), world_scheduler()).save_pretrained(folder)
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options."""
@@ -156,6 +167,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decay", type=int, default=500, help="last steps, over which the learning rate falls to 0")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="side of the images in pixels; smaller ones are a cheap start"
+    )
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--average", type=int, default=150, help="steps that the moving average spans")
     parser.add_argument("--layers", type=int, default=16)
@@ -164,6 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--export", type=Path, help="folder for the moving average as a pipeline, in float16")
     parser.add_argument("--until", type=float, help="stop (and save) at this Unix time")
     return parser.parse_args(argv)
 
@@ -179,7 +194,7 @@ def main(argv: list[str] | None = None) -> Training:
     print(f"{parameters / 1e6:.2f} M parameters, {LATENT} channels, {training.device}, from step {training.step}")
     bar = tqdm(total=options.steps, initial=training.step, desc="training", mininterval=5)
     with (options.run / "losses.jsonl").open("a") as log:
-        while training.step < options.steps and time.time() < (options.until or float("inf")):
+        while training.step < options.steps and (options.until is None or time.time() < options.until):
             losses = training.advance()
             log.write(json.dumps({"step": training.step, **losses}) + "\n")
             log.flush()
@@ -189,6 +204,8 @@ def main(argv: list[str] | None = None) -> Training:
                 training.save(checkpoint)
     training.save(checkpoint)
     bar.close()
+    if options.export:
+        training.export(options.export)
     return training
 
 

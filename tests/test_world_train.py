@@ -1,0 +1,103 @@
+"""Training: it learns, resumes to the same weights, and batches hold what they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .examples import world
+
+latents, model, scenes, train = (world(name) for name in ("latents", "model", "scenes", "train"))
+TINY = ["--layers", "1", "--heads", "1", "--batch", "4", "--size", "8", "--warmup", "2"]
+
+
+def options(run: Path, *more: str) -> list[str]:
+    return ["--run", str(run), *TINY, *more]
+
+
+def test_a_resumed_run_equals_one_without_a_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train.main(options(tmp_path / "whole", "--steps", "5", "--decay", "3"))
+    advance = train.Training.advance
+
+    def stop(self: Any) -> Any:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(train.Training, "advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(options(tmp_path / "parts", "--steps", "5", "--decay", "3", "--save-every", "2"))
+    parts = train.main(options(tmp_path / "parts", "--steps", "5", "--decay", "3"))
+    assert whole.step == parts.step == 5
+    for one, other in ((whole.model, parts.model), (whole.average, parts.average)):
+        for name, value in one.state_dict().items():
+            torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=0, msg=name)
+    assert not torch.equal(whole.model.proj_out.weight, whole.average.proj_out.weight)
+    logged = [json.loads(line) for line in (tmp_path / "parts" / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 3, 4, 5]  # the third went down with the break
+    assert logged[2] == logged[3]
+
+
+def test_the_rate_rises_stays_and_falls(tmp_path: Path) -> None:
+    training = train.Training(train.parse(options(tmp_path, "--steps", "10", "--decay", "4")))
+    rates = []
+    for training.step in range(10):
+        rates.append(training.rate())
+    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_a_given_time_ends_it(tmp_path: Path) -> None:
+    training = train.main(options(tmp_path, "--until", "0"))
+    assert training.step == 0
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_batches_hold_both_tasks_and_drop_conditions(tmp_path: Path) -> None:
+    training = train.Training(train.parse([*options(tmp_path), "--batch", "64"]))
+    clean, given, text = training.batch()
+    assert clean.shape == (64, 6, 22, 4, 4)
+    told = given[:, :, 12, 0, 0].tolist()
+    names = {tuple(model.task_text([task])[0].argmax(-1).tolist()): task for task in (None, *model.TASKS)}
+    tasks = [names[tuple(row)] for row in text.argmax(-1).tolist()]
+    ends, first, everything, nothing = [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [1] * 6, [0] * 6
+    assert tasks[1::2] == ["reconstruction"] * 32
+    assert told[1::2] == [everything] * 32
+    kinds = list(zip(tasks[::2], told[::2], strict=True))
+    assert 20 <= kinds.count(("planning", ends)) < 32
+    assert kinds.count((None, nothing)) + kinds.count((None, first)) == 32 - kinds.count(("planning", ends))
+    training.step += 1
+    assert not torch.isclose(training.batch()[0][:4], clean[:4]).all()
+
+
+def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(seeds: range) -> Any:
+        seen.extend(seeds)
+        return scenes.sample_scenes(seeds)
+
+    monkeypatch.setattr(train, "sample_scenes", spy)
+    training = train.Training(train.parse(options(tmp_path)))
+    training.step = 100_000
+    training.batch()
+    training.step += 1
+    training.batch()
+    assert len(set(seen)) == 8
+    assert max(seen) < scenes.HELD_OUT
+
+
+def test_losses_by_modality_start_at_the_velocitys_size_and_fall(tmp_path: Path) -> None:
+    training = train.Training(train.parse(options(tmp_path, "--batch", "8")))
+    first = training.advance()
+    # An untrained model says 0, so the error is the velocity itself, of variance about 1, times weights of at most 1.
+    assert all(0.2 < first[name] < 1.5 for name in latents.MODALITIES)
+    batch = training.batch()
+    training.batch = lambda: batch
+    for _ in range(60):
+        last = training.advance()
+    assert last["loss"] < 0.8 * first["loss"]

@@ -1,0 +1,139 @@
+"""Every transformer of the zoo: full steps, baselines and HERO against hooks on the modules, one form against the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+from hero_fx._compat import argument_name
+from hero_fx.backends import Backend
+from hero_fx.policy import Policy
+from hero_fx.runtime import Stepper
+from hero_fx.steps import StepGraphs
+
+from .examples import example
+from .zoo_reference import Hooked, feature_modules
+
+zoo = example("_zoo")
+STEPS = 10
+FULL = [True, True, False, False, True, False, False, True, False, False]
+
+# These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
+BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen")
+NAMES = [name for name in zoo.ZOO if name not in BROKEN]
+
+
+@dataclass
+class Found:
+    """A model of the zoo, traced once."""
+
+    name: str
+    sample: Any
+    gm: Any
+    inputs: list[Any]
+    steps: StepGraphs
+
+    def stepper(self, **options: Any) -> Stepper:
+        """What a backend with other options makes of the traced model."""
+        backend = _backend(self.sample, **options)
+        policy = backend.config.make_policy()
+        assert isinstance(policy, Policy)
+        with torch.no_grad():
+            timestep = _position(self.gm, self.sample.time)
+            return backend._compile(self.gm, self.inputs, backend.config, policy, backend.rewrite(self.steps), timestep)
+
+    def call(self, run: Any, share: float) -> Tensor:
+        """The model's first output at a share of the trajectory, by a compiled graph of it."""
+        moved = self.sample.at(share)
+        values = list(self.inputs)
+        for name in (self.sample.time, self.sample.latents):
+            value = moved[name]
+            values[_position(self.gm, name)] = value[0] if isinstance(value, list) else value
+        with torch.no_grad():
+            result = run(*values)
+        return result[0]  # type: ignore[no-any-return]
+
+
+def _backend(sample: Any, **options: Any) -> Backend:
+    settings: dict[str, Any] = {"inner": "eager", "schedule": FULL, "timestep": sample.time}
+    if options["policy"] == "hero":
+        settings |= {"refresh_ratio": 0.4, "patch": (1, 1, 2), "grid": sample.grid}
+    return hero_fx.backend(**{**settings, **options})
+
+
+def _position(gm: Any, name: str) -> int:
+    names = [argument_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return names.index(name)
+
+
+@cache
+def found(name: str) -> Found:
+    sample = zoo.sample(name)
+    graphs: list[Any] = []
+
+    def keep(gm: Any, inputs: list[Any]) -> Any:
+        steps = _backend(sample, policy="fora").trace(gm, inputs)
+        graphs.append((gm, list(inputs), steps))
+        return gm.forward
+
+    torch._dynamo.reset()
+    model: Any = torch.compile(sample.model, backend=keep, fullgraph=True)
+    with torch.no_grad():
+        model(**sample.inputs, return_dict=False)
+    torch._dynamo.reset()
+    ((gm, inputs, steps),) = graphs
+    return Found(name, sample, gm, inputs, steps)
+
+
+def first(value: Any) -> Tensor:
+    """The first tensor of a model's output."""
+    while not isinstance(value, Tensor):
+        value = value[0]
+    return value
+
+
+def trajectory(model: Found, run: Any) -> list[Tensor]:
+    return [first(model.call(run, step / STEPS)) for step in range(STEPS)]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-4) -> None:
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error = float((a - b).abs().max() / b.abs().max())
+        assert error < tolerance, f"step {step}: {error}"
+
+
+def hooked(model: Found, reference: Hooked, rows: Any = None) -> list[Tensor]:
+    """The trajectory by hooks; `rows(pattern)` are the sampled tokens of a cached step."""
+    outputs, last, before, fulls = [], 0, 0, 0
+    for step, full in enumerate(FULL):
+        if full:
+            before, last = last, step
+        inputs = model.sample.at(step / STEPS)
+        index = None if full or rows is None else rows(tuple(FULL[: step + 1]))
+        out = reference.call(inputs, full=full, x=step - last, d=last - before or 1, fulls=fulls, rows=index)
+        fulls += full
+        outputs.append(first(out))
+    return outputs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_steps_are_those_of_plain_compilation(name: str) -> None:
+    model = found(name)
+    run = model.stepper(policy="taylorseer", schedule=[True] * STEPS)
+    for share in (0.0, 0.5):
+        assert torch.equal(first(model.call(run, share)), first(model.call(model.gm, share)))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_baselines(name: str, order: int) -> None:
+    model = found(name)
+    options: dict[str, Any] = {"policy": "taylorseer", "order": order} if order else {"policy": "fora"}
+    reference = Hooked(model.sample.model, feature_modules(model.sample.model, name), order)
+    close(trajectory(model, model.stepper(**options)), hooked(model, reference))

@@ -1,0 +1,146 @@
+"""Step caching on any transformer, eagerly: hooks on its attention and FFN modules, nothing of `hero_fx.passes`.
+
+A hooked module gives its own output at a full step. At a cached step it gives `sum_i Y[i] x**i / i!` of what it gave at
+the full steps before (FORA, TaylorSeer, HERO's deep layers), or runs on all tokens, of which only the sampled image rows
+are kept (HERO's shallow layers): what a token-wise module gives for a row does not depend on the others, and attention
+is handed the keys and values that a refresh would see, by standing in for `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
+_NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
+
+# Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
+_OUTPUTS = {
+    "prx": r"blocks\.\d+\.(attention|down_proj)",
+    "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
+}
+_SINGLE = r"single_transformer_blocks\.\d+\.proj_out"
+
+
+def feature_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The modules whose outputs are the branches' features, by path, in the order of the model."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if not re.match(r"\w+\.\d+\.", path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
+            continue
+        parent, _, _ = path.rpartition(".")
+        if name in _OUTPUTS:
+            if re.fullmatch(_OUTPUTS[name], path):
+                found[path] = module
+        elif re.fullmatch(_SINGLE, path) or (
+            _FEATURES.search(type(module).__name__)
+            and not any(path.startswith(f"{p}.") for p in found)
+            and not hasattr(model.get_submodule(parent), "proj_mlp")
+        ):
+            found[path] = module
+    return found
+
+
+@dataclass
+class Hooked:
+    """A model whose branches are cached; `call` runs a step."""
+
+    model: Any
+    modules: dict[str, nn.Module]
+    order: int = 0
+    """Highest Taylor order of the modules that are not refreshed."""
+    shallow: Callable[[str], bool] = lambda path: False
+    image: int = 0
+    """Image tokens; a joint sequence holds them at its start or end, see `image_last`."""
+    image_last: bool = True
+    y: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    keys: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    def call(
+        self, inputs: dict[str, Any], *, full: bool, x: int = 0, d: int = 1, fulls: int = 0, rows: Any = None
+    ) -> Any:
+        """One call of the model: `x` steps after the last full step, or `d` steps after the one before."""
+        replaced = []
+        for path, module in self.modules.items():
+            original = module.forward
+
+            def forward(*args: Any, path: str = path, original: Any = original, **kwargs: Any) -> Any:
+                if full or self.shallow(path):
+                    with _Keys(self, path, rows):
+                        given = original(*args, **kwargs)
+                else:
+                    given = self.shape[path]
+                parts = given if isinstance(given, tuple) else (given,)
+                self.shape[path] = given
+                new = tuple(
+                    part if not isinstance(part, Tensor) else self._part(path, i, part, full, x, d, fulls, rows)
+                    for i, part in enumerate(parts)
+                )
+                return new if isinstance(given, tuple) else new[0]
+
+            module.forward = forward
+            replaced.append(module)
+        try:
+            with torch.no_grad():
+                return self.model(**inputs, return_dict=False)
+        finally:
+            for module in replaced:
+                del module.forward
+
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def _part(self, path: str, i: int, part: Tensor, full: bool, x: int, d: int, fulls: int, rows: Any) -> Tensor:
+        old = self.y.get((path, i), [])
+        if full:
+            y = [part]
+            for k in range(1, 1 + (0 if self.shallow(path) else self.order)):
+                y.append((y[k - 1] - old[k - 1]) / d if fulls >= k else torch.zeros_like(part))
+            self.y[path, i] = y
+            return part
+        estimate = old[0]
+        for k in range(1, len(old)):
+            estimate = estimate + old[k] * (x**k / math.factorial(k))
+        if self.shallow(path):
+            index = self.places(part.shape[-2], rows)
+            if index is not None:
+                estimate = estimate.index_copy(part.dim() - 2, index, part.index_select(part.dim() - 2, index))
+            self.y[path, i] = [estimate]
+        return estimate
+
+    def places(self, length: int, rows: Tensor) -> Tensor | None:
+        """Where the sampled image tokens are in a sequence; None if it holds none."""
+        if length < self.image:
+            return None
+        return rows + (length - self.image if self.image_last else 0)
+
+
+class _Keys(TorchFunctionMode):
+    """Keys and values of image tokens that are not sampled, and of text, are those of when they last were computed."""
+
+    def __init__(self, owner: Hooked, path: str, rows: Any) -> None:
+        super().__init__()
+        self.owner, self.path, self.rows, self.number = owner, path, rows, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention or not self.owner.image:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        given = dict(zip(names, args, strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
+        self.number += 1
+        index = None if self.rows is None else self.owner.places(given["key"].shape[-2], self.rows)
+        for number, name in enumerate(names[1:]):
+            place, fresh = (self.path, self.number, number), given[name]
+            if self.rows is not None and index is not None:
+                fresh = self.owner.keys[place].index_copy(-2, index, fresh.index_select(-2, index))
+            self.owner.keys[place] = fresh
+            given[name] = fresh
+        return func(*(given[n] for n in names), *args[3:], **kwargs)
