@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import hero_fx
 from _fidelity_settings import Setting
+from hero_fx.analysis import Features, Recorder, Stability
 from hero_fx.checks import find_timestep
 from hero_fx.passes.emit import slots_of
 from hero_fx.runtime import Step, Stepper
@@ -172,6 +173,18 @@ class Runner:
         if path is not None:
             path.write_text(json.dumps(asdict(cost)))
         return cost
+
+    def stability(self, task: str, scenes: int, features: Features) -> Stability:
+        """How the features of the layers move along a trajectory of full compute (paper, section 3.2)."""
+        recorder = Recorder(features=features, inner="eager")
+        compiled = self.pipeline.transformer
+        self.pipeline.transformer = torch.compile(compiled._orig_mod, backend=recorder, fullgraph=True)
+        self.pipeline.transformer.register_forward_pre_hook(_own_timestep, with_kwargs=True)
+        try:
+            self._denoise(task, range(scenes), None)
+        finally:
+            self.pipeline.transformer = compiled
+        return recorder.stability()
 
     def _batch(self, task: str, setting: Setting, numbers: range) -> Tensor:
         path = self._path(task, setting, numbers)

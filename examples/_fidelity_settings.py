@@ -103,6 +103,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "dtype of the state": {
         "bfloat16": {"state_dtype": torch.bfloat16},
         "float8_e4m3fn": {"state_dtype": torch.float8_e4m3fn},
+        "int8, scaled by token": {"state_dtype": torch.int8},
     },
     "preset": {"lean": {"policy": "lean"}, "lean, extrapolate": {"policy": "lean", "unsampled": "extrapolate"}},
 }

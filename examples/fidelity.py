@@ -4,6 +4,7 @@
     python examples/fidelity.py --scenes 8 --intervals 2,4                  # a quick look
     python examples/fidelity.py --tables alpha,layers --scenes 16           # ablations over α and M at N=2
     python examples/fidelity.py --choices --scenes 16                       # HERO's open choices
+    python examples/fidelity.py --tables stability --scenes 8               # how stable the layers are (paper, Figure 5)
 
 Held-out scenes, one noise per scene. Three distances say different things. To *full compute* of as many steps: what caching
 changes. To *converged* sampling (200 steps from the same noise): whether the change is for the worse, for full compute is no
@@ -32,7 +33,7 @@ from _fidelity_run import Runner
 from _fidelity_settings import CHOICES, Setting, alphas, boundaries, choices, full, methods
 from world.pipeline import STEPS, WEIGHTS
 
-TABLES = ("main", "alpha", "layers", "choices")
+TABLES = ("main", "alpha", "layers", "choices", "stability")
 TITLES = {"main": "method", "alpha": "α at M = 16/42 of the depth, N=2", "layers": "M at α = 1/6, N=2"}
 
 
@@ -92,6 +93,21 @@ class Bench:
             ]
         return result
 
+    def stability(self, results: Path | None) -> dict[str, Any]:
+        """Section 3.2: the stability of the layers, of their updates and of the hidden states behind them."""
+        found = {}
+        for features in ("update", "hidden"):
+            measured = self.runner.stability(self.task, min(self.scenes, self.runner.batch), features)
+            if results is not None:
+                results.mkdir(parents=True, exist_ok=True)
+                measured.plot(results / f"stability-{features}-{self.task}.png")
+            found[features] = {
+                **{name: getattr(measured, name) for name in ("variance", "score", "boundary")},
+                **{name: getattr(measured, name) for name in ("relative", "relative_score", "relative_boundary")},
+                "text": str(measured),
+            }
+        return found
+
     def _reference(self, setting: Setting) -> torch.Tensor | None:
         return None if setting == full() else self.full
 
@@ -123,6 +139,8 @@ def report(found: dict[str, Any]) -> str:
                 parts.append(
                     f"### {name}: to converged sampling and to the truth\n\n{table(tables[name], TO_TRUTH, title)}"
                 )
+        for found in tables.get("stability", {}).values():
+            parts.append(f"### stability of the layers\n\n```\n{found['text']}\n```")
         if "choices" in tables:
             parts.append(
                 f"### choices (relative L2 in thousandths: RGB / disparity / raymap)\n\n{choice_table(tables['choices'])}"
@@ -153,6 +171,8 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
             tables["layers"] = bench.ablation(boundaries(runner.depth), "M")
         if "choices" in arguments.tables:
             tables["choices"] = bench.choices(arguments.intervals, arguments.only)
+        if "stability" in arguments.tables:
+            tables["stability"] = bench.stability(arguments.results)
         if arguments.results is not None:
             save(result, arguments.results)
     return result

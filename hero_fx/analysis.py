@@ -31,7 +31,7 @@ from .guard import TimestepGuard, TimestepReader
 from .schedule import Uniform
 from .steps import copy_graph
 
-__all__ = ["Recorder", "Stability", "split"]
+__all__ = ["Features", "Recorder", "Stability", "split"]
 
 
 class Recorder:

@@ -165,7 +165,15 @@ def test_ablations_and_choices(
 ) -> None:
     arguments = [*command(weights, tmp_path), "--cache", str(results / "cache")]
     bench.main(
-        [*arguments, "--tables", "alpha,layers,choices", "--only", "text,dtype of the state", "--intervals", "2"]
+        [
+            *arguments,
+            "--tables",
+            "alpha,layers,choices,stability",
+            "--only",
+            "text,dtype of the state",
+            "--intervals",
+            "2",
+        ]
     )
     found = json.loads((tmp_path / "fidelity.json").read_text())["tasks"]["reconstruction"]
     assert [row["name"] for row in found["alpha"]] == [f"α = {k}/6" for k in (5, 4, 3, 2, 1)]
@@ -176,7 +184,12 @@ def test_ablations_and_choices(
     assert list(chosen)[:2] == [("default", "(default)"), ("text", "live")]
     default, halved = chosen["default", "(default)"], chosen["dtype of the state", "bfloat16"]
     assert halved["state_mb"] == pytest.approx(default["state_mb"] / 2)
-    assert "dtype of the state" in capsys.readouterr().out
+    for features in ("update", "hidden"):
+        assert sorted(found["stability"][features]["score"]) == [0.0, 1.0]  # of two layers
+        assert (tmp_path / f"stability-{features}-reconstruction.png").exists()
+    out = capsys.readouterr().out
+    assert "dtype of the state" in out
+    assert f"updates of the residual stream, {STEPS} steps, 1 series" in out
 
 
 def test_all_settings_are_allowed(bench: Any) -> None:
@@ -217,7 +230,7 @@ def test_marks_say_what_is_surely_better(bench: Any) -> None:
     ("arguments", "message"),
     [
         (["--tasks", "cooking"], "cooking is unknown; choose from planning, reconstruction"),
-        (["--tables", "main,beta"], "beta is unknown; choose from main, alpha, layers, choices"),
+        (["--tables", "main,beta"], "beta is unknown; choose from main, alpha, layers, choices, stability"),
         (["--scenes", "0"], "at least 1"),
         (["--weights", "nowhere"], "there is no pipeline; train one with examples/world/train.py"),
     ],
