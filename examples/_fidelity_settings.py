@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["METHODS", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
+__all__ = ["HERO", "METHODS", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class Setting:
         return None if self.options is None else int(self.options.get("interval", 2))
 
 
+HERO = "HERO"
 METHODS: dict[str, dict[str, Any]] = {
     "FORA": {"policy": "fora"},
-    "TaylorSeer, order 1": {"policy": "taylorseer"},
-    "TaylorSeer, order 2": {"policy": "taylorseer", "order": 2},
+    "TaylorSeer 1": {"policy": "taylorseer"},
+    "TaylorSeer 2": {"policy": "taylorseer", "order": 2},
     "ToCa": {"policy": "toca"},
     "DuCa": {"policy": "duca"},
-    "HERO": {},
-    "HERO, lean": {"policy": "lean"},
+    HERO: {},
+    "HERO lean": {"policy": "lean"},
 }
 """Options of `hero_fx.backend` by name."""
 

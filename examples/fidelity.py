@@ -9,7 +9,7 @@
 Held-out scenes, one noise per scene. Three distances say different things. To *full compute* of as many steps: what caching
 changes. To *converged* sampling (200 steps from the same noise): whether the change is for the worse, for full compute is no
 truth. To the *rendered truth*: whether anyone would notice; in planning the truth is one of many possible futures. Beside the
-methods stands plain sampling with fewer steps at equal FLOPs, attention's included.
+methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included.
 
 Depth is aligned by the median of the ratios, one scale per clip; camera trajectories by Sim(3). ± is half of the 95 % bootstrap
 interval over scenes; ▲ and ▼ mark what is surely better or worse than HERO at the same N: the interval of the difference,
@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
 from _fidelity_run import Runner
-from _fidelity_settings import CHOICES, Setting, alphas, boundaries, choices, full, methods
+from _fidelity_settings import CHOICES, HERO, METHODS, Setting, alphas, boundaries, choices, full, methods
 from world.pipeline import STEPS, WEIGHTS
 
 TABLES = ("main", "alpha", "layers", "choices", "stability")
@@ -59,22 +59,16 @@ class Bench:
             for s, latents in zip(settings, sampled, strict=True)
         ]
 
-    def main(self, intervals: Sequence[int]) -> list[dict[str, Any]]:
-        """Tables 1 and 2: all methods at every N, and fewer steps at HERO's and at FORA's FLOPs."""
+    def main(self, intervals: Sequence[int], only: Sequence[str]) -> list[dict[str, Any]]:
+        """Tables 1 and 2: methods at every N, and fewer steps at HERO's FLOPs."""
         result = [self._figures(self.rows([full()], "full compute")[0])]
-        known: set[int] = set()
         for interval in intervals:
-            settings = methods(interval)
-            equal: dict[int, Setting] = {}
-            for setting in settings:
-                if setting.options and setting.options.get("policy", "hero") in ("hero", "fora"):
-                    steps = round(self.runner.cost(self.task, setting).total * self.plain.steps / self.plain.total)
-                    equal.setdefault(steps, Setting(f"plain, {steps} steps", steps=steps))
-            fewer = [s for steps, s in sorted(equal.items()) if steps not in known]
-            known |= set(equal)
-            rows = self.rows([*settings, *fewer], f"N={interval}")
-            hero = next(row for row in rows if row.setting.name.startswith("HERO, N="))
-            result += [self._figures(row, hero) for row in rows]
+            settings = [s for s in methods(interval) if s.name.split(", N=")[0] in (HERO, *only)]
+            (hero,) = (s for s in settings if s.name.split(", N=")[0] == HERO)
+            steps = round(self.runner.cost(self.task, hero).total * self.plain.steps / self.plain.total)
+            rows = self.rows([*settings, Setting(f"plain, {steps} steps", steps=steps)], f"N={interval}")
+            base = next(row for row in rows if row.setting is hero)
+            result += [self._figures(row, base) for row in rows]
         return result
 
     def ablation(self, settings: Sequence[Setting], label: str) -> list[dict[str, Any]]:
@@ -164,7 +158,7 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         tables: dict[str, Any] = {}
         result["tasks"][task] = tables
         if "main" in arguments.tables:
-            tables["main"] = bench.main(arguments.intervals)
+            tables["main"] = bench.main(arguments.intervals, arguments.methods)
         if "alpha" in arguments.tables:
             tables["alpha"] = bench.ablation(alphas(runner.depth), "α")
         if "layers" in arguments.tables:
@@ -207,6 +201,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tables", type=listed(str, TABLES), default=["main"], help=f"of {', '.join(TABLES)}")
     parser.add_argument("--choices", action="store_true", help="the same as --tables choices")
     parser.add_argument("--only", type=listed(str, tuple(CHOICES)), help="of the choices, these")
+    parser.add_argument("--methods", type=listed(str, tuple(METHODS)), default=list(METHODS), help="beside HERO")
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
     parser.add_argument("--converged-scenes", type=int, default=64, help="at most so many scenes of it")
