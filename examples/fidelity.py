@@ -66,7 +66,10 @@ class Bench:
             settings = [s for s in methods(interval) if s.name.split(", N=")[0] in (HERO, *only)]
             (hero,) = (s for s in settings if s.name.split(", N=")[0] == HERO)
             steps = round(self.runner.cost(self.task, hero).total * self.plain.steps / self.plain.total)
-            rows = self.rows([*settings, Setting(f"plain, {steps} steps", steps=steps)], f"N={interval}")
+            fewer = Setting(f"plain, {steps} steps", steps=steps)
+            if all(row["name"] != fewer.name for row in result):
+                settings.append(fewer)
+            rows = self.rows(settings, f"N={interval}")
             base = next(row for row in rows if row.setting is hero)
             result += [self._figures(row, base) for row in rows]
         return result
