@@ -166,3 +166,7 @@ def test_condition_shows_the_given_frames_alone() -> None:
     assert (time[1:] > time[:-1]).all()
     assert (y[:, 1:] > y[:, :-1]).all()
     assert (x[..., 1:] > x[..., :-1]).all()
+    change = told[:, :, 16:]
+    assert (change[0] == 0).all()  # no two frames next to each other are given
+    assert (change[1, 0] == 0).all()
+    torch.testing.assert_close(change[1, 1:], 2 * (told[1, 1:, :12] - told[1, :-1, :12]))

@@ -53,13 +53,16 @@ def world_transformer(layers: int = 16, heads: int = 4, head: int = 32, time_wid
 
 
 def world_scheduler() -> CogVideoXDDIMScheduler:
-    """DDIM as CogVideoX-5B uses it: v-prediction, trailing timesteps, no signal left at the first one."""
+    """DDIM as CogVideoX uses it: v-prediction, trailing timesteps, no signal left at the first one.
+
+    The signal-to-noise ratio is a third of the usual, for a camera is told by many pixels and is soon to be seen in noise.
+    """
     return CogVideoXDDIMScheduler(
         prediction_type="v_prediction",
         clip_sample=False,
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
+        snr_shift_scale=3.0,
     )
 
 

@@ -34,6 +34,10 @@ GAMMA = 5.0
 """Loss weights of the clean latents' error stop growing with the signal-to-noise ratio here (min-SNR, Hang et al. 2023)."""
 MOST = 2**12
 """Largest batch: step s has the scenes from `s * MOST` on, so that none comes twice, also where the batch changes."""
+NOISY = (0.25, 0.15)
+"""A share of the clips is trained at a share of the timesteps, the noisiest. There alone must the conditions tell camera and
+depth; with less noise the noisy latents do."""
+WEIGHTS = {"rgb": 1.0, "disparity": 1.0, "raymap": 2.0}
 NULL, GOAL = 0.08, 0.06
 """Shares of the planning clips that are trained without any condition, and without the last frame."""
 
@@ -87,7 +91,8 @@ class Training:
         count = len(clean)
         # Evenly spread timesteps: less noise in the loss than with independent ones. Shuffled, for tasks alternate.
         spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        timestep = (spread * 1000).long().to(self.device)
+        late, early = NOISY[1] * spread / NOISY[0], (spread - NOISY[0]) / (1 - NOISY[0])
+        timestep = (999.99 * torch.where(spread < NOISY[0], 1 - late, early)).long().to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         signal = self.alphas[timestep]
         a, b = (x.sqrt()[:, None, None, None, None] for x in (signal, 1 - signal))
@@ -114,7 +119,7 @@ class Training:
     def advance(self) -> dict[str, float]:
         """One step; its losses."""
         losses = self.losses()
-        total = torch.stack(list(losses.values())).mean()
+        total = sum(WEIGHTS[name] * loss for name, loss in losses.items()) / sum(WEIGHTS.values())
         total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
