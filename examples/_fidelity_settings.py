@@ -79,10 +79,17 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "post, pre": {"cache_point": ("post_gate", "pre_gate")},
     },
     "selection": {"per layer": {"selection": "per_layer"}},
-    "keys and values": {"sampled": {"keys": "sampled"}, "sampled and text": {"keys": "sampled+text"}},
+    "keys and values": {
+        "sampled": {"keys": "sampled"},
+        "sampled and text": {"keys": "sampled+text"},
+        "landmarks": {"keys": "landmarks"},
+    },
     "tokens not sampled": {
         "extrapolate": {"unsampled": "extrapolate"},
         "extrapolate, post": {"unsampled": "extrapolate", "cache_point": "post_gate"},
+        "gate": {"unsampled": "gate"},
+        "gate, landmarks": {"unsampled": "gate", "keys": "landmarks"},
+        "gate, sampled": {"unsampled": "gate", "keys": "sampled"},
     },
     "text": {"live": {"text": "live"}},
     "schedule": {"toca": {"schedule": "toca"}},
