@@ -73,10 +73,10 @@ def boundaries(depth: int) -> list[Setting]:
 
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {"(default)": {}},
-    "cache point, shallow and deep": {
-        "pre, pre": {"cache_point": "pre_gate"},
-        "post, post": {"cache_point": "post_gate"},
-        "post, pre": {"cache_point": ("post_gate", "pre_gate")},
+    "cache points": {
+        "pre and pre": {"cache_point": "pre_gate"},
+        "post and post": {"cache_point": "post_gate"},
+        "post and pre": {"cache_point": ("post_gate", "pre_gate")},
     },
     "selection": {"per layer": {"selection": "per_layer"}},
     "keys and values": {
@@ -87,6 +87,8 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "tokens not sampled": {
         "extrapolate": {"unsampled": "extrapolate"},
         "extrapolate, post": {"unsampled": "extrapolate", "cache_point": "post_gate"},
+        "extrapolate, pre and pre": {"unsampled": "extrapolate", "cache_point": "pre_gate"},
+        "extrapolate, α 1/2": {"unsampled": "extrapolate", "refresh_ratio": 1 / 2},
         "gate": {"unsampled": "gate"},
         "gate, landmarks": {"unsampled": "gate", "keys": "landmarks"},
         "gate, sampled": {"unsampled": "gate", "keys": "sampled"},
@@ -113,7 +115,12 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "float8_e4m3fn": {"state_dtype": torch.float8_e4m3fn},
         "int8, scaled by token": {"state_dtype": torch.int8},
     },
-    "preset": {"lean": {"policy": "lean"}, "lean, extrapolate": {"policy": "lean", "unsampled": "extrapolate"}},
+    "preset": {
+        "lean": {"policy": "lean"},
+        "lean, extrapolate": {"policy": "lean", "unsampled": "extrapolate"},
+        "TaylorSeer 1": {"policy": "taylorseer"},
+        "TaylorSeer 1, post": {"policy": "taylorseer", "cache_point": "post_gate"},
+    },
 }
 """By choice and value: options of `hero_fx.backend` that differ from the defaults."""
 
