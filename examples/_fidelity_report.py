@@ -211,6 +211,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         name = row["name"].split(", N=")[0]
         lines.get(name, lines["fewer steps"] if row["name"].startswith("plain") else []).append(row)
     for axis, metric in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        axis.set_visible(any(metric in row["metrics"] for row in rows))
         for number, (name, points) in enumerate(lines.items()):
             shown = sorted((p for p in points if metric in p["metrics"]), key=lambda p: p["speed_total"])
             if not shown:
