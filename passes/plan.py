@@ -175,8 +175,8 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
             query, key = node.args[op.query], node.args[op.key]
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
-            heads = (value_of(query).shape[1], value_of(key).shape[1])
-            if infos.get(key) is not None and heads[0] == heads[1]:
+            rank = value_of(query).dim()
+            if infos.get(key) is not None and infos.get(query) is not None and rank == 4:
                 return node
     last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
     raise NoRule(last, "its layer has no self-attention to score tokens by")
