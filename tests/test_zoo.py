@@ -146,7 +146,10 @@ SHALLOW = 1
 
 IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image")
 """Joint sequences that begin with the image; the others end with it."""
-OPTIONS: dict[str, dict[str, Any]] = {"ernie_image": {"token_axis": 0}, "ltx2": {"stale": "audio_to_video"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
+    "ltx2": {"stale": "audio_to_video"},
+}
 
 
 def within(modules: set[str]) -> Callable[[str], bool]:

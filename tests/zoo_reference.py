@@ -67,7 +67,7 @@ class Hooked:
     image: int = 0
     """Image tokens; a joint sequence holds them at its end, or at its start."""
     image_first: bool = False
-    token_axis: int = -2
+    token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     stale: str = "-"
     """Modules that attend to a stream which is not refreshed."""
@@ -85,12 +85,12 @@ class Hooked:
             original = module.forward
 
             def forward(*args: Any, path: str = path, original: Any = original, **kwargs: Any) -> Any:
+                mode.path = path
                 if self.full(path):
                     return original(*args, **kwargs)
                 calls[path] += 1  # some modules run for one stream after the other
                 place = (path, calls[path])
                 if full or self.shallow(path):
-                    mode.path = path
                     self.given[place] = original(*args, **kwargs)
                 given = self.given[place]
                 parts = given if isinstance(given, tuple) else (given,)
@@ -120,7 +120,7 @@ class Hooked:
         for k in range(1, len(old)):
             estimate = estimate + old[k] * (x**k / math.factorial(k))
         if shallow:
-            axis = self.token_axis % part.dim()
+            axis = self.token_axis(place[0]) % part.dim()
             index = self.places(part.shape[axis], rows)
             if index is not None:
                 estimate = estimate.index_copy(axis, index, part.index_select(axis, index))
