@@ -113,9 +113,10 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     owners = {f.add: sources[f.stream] for f in adds} | {f.residual: sources[f.stream] for f in adds}
     roots = [f.residual for f in adds if f.residual not in {f.add for f in adds}]
     for root in reversed(roots):
-        if sources_of := owners[root] & outputs:
+        if owners[root] & outputs:
             # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in.
-            outputs |= sources_of.union(*(owners[n] for n in _moved_from(root, owners)))
+            moved = [owners[n] for n in _moved_from(root, owners)]
+            outputs |= set().union(*(sources for sources in moved if sources.isdisjoint(owners[root])))
     roots = [root for root in roots if owners[root] & outputs]
     return [f for f in adds if not roots or any(f.update is r or graph.depends(f.update, r) for r in roots)]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+import hero_fx
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.plan import Refresh, ScoredRefresh
 from hero_fx.passes.tokens import NoRule, follow
 
+from . import toys
 from .attention_ops import registered
 from .axis import TOKENS, stream
 from .layers import D, Model, Part, norm
@@ -160,3 +164,58 @@ def test_results_beside_the_first_are_refused() -> None:
             + torch.ops.flash_attn_3._flash_attn_forward(x, x, x)[1].sum()
         )
     )
+
+
+class Flex(toys.Block):
+    """A toy block with flex attention."""
+
+    def __init__(self, mask: BlockMask | None) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale, gate, _, _, other = self.modulation(embedding).chunk(6, dim=-1)
+        normal = norm_of(x) * (1 + scale) + shift
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(normal).chunk(3, dim=-1))
+        mixed = flex_attention(q, k, v, block_mask=self.mask)
+        assert isinstance(mixed, Tensor)
+        x = x + gate * self.out(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = x + other * self.down(F.gelu(self.up(norm_of(x))))
+        return result
+
+
+def norm_of(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (toys.WIDTH,))
+
+
+def flex_model(mask: BlockMask | None) -> Any:
+    toy = toys.toy(layers=2)
+    torch.manual_seed(0)
+    toy.blocks = nn.ModuleList(Flex(mask) for _ in range(2)).eval().requires_grad_(False)
+    return toy
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_cached_but_not_refreshed() -> None:
+    def nearby(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query - key).abs() < 9
+
+    model = flex_model(create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu"))
+    for options in ({"policy": "taylorseer"}, {"grid": toys.GRID, "refresh_layers": 2}):
+        backend = hero_fx.backend(inner="eager", warmup=2, **options)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = toys.loop(toys.torch_compile(model, backend, fullgraph=True), toys.latents(), toys.times(4))
+            assert torch.equal(ours[0], model(toys.latents(), toys.times(4)[0]))
+        assert backend.stats().cached_steps == 1
+    assert {f.branch for f in backend.graphs[0].fallbacks} == {"l0_attention", "l1_attention"}
+    assert all("score_mod, block_mask" in f.reason for f in backend.graphs[0].fallbacks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_mask_made_within_the_model_is_refused() -> None:
+    torch._dynamo.reset()
+    call = toys.torch_compile(flex_model(None), hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match="create_block_mask, and pass it as block_mask"):
+        call(toys.latents(), toys.times(1)[0])

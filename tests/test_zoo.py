@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -192,3 +193,19 @@ def test_collapsed_is_literal(name: str) -> None:
     model = found(name)
     (collapsed, _), (literal, _) = (model.stepper(policy="hero", form=form) for form in ("collapsed", "literal"))
     close(trajectory(model, collapsed), trajectory(model, literal), 1e-5)
+
+
+def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
+    survey = example("zoo")
+    survey.main(["--models", "dit,sana,z_image", "--json"])
+    dit, sana, z_image = json.loads(capsys.readouterr().out)
+    assert (dit["layers"], dit["branches"], dit["grid"]) == (3, {"attention": 3, "ffn": 3}, [1, 4, 4])
+    assert (dit["refreshable"], dit["of"], dit["full_step_error"], dit["fell_back"]) == (6, 6, 0.0, {})
+    assert (sana["refreshable"], sana["of"]) == (3, 9)
+    assert sana["fell_back"]["aten.unflatten.int: it merges or splits the token axis ([2, 24, 32] -> [2, 4, 6, 32])"] == [
+        "l0_ffn", "l1_ffn", "l2_ffn",
+    ]  # fmt: skip
+    assert z_image["plain_fails"]
+    text = survey.as_table([dit, sana, z_image])
+    assert "sana: l0_ffn and 2 more: aten.unflatten.int" in text
+    assert "z_image: no single graph, nor without hero_fx" in text
