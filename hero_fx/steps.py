@@ -24,6 +24,7 @@ from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
 from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
+from hero_fx.passes.unflatten import UnflattenProducts
 
 from .config import Config
 from .policy import Policy
@@ -102,7 +103,7 @@ class StepGraphs:
 def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """The normalised form of a Dynamo graph."""
     normal = normalize(gm, inputs)
-    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), DropDeadCode()))
+    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), UnflattenProducts(), DropDeadCode()))
     return normal, pipeline(normal)
 
 
