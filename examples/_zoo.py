@@ -695,5 +695,5 @@ def stable_audio() -> Sample:
         {"hidden_states": _normal(BATCH, 6, 24), "timestep": _shares(),
          "encoder_hidden_states": _normal(BATCH, TEXT, 20), "global_hidden_states": _normal(BATCH, 1, 12),
          "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 25, use_real=True, repeat_interleave_real=False)},
-        grid=(1, 1, 25),
+        grid=(1, 1, 24),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from .diffusers_context import listen
 from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
+from .subclasses import unwrap
 
 __all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
@@ -71,8 +72,9 @@ class Backend:
         policy = config.make_policy()
         if policy is None:
             return _compile_plain(gm, inputs, config)
+        plain = unwrap(gm, inputs)
         try:
-            steps, timestep = self._steps(gm, inputs, config, policy)
+            steps, timestep = self._steps(plain.gm, plain.inputs, config, policy)
         except ValueError as error:
             if config.strict:
                 raise
@@ -90,14 +92,15 @@ class Backend:
                 f"every step: {fallback.reason}",
                 stacklevel=2,
             )
-        return self._compile(gm, inputs, config, policy, steps, timestep)
+        return plain.call(self._compile(plain.gm, plain.inputs, config, policy, steps, timestep))
 
     def trace(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> StepGraphs:
         """The step graphs of a Dynamo graph, without compiling them. Raises what compiling would raise."""
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        return self._steps(gm, inputs, self.config, policy)[0]
+        plain = unwrap(gm, inputs)
+        return self._steps(plain.gm, plain.inputs, self.config, policy)[0]
 
     def rewrite(self, steps: StepGraphs) -> StepGraphs:
         """The step graphs that this backend's options give for a model that another backend traced."""

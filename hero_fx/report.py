@@ -240,6 +240,11 @@ class Explanation:
 
     def _notes(self) -> str:
         notes = [f"{f.branch} is computed in full at every step: {f.reason}" for f in self.steps.fallbacks]
+        if steps_without_grid(self.steps, self.config):
+            notes.append(
+                f"the token grid was not found in the graph, so patches are runs of tokens in a row; pass grid=(frames, "
+                f"height, width) in tokens, {self.steps.structure.image_tokens} in all"
+            )
         if self.config.num_steps is None and self.config.cooldown and self.config.schedule == "uniform":
             notes.append(
                 f"num_steps is not given, so the end of a trajectory is not known and cooldown={self.config.cooldown} forces "
@@ -265,6 +270,12 @@ def describe(strategy: Strategy, steps: StepGraphs) -> str:
             )
         case ScoredRefresh():
             return f"refresh the best {strategy.ratio:.0%} by {strategy.score}, text {strategy.text} ({strategy.cache_point})"
+
+
+def steps_without_grid(steps: StepGraphs, config: Config) -> bool:
+    """True where tokens are refreshed on a grid that neither the graph nor the options give."""
+    refreshes = any(isinstance(s, (Refresh, ScoredRefresh)) for plan in steps.plans for _, s in plan)
+    return refreshes and config.grid is None and steps.structure.grid is None
 
 
 def _kind_names(count: int) -> list[str]:

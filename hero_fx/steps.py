@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,12 +24,15 @@ from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
 from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
+from hero_fx.passes.unflatten import UnflattenProducts
 
 from .config import Config
 from .policy import Policy
 from .selection import PatchSampler
 
 __all__ = ["StateSpec", "StepGraphs", "build_steps", "normalized"]
+
+log = logging.getLogger(__name__)
 
 
 # Exact rewrites of a literal cached step, in the order in which each finds what the one before laid bare.
@@ -98,7 +103,7 @@ class StepGraphs:
 def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """The normalised form of a Dynamo graph."""
     normal = normalize(gm, inputs)
-    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), DropDeadCode()))
+    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), UnflattenProducts(), DropDeadCode()))
     return normal, pipeline(normal)
 
 
@@ -206,17 +211,21 @@ def _sampler(
     refreshes = [s for s in strategies if isinstance(s, Refresh)]
     if not refreshes and not any(isinstance(s, ScoredRefresh) for s in strategies):
         return None
+    patch = (config.patch[0], config.patch[1], config.patch[2])
     if grid is None:
-        raise ValueError(
-            f"grid=None: the token grid of the {structure.image_tokens} image tokens could not be read from the graph; "
-            "pass grid=(frames, height, width) in tokens to hero_fx.backend"
-        )
+        # Packed latents do not show their grid. Tokens in a row are neighbours in any: each run of them is a patch.
+        log.warning(
+            "the token grid of the %d image tokens could not be read from the graph: runs of %d tokens in a row are taken for "
+            "patches; pass grid=(frames, height, width) in tokens to hero_fx.backend for patches of %s",
+            structure.image_tokens, prod(patch), patch,
+        )  # fmt: skip
+        grid, patch = (1, 1, structure.image_tokens), (1, 1, min(prod(patch), structure.image_tokens))
     if not refreshes:
         return None
     draws = structure.depth if any(s.per_layer for s in refreshes) else 1
     return PatchSampler(
         grid=grid,
-        patch=(config.patch[0], config.patch[1], config.patch[2]),
+        patch=patch,
         ratio=config.refresh_ratio,
         seed=config.seed,
         draws=draws,

@@ -1,14 +1,15 @@
-"""The token axis of a tensor as segments of token sources, and the ops that mix tokens or hold a layer's work."""
+"""The token axis of a tensor as segments of token sources, and the ops that hold a layer's work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from .attention import ATTENTION, AttentionOp
 from .emit import value_of
 
 __all__ = [
@@ -71,20 +72,6 @@ class NoRule(Exception):
         self.node = node
         self.reason = reason
 
-
-@dataclass(frozen=True, slots=True)
-class AttentionOp:
-    """Where an attention op takes queries, keys, values and mask (argument positions), and its token axis."""
-
-    query: int = 0
-    key: int = 1
-    value: int = 2
-    mask: int | None = 3
-    mask_name: str | None = "attn_mask"
-    dim: int = -2
-
-
-ATTENTION: Mapping[Any, AttentionOp] = {aten.scaled_dot_product_attention.default: AttentionOp()}
 
 _MATMULS = {
     "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",

@@ -10,6 +10,7 @@ only gives branches names for people.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -109,13 +110,29 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
             attended.update(*(sources[found.stream] for found in group))
     adds = [found for found in adds if sources[found.stream] & attended]
     outputs = {segment.source for segment in find_outputs(graph, adds, streams)}
-    made = {f.add for f in adds}
-    roots = [
-        f.residual
-        for f in adds
-        if f.residual not in made and any(s.source in outputs for s in streams[f.stream].tokens.segments)
-    ]
+    owners = {f.add: sources[f.stream] for f in adds} | {f.residual: sources[f.stream] for f in adds}
+    roots = [f.residual for f in adds if f.residual not in {f.add for f in adds}]
+    for root in reversed(roots):
+        if owners[root] & outputs:
+            # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in.
+            moved = [owners[n] for n in _moved_from(root, owners)]
+            outputs |= set().union(*(sources for sources in moved if sources.isdisjoint(owners[root])))
+    roots = [root for root in roots if owners[root] & outputs]
     return [f for f in adds if not roots or any(f.update is r or graph.depends(f.update, r) for r in roots)]
+
+
+def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Node]:
+    """The stream values that a root is made of without any matrix product."""
+    met: set[fx.Node] = set()
+    seen, todo = {root}, [root]
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source in values:
+                met.add(source)
+            elif source not in seen and not is_matmul(source):
+                seen.add(source)
+                todo.append(source)
+    return met
 
 
 class _LayerNumbers:

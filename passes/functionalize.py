@@ -34,7 +34,9 @@ def storage_of(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)) and value:
         value = value[0]
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_batchedtensor(value):
+        return None  # within a vmap (flex attention makes its block mask so) there is no memory to tell
+    return int(value.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

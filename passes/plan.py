@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from .attention import argument_of
 from .branches import Branch, Stream, Structure, Update, body_of
 from .emit import StateSlot, value_of
 from .subset import check_whole
@@ -175,8 +176,8 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
             query, key = node.args[op.query], node.args[op.key]
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
-            heads = (value_of(query).shape[1], value_of(key).shape[1])
-            if infos.get(key) is not None and heads[0] == heads[1]:
+            rank = value_of(query).dim()
+            if infos.get(key) is not None and infos.get(query) is not None and rank == 4:
                 return node
     last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
     raise NoRule(last, "its layer has no self-attention to score tokens by")
@@ -208,6 +209,7 @@ def resolve(
                 if isinstance(strategy, Refresh) and strategy.keys == "landmarks":
                     _no_mask(body)
                 if isinstance(strategy, ScoredRefresh):
+                    _batch_in_front(gm, structure, branch)
                     self_attention(gm, structure, branch)
             except NoRule as error:
                 reasons[branch.label] = str(error)
@@ -215,17 +217,18 @@ def resolve(
     return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
 
 
+def _batch_in_front(gm: fx.GraphModule, structure: Structure, branch: Branch) -> None:
+    if any(structure.streams[update.stream].tokens.dim != 1 for update in branch.updates):
+        last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
+        raise NoRule(last, "tokens by score are chosen where the stream is [batch, tokens, width]")
+
+
 def _no_mask(body: Sequence[fx.Node]) -> None:
     for node in body:
         op = ATTENTION.get(node.target)
         if op is None:
             continue
-        mask = (
-            node.args[op.mask]
-            if op.mask is not None and len(node.args) > op.mask
-            else node.kwargs.get(op.mask_name or "")
-        )
-        if isinstance(mask, fx.Node):
+        if isinstance(argument_of(node, op.mask or ""), fx.Node):
             raise NoRule(node, "landmark keys are for attention without a mask; use keys='all' or 'sampled'")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .attention import argument_of
 from .branches import Branch, Structure
 from .emit import Emitter, StateSlot, value_of
 from .plan import Recording, Refresh, ScoredRefresh, analyse, cached_node, gate_of, self_attention, term_slot
@@ -129,21 +130,24 @@ class RecordFeatures:
         attention = self_attention(gm, self.structure, branch)
         op = ATTENTION[attention.target]
         start, stop = image_range(gm, self.structure, attention)
+
+        def heads_first(x: torch.Tensor) -> torch.Tensor:
+            return x if op.dim == -2 else x.transpose(1, 2)
+
         if attention not in known:
             with emitter.before(emitter.output):
                 if strategy.score == "attention":
                     query, key = attention.args[op.query], attention.args[op.key]
                     assert isinstance(query, fx.Node)
                     assert isinstance(key, fx.Node)
-                    scale = attention.kwargs.get("scale") or value_of(query).shape[-1] ** -0.5
-                    assert isinstance(scale, float)
+                    scale = argument_of(attention, op.scale) or value_of(query).shape[-1] ** -0.5
                     known[attention] = emitter.inline(
-                        lambda q, k: attention_received(q, k, scale, start, stop), query, key
+                        lambda q, k: attention_received(heads_first(q), heads_first(k), scale, start, stop), query, key
                     )
                 else:
                     values = attention.args[op.value]
                     assert isinstance(values, fx.Node)
-                    known[attention] = emitter.inline(lambda v: small_values(v, start, stop), values)
+                    known[attention] = emitter.inline(lambda v: small_values(heads_first(v), start, stop), values)
         score_slot, stamp_slot = score_slots(branch)
         score = emitter.state(score_slot, value_of(known[attention]))
         stamp = emitter.state(stamp_slot, value_of(known[attention]))
@@ -157,8 +161,10 @@ def attention_received(query: torch.Tensor, key: torch.Tensor, scale: float, sta
     """ToCa's score [B, N]: column sums of softmax(q k^T) over all queries, mean over heads, of unit length over the image.
 
     Args:
-        query: [B, heads, L, head_dim]; key likewise; `start:stop` are the image tokens among the keys.
+        query: [B, heads, L, head_dim]; key likewise, or with fewer heads, each for a group of the queries';
+            `start:stop` are the image tokens among the keys.
     """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     weights = torch.softmax(torch.matmul(query * scale, key.transpose(-2, -1)).float(), dim=-1)
     received = weights.sum(dim=-2).mean(dim=1)[:, start:stop]
     return torch.nn.functional.normalize(received, p=2.0, dim=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .attention import argument_of, with_arguments
 from .branches import Branch, Structure
 from .emit import Emitter, value_of
 from .extrapolate import taylor
@@ -81,7 +82,8 @@ class RefreshBranches:
         op, emitter = ATTENTION[node.target], subset.emitter
         tokens = subset.tokens(node.args[op.key])  # type: ignore[arg-type]
         number = branch.attention.index(node.name)
-        args, seen = list(node.args), subset
+        args = list(node.args)
+        seen: Subset | None = subset
         args[op.query] = subset.env[node.args[op.query]]  # type: ignore[index]
         for role, argument in (("k", op.key), ("v", op.value)):
             source = node.args[argument]
@@ -90,7 +92,8 @@ class RefreshBranches:
                 continue
             fresh = subset.env[source]
             if strategy.keys == "sampled":
-                args[argument] = fresh
+                # Where no key is kept, they are another stream's: those are computed as the model does.
+                args[argument], seen = (source, None) if fresh is None else (fresh, seen)
                 continue
             everything = strategy.keys == "all"
             cached = {}
@@ -156,11 +159,8 @@ def _attention_call(
 ) -> fx.Node:
     """The attention op on kept queries; its mask keeps the kept queries' rows and the kept keys' columns."""
     op = ATTENTION[node.target]
-    kwargs = dict(node.kwargs)
-    mask = kwargs.get(op.mask_name) if op.mask_name in kwargs else None
-    position = op.mask if op.mask is not None and len(args) > op.mask else None
-    if position is not None:
-        mask = args[position]
+    changes: dict[str, object] = {}
+    mask = argument_of(node, op.mask or "")
     if isinstance(mask, fx.Node):
         for operand, dim, subset in ((op.query, -2, queries), (op.key, -1, keys)):
             tokens = analysis.infos.get(node.args[operand])  # type: ignore[arg-type]
@@ -169,12 +169,14 @@ def _attention_call(
                 gathered = subset.gather(mask, tokens.at(len(shape) + dim))
                 assert gathered is not None
                 mask = gathered
-        if position is not None:
-            args[position] = mask
-        else:
-            assert op.mask_name is not None
-            kwargs[op.mask_name] = mask
-    return queries.emitter.call(node.target, *args, **kwargs)
+        changes[op.mask or ""] = mask
+    for name, operand in zip(op.lengths, (op.query, op.key), strict=False):
+        if argument_of(node, name) is not None:  # the op is told how many tokens there are
+            changes[name] = int(value_of(args[operand]).shape[op.dim])
+    given, kwargs = with_arguments(node, changes)
+    for operand in (op.query, op.key, op.value):
+        given[operand] = args[operand]
+    return queries.emitter.call(node.target, *given, **kwargs)
 
 
 def _recompute(

@@ -188,12 +188,12 @@ class Subset:
         first = info[0] if isinstance(info, tuple) else info
         if first is None:
             self.env[node] = node
+        elif node.target in ATTENTION:
+            self.env[node] = None if self.kept(first) == 0 else self.attention(self, node)
         elif isinstance(info, tuple) and node.target is not aten.unbind.int and self._splits_tokens(node):
             self.env[node] = self._split(node, info)
         elif self.kept(first) == 0:
             self.env[node] = None
-        elif node.target in ATTENTION:
-            self.env[node] = self.attention(self, node)
         else:
             self.env[node] = self._one(node, first)
 

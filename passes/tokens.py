@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .attention import argument_of
 from .axis import (
     ATTENTION,
     AttentionOp,
@@ -314,22 +315,25 @@ def _expand(node: fx.Node, look: Lookup) -> Tokens:
     return out
 
 
-def _attention(node: fx.Node, look: Lookup) -> Tokens:
+def _attention(node: fx.Node, look: Lookup) -> Info:
     op = ATTENTION[node.target]
     query, key, value = (node.args[i] for i in (op.query, op.key, op.value))
     tokens, k, v = look(query), look(key), look(value)
+    reason = op.ordered(node)
+    if reason:
+        raise NoRule(node, reason)
     for name, source, info in (("query", query, tokens), ("key", key, k), ("value", value, v)):
         if info is not None and info.dim != normal_dim(op.dim, rank_of(source)):
             raise NoRule(node, f"the token axis of its {name} is not where the op attends")
-    mask = (
-        node.args[op.mask] if op.mask is not None and len(node.args) > op.mask else node.kwargs.get(op.mask_name or "")
-    )
-    causal = node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5] and op.mask == 3)
-    if look(mask) is not None or causal:
-        raise NoRule(node, "its mask depends on the tokens themselves or on their order")
+    if look(argument_of(node, op.mask or "")) is not None:
+        raise NoRule(node, "its mask depends on the tokens themselves")
     if tokens is None or not _alike(k, v):
         raise NoRule(node, "queries without tokens, or keys and values with different ones")
-    return tokens
+    if not isinstance(value_of(node), (tuple, list)):
+        return tokens
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        raise NoRule(node, "more of its results are used than what attention gives")
+    return (tokens, *[None] * (len(value_of(node)) - 1))
 
 
 def _alike(k: Tokens | None, v: Tokens | None) -> bool:

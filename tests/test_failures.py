@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -260,20 +262,34 @@ MISFITS = {
     "patch": ((3, 2, 3), r"patch=\(3, 2, 3\) is larger than grid=\(2, 3, 5\).*Try patch=\(2, 2, 3\)"),
     "refresh_layers": (3, r"refresh_layers=3 is beyond .*depth of 2 layers; give a count from 0 to 2"),
     "grid": ((2, 3, 4), r"grid=\(2, 3, 4\) holds 24 tokens but the model has 30 image tokens; give .*after patch"),
-    "grid=None": (None, r"grid=None: .* 30 image tokens could not be read.*pass grid=\(frames, height, width\)"),
 }
 
 
 @pytest.mark.parametrize("option", MISFITS)
 def test_options_that_do_not_fit_the_model(option: str) -> None:
     value, mend = MISFITS[option]
-    name = option.removesuffix("=None")
-    call = toys.torch_compile(toys.toy(), backend=backend(**{name: value}))
+    call = toys.torch_compile(toys.toy(), backend=backend(**{option: value}))
     check_message(lambda: call(toys.latents(), TIME), mend, ValueError)
     torch._dynamo.reset()
-    lenient = toys.torch_compile(toys.toy(), backend=backend(**{name: value}, strict=False))
+    lenient = toys.torch_compile(toys.toy(), backend=backend(**{option: value}, strict=False))
     with torch.no_grad(), pytest.warns(UserWarning, match=f"(?s)without step caching: {mend}"):
         assert torch.equal(lenient(toys.latents(), TIME), toys.toy()(toys.latents(), TIME))
+
+
+def test_a_grid_that_the_graph_does_not_show_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    hero = backend(grid=None)
+    call = toys.torch_compile(toys.toy(), backend=hero, fullgraph=True)
+    with caplog.at_level(logging.WARNING, "hero_fx"):
+        toys.loop(call, toys.latents(), toys.times(6))
+    assert re.search(
+        r"30 image tokens could not be read.*runs of 6 tokens.*pass grid=\(frames, height, width\)", caplog.text
+    )
+    sampler = hero.graphs[0].sampler
+    assert sampler is not None
+    assert (sampler.grid, sampler.patch) == ((1, 1, 30), (1, 1, 6))
+    assert "runs of tokens in a row; pass grid=(frames, height, width) in tokens, 30 in all" in str(
+        hero_fx.explain(hero)
+    )
 
 
 def test_a_branch_that_cannot_be_refreshed_is_computed_in_full() -> None:

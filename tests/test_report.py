@@ -176,8 +176,7 @@ def test_trace_uses_the_backend_that_the_model_was_compiled_with() -> None:
     assert explain_toy(call, policy="taylorseer").config.policy == "taylorseer"
     plain: Any = torch.compile(toys.toy(layers=2), backend="eager")
     assert hero_fx.trace(plain, toys.latents(), toys.times(1)[0], backend=ours).plans
-    with pytest.raises(ValueError, match="grid=None"):  # that is the default backend speaking
-        explain_toy(plain)
+    assert "patches are runs of tokens in a row" in str(explain_toy(plain))  # that is the default backend speaking
 
 
 def test_trace_on_the_meta_device() -> None:

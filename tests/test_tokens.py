@@ -301,9 +301,9 @@ broadcast of one token: mul = aten.mul.Tensor: the token axis is broadcast again
 expand of one token: expand = aten.expand.default: it repeats the token axis
 convolution: conv1d = aten.conv1d.default: it works along the token axis
 gather: gather = aten.gather.default: it picks tokens by an index, or its inputs carry different ones
-causal attention: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
+causal attention: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: is_causal=True: it depends on the order of the tokens
 attention over heads: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: the token axis of its query is not where the op attends
-attention with a mask of tokens: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves or on their order
+attention with a mask of tokens: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: its mask depends on the tokens themselves
 attention of other queries: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones
 attention of other values: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones""",
     )

@@ -51,6 +51,12 @@ def test_the_rate_rises_stays_and_falls(tmp_path: Path) -> None:
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_without_decay_the_rate_stays(tmp_path: Path) -> None:
+    training = train.Training(train.parse(options(tmp_path, "--steps", "10", "--decay", "0")))
+    training.step = 9
+    assert training.rate() == 1
+
+
 def test_a_given_time_ends_it(tmp_path: Path) -> None:
     training = train.main(options(tmp_path, "--until", "0"))
     assert training.step == 0
@@ -89,6 +95,13 @@ def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest
     training.batch()
     assert len(set(seen)) == 8
     assert max(seen) < scenes.HELD_OUT
+
+
+def test_exported_it_is_a_pipeline_of_the_moving_average(tmp_path: Path) -> None:
+    training = train.main(options(tmp_path / "run", "--steps", "3", "--export", str(tmp_path / "weights")))
+    loaded = world("pipeline").WorldModelPipeline.from_pretrained(tmp_path / "weights").transformer
+    for name, value in training.average.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value.half().float(), rtol=0, atol=0)
 
 
 def test_losses_by_modality_start_at_the_velocitys_size_and_fall(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +23,7 @@ from .examples import example
 from .zoo_reference import Hooked, feature_modules
 
 zoo = example("_zoo")
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own
 STEPS = 10
 FULL = [True, True, False, False, True, False, False, True, False, False]
 
@@ -39,14 +42,14 @@ class Found:
     inputs: list[Any]
     steps: StepGraphs
 
-    def stepper(self, **options: Any) -> Stepper:
+    def stepper(self, **options: Any) -> tuple[Stepper, StepGraphs]:
         """What a backend with other options makes of the traced model."""
         backend = _backend(self.sample, **options)
         policy = backend.config.make_policy()
         assert isinstance(policy, Policy)
         with torch.no_grad():
-            timestep = _position(self.gm, self.sample.time)
-            return backend._compile(self.gm, self.inputs, backend.config, policy, backend.rewrite(self.steps), timestep)
+            timestep, steps = _position(self.gm, self.sample.time), backend.rewrite(self.steps)
+            return backend._compile(self.gm, self.inputs, backend.config, policy, steps, timestep), steps
 
     def call(self, run: Any, share: float) -> Tensor:
         """The model's first output at a share of the trajectory, by a compiled graph of it."""
@@ -125,7 +128,7 @@ def hooked(model: Found, reference: Hooked, rows: Any = None) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_full_steps_are_those_of_plain_compilation(name: str) -> None:
     model = found(name)
-    run = model.stepper(policy="taylorseer", schedule=[True] * STEPS)
+    run, _ = model.stepper(policy="taylorseer", schedule=[True] * STEPS)
     for share in (0.0, 0.5):
         assert torch.equal(first(model.call(run, share)), first(model.call(model.gm, share)))
 
@@ -136,4 +139,73 @@ def test_baselines(name: str, order: int) -> None:
     model = found(name)
     options: dict[str, Any] = {"policy": "taylorseer", "order": order} if order else {"policy": "fora"}
     reference = Hooked(model.sample.model, feature_modules(model.sample.model, name), order)
-    close(trajectory(model, model.stepper(**options)), hooked(model, reference))
+    close(trajectory(model, model.stepper(**options)[0]), hooked(model, reference))
+
+
+SHALLOW = 1
+"""Layers that hero refreshes; the rest is extrapolated."""
+
+IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image")
+"""Joint sequences that begin with the image; the others end with it."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
+    "ltx2": {"stale": "audio_to_video"},
+}
+
+
+def within(modules: set[str]) -> Callable[[str], bool]:
+    """Whether a module is one of these, holds one, or is a part of one."""
+    return lambda path: any(f"{a}.".startswith(f"{b}.") for m in modules for a, b in ((m, path), (path, m)))
+
+
+# Latte's frames fold into the batch and back, between layers over space and layers over time: its streams do not hold the
+# same tokens, and only the layers over space that end the model are refreshed by rows.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "latte"])
+def test_hero(name: str) -> None:
+    """Against modules that run on all tokens, of which only the sampled rows count."""
+    model = found(name)
+    run, steps = model.stepper(policy="hero", refresh_layers=SHALLOW, cache_point="pre_gate")
+    structure, fallen = steps.structure, {f.branch for f in steps.fallbacks}
+    reference = Hooked(
+        model.sample.model,
+        feature_modules(model.sample.model, name),
+        order=1,
+        shallow=within({b.module for b in structure.branches if b.layer < SHALLOW}),
+        full=within({b.module for b in structure.branches if b.label in fallen}),
+        image=structure.image_tokens,
+        image_first=name in IMAGE_FIRST,
+        **OPTIONS.get(name, {}),
+    )
+    assert run.selections is not None
+    selections = run.selections
+    close(trajectory(model, run), hooked(model, reference, lambda pattern: selections.at(pattern)[0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hero_on_all_tokens_is_full_compute(name: str) -> None:
+    model = found(name)
+    run, _ = model.stepper(policy="hero", refresh_layers=1.0, refresh_ratio=1.0, text="live")
+    close(trajectory(model, run), trajectory(model, model.gm), 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_collapsed_is_literal(name: str) -> None:
+    model = found(name)
+    (collapsed, _), (literal, _) = (model.stepper(policy="hero", form=form) for form in ("collapsed", "literal"))
+    close(trajectory(model, collapsed), trajectory(model, literal), 1e-5)
+
+
+def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
+    survey = example("zoo")
+    survey.main(["--models", "dit,sana,z_image", "--json"])
+    dit, sana, z_image = json.loads(capsys.readouterr().out)
+    assert (dit["layers"], dit["branches"], dit["grid"]) == (3, {"attention": 3, "ffn": 3}, [1, 4, 4])
+    assert (dit["refreshable"], dit["of"], dit["full_step_error"], dit["fell_back"]) == (6, 6, 0.0, {})
+    assert (sana["refreshable"], sana["of"]) == (3, 9)
+    assert sana["fell_back"]["aten.unflatten.int: it merges or splits the token axis ([2, 24, 32] -> [2, 4, 6, 32])"] == [
+        "l0_ffn", "l1_ffn", "l2_ffn",
+    ]  # fmt: skip
+    assert z_image["plain_fails"]
+    text = survey.as_table([dit, sana, z_image])
+    assert "sana: l0_ffn and 2 more: aten.unflatten.int" in text
+    assert "z_image: no single graph, nor without hero_fx" in text

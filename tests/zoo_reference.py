@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+Place = tuple[str, int]
+"""A module's path, and which of its calls within a step."""
 
 _FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
 _NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
@@ -58,76 +62,87 @@ class Hooked:
     order: int = 0
     """Highest Taylor order of the modules that are not refreshed."""
     shallow: Callable[[str], bool] = lambda path: False
+    full: Callable[[str], bool] = lambda path: False
+    """Modules that are computed at every step."""
     image: int = 0
-    """Image tokens; a joint sequence holds them at its start or end, see `image_last`."""
-    image_last: bool = True
-    y: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    keys: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    """Image tokens; a joint sequence holds them at its end, or at its start."""
+    image_first: bool = False
+    token_axis: Callable[[str], int] = lambda path: -2
+    """Of a module's output."""
+    stale: str = "-"
+    """Modules that attend to a stream which is not refreshed."""
+    given: dict[Place, Any] = field(default_factory=dict)
+    """What a module gave at the last full step: a tensor or a tuple."""
+    y: dict[tuple[Place, int], list[Tensor]] = field(default_factory=dict)
+    keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def call(
         self, inputs: dict[str, Any], *, full: bool, x: int = 0, d: int = 1, fulls: int = 0, rows: Any = None
     ) -> Any:
         """One call of the model: `x` steps after the last full step, or `d` steps after the one before."""
-        replaced = []
+        mode, calls = _Keys(self, rows), Counter[str]()
         for path, module in self.modules.items():
             original = module.forward
 
             def forward(*args: Any, path: str = path, original: Any = original, **kwargs: Any) -> Any:
+                mode.path = path
+                if self.full(path):
+                    return original(*args, **kwargs)
+                calls[path] += 1  # some modules run for one stream after the other
+                place = (path, calls[path])
                 if full or self.shallow(path):
-                    with _Keys(self, path, rows):
-                        given = original(*args, **kwargs)
-                else:
-                    given = self.shape[path]
+                    self.given[place] = original(*args, **kwargs)
+                given = self.given[place]
                 parts = given if isinstance(given, tuple) else (given,)
-                self.shape[path] = given
                 new = tuple(
-                    part if not isinstance(part, Tensor) else self._part(path, i, part, full, x, d, fulls, rows)
+                    self._part(place, i, part, full, x, d, fulls, rows) if isinstance(part, Tensor) else part
                     for i, part in enumerate(parts)
                 )
                 return new if isinstance(given, tuple) else new[0]
 
             module.forward = forward
-            replaced.append(module)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), mode:
                 return self.model(**inputs, return_dict=False)
         finally:
-            for module in replaced:
+            for module in self.modules.values():
                 del module.forward
 
-    shape: dict[str, Any] = field(default_factory=dict)
-
-    def _part(self, path: str, i: int, part: Tensor, full: bool, x: int, d: int, fulls: int, rows: Any) -> Tensor:
-        old = self.y.get((path, i), [])
+    def _part(self, place: Place, i: int, part: Tensor, full: bool, x: int, d: int, fulls: int, rows: Any) -> Tensor:
+        shallow, old = self.shallow(place[0]), self.y.get((place, i), [])
         if full:
             y = [part]
-            for k in range(1, 1 + (0 if self.shallow(path) else self.order)):
+            for k in range(1, 1 + (0 if shallow else self.order)):
                 y.append((y[k - 1] - old[k - 1]) / d if fulls >= k else torch.zeros_like(part))
-            self.y[path, i] = y
+            self.y[place, i] = y
             return part
         estimate = old[0]
         for k in range(1, len(old)):
             estimate = estimate + old[k] * (x**k / math.factorial(k))
-        if self.shallow(path):
-            index = self.places(part.shape[-2], rows)
+        if shallow:
+            axis = self.token_axis(place[0]) % part.dim()
+            index = self.places(part.shape[axis], rows)
             if index is not None:
-                estimate = estimate.index_copy(part.dim() - 2, index, part.index_select(part.dim() - 2, index))
-            self.y[path, i] = [estimate]
+                estimate = estimate.index_copy(axis, index, part.index_select(axis, index))
+            self.y[place, i] = [estimate]
         return estimate
 
     def places(self, length: int, rows: Tensor) -> Tensor | None:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (length - self.image if self.image_last else 0)
+        return rows + (0 if self.image_first else length - self.image)
 
 
 class _Keys(TorchFunctionMode):
-    """Keys and values of image tokens that are not sampled, and of text, are those of when they last were computed."""
+    """Keys and values of image tokens that are not sampled, and of text, are those of when they last were computed.
 
-    def __init__(self, owner: Hooked, path: str, rows: Any) -> None:
+    The calls of attention are counted: what cached steps leave out comes behind what they refresh.
+    """
+
+    def __init__(self, owner: Hooked, rows: Any) -> None:
         super().__init__()
-        self.owner, self.path, self.rows, self.number = owner, path, rows, 0
+        self.owner, self.rows, self.number, self.path = owner, rows, 0, ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -138,8 +153,10 @@ class _Keys(TorchFunctionMode):
         self.number += 1
         index = None if self.rows is None else self.owner.places(given["key"].shape[-2], self.rows)
         for number, name in enumerate(names[1:]):
-            place, fresh = (self.path, self.number, number), given[name]
-            if self.rows is not None and index is not None:
+            place, fresh = (self.number, number), given[name]
+            if self.rows is not None and re.search(self.owner.stale, self.path):
+                fresh = self.owner.keys[place]
+            elif index is not None and not self.owner.full(self.path):
                 fresh = self.owner.keys[place].index_copy(-2, index, fresh.index_select(-2, index))
             self.owner.keys[place] = fresh
             given[name] = fresh

@@ -1,11 +1,12 @@
 """Trains the world model. Stops and resumes anywhere: the weights that result are the same.
 
-    python examples/world/train.py --run /tmp/world --steps 2500
-    python examples/world/train.py --run /tmp/world --steps 3000 --decay 600       # the same run, longer, wound down
+    python examples/world/train.py --run RUN --size 16 --batch 32 --steps 600 --decay 0            # a cheap start
+    python examples/world/train.py --run RUN --steps 3000 --decay 600 --export examples/world/weights
 
-Each step draws fresh scenes by number, so that no scene comes twice; a checkpoint holds weights, moving average, optimiser
-and step, and what a step does depends on these and its number alone. The learning rate rises, stays, and falls linearly
-over the last `--decay` steps. The first steps of that fall may also be set later, by resuming with other `--steps`.
+Each step draws fresh scenes by number, so that none comes twice; a checkpoint holds weights, moving average, optimisers and
+step, and what a step does depends on these and the options alone. A run goes on with whatever options it is resumed with:
+coarse images first, then whole ones; and the learning rate falls linearly over the last `--decay` of `--steps` steps, so
+that a run is wound down at any time by naming the step to end at.
 """
 
 from __future__ import annotations

@@ -1,0 +1,135 @@
+"""What hero_fx finds in diffusers' transformers: layers, branches, streams, token grid, and what cannot be refreshed.
+
+    python examples/zoo.py [--models wan,flux] [--json]
+
+Tiny models with random weights (examples/_zoo.py) are compiled with `fullgraph=True` and `policy="hero"`, all layers
+shallow, and run once. "refreshable" counts the branches that can be computed for sampled tokens only; the others are
+computed in full at every step, and a note says why. "cached" is the FLOPs of a cached step, attention's included, as a share
+of a full step's, with half of the layers shallow. "full step" says whether it gives what the model itself gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+import hero_fx
+from _zoo import ZOO, sample
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor of a model's output."""
+    while not isinstance(value, Tensor):
+        value = value[0]
+    return value
+
+
+def survey(name: str) -> dict[str, Any]:
+    """One row: what was found in a model, or why it cannot be compiled as one graph."""
+    model = sample(name)
+    options: dict[str, Any] = {"inner": "eager", "patch": (1, 1, 2), "timestep": model.time, "grid": model.grid}
+    backend = hero_fx.backend(refresh_layers=1.0, **options)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend=backend, fullgraph=True)
+    try:
+        ours = first_tensor(compiled(**model.inputs, return_dict=False))
+    except Exception as error:
+        return {"model": name, "failed": _reason(error), "plain_fails": _breaks(model)}
+    theirs = first_tensor(model.model(**model.inputs, return_dict=False))
+    steps = backend.graphs[-1]
+    usual = hero_fx.backend(**options).rewrite(steps)
+    structure = steps.structure
+    return {
+        "model": name,
+        "layers": structure.depth,
+        "branches": dict(Counter(branch.kind for branch in structure.branches)),
+        "streams": {s.name: sum(segment.length for segment in s.tokens.segments) for s in structure.streams},
+        "grid": structure.grid,
+        "refreshable": len(structure.branches) - len(steps.fallbacks),
+        "of": len(structure.branches),
+        "cached": hero_fx.flops(usual.cached[0]).total / hero_fx.flops(usual.normal).total,
+        "full_step_error": float((ours - theirs).abs().max() / theirs.abs().max()),
+        "fell_back": _by_reason({fallback.branch: fallback.reason for fallback in steps.fallbacks}),
+    }
+
+
+def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Branches by the reason they share; node names and sizes of single layers are left out."""
+    grouped: dict[str, list[str]] = {}
+    for branch, reason in reasons.items():
+        grouped.setdefault(re.sub(r"^\w+ = ", "", reason), []).append(branch)
+    return grouped
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _breaks(model: Any) -> bool:
+    """Whether plain torch.compile cannot make one graph of the model either."""
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True)
+    try:
+        compiled(**model.inputs, return_dict=False)
+    except Exception:
+        return True
+    return False
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows that were found, then a note for each thing that fell back or failed."""
+    shown = [
+        [
+            row["model"],
+            row["layers"],
+            ", ".join(f"{count} {kind}" for kind, count in row["branches"].items()),
+            ", ".join(f"{name} {tokens}" for name, tokens in row["streams"].items()),
+            "x".join(map(str, row["grid"])) if row["grid"] else "not shown",
+            f"{row['refreshable']} of {row['of']}",
+            f"{row['cached']:.2f}",
+            "equal" if row["full_step_error"] == 0 else f"{row['full_step_error']:.0e}",
+        ]
+        for row in rows
+        if "failed" not in row
+    ]
+    headers = ["model", "layers", "branches", "streams", "grid", "refreshable", "cached", "full step"]
+    notes = [
+        f"{row['model']}: {branches[0]}{f' and {len(branches) - 1} more' if len(branches) > 1 else ''}: {reason}"
+        for row in rows
+        for reason, branches in row.get("fell_back", {}).items()
+    ]
+    notes += [
+        f"{row['model']}: no single graph, {'nor' if row['plain_fails'] else 'but one'} without hero_fx: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
+    return "\n".join([tabulate(shown, headers=headers, disable_numparse=True), "", *notes])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Surveys the models and prints a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--models", default=",".join(ZOO), help="names, separated by commas")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    names = given.models.split(",")
+    unknown = sorted(set(names) - set(ZOO))
+    if unknown:
+        parser.error(f"--models: unknown {', '.join(unknown)}; there are {', '.join(ZOO)}")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what falls back is in the table
+        rows = [survey(name) for name in tqdm(names, disable=given.json)]
+    print(json.dumps(rows, indent=2) if given.json else as_table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""`hero_fx.passes.attention`: every op of the table, in the same model, gives what SDPA gives; what it cannot do it names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import hero_fx
+from hero_fx.passes.attention import ATTENTION
+from hero_fx.passes.plan import Refresh, ScoredRefresh
+from hero_fx.passes.tokens import NoRule, follow
+
+from . import toys
+from .attention_ops import registered
+from .axis import TOKENS, stream
+from .layers import D, Model, Part, norm
+from .steps_by_hand import Toy
+from .test_architectures import repeats, trajectory
+from .tracing import trace
+
+aten = torch.ops.aten
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ops() -> Iterator[None]:
+    with registered():
+        yield
+
+
+def rows(op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """Of an op on [B, N, heads, D]."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return op(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    return run
+
+
+# by name, with a mask where the op takes one
+OPS: dict[str, Attend] = {
+    "aten::scaled_dot_product_attention": lambda q, k, v, m: aten.scaled_dot_product_attention(q, k, v, m, scale=0.3),
+    "aten::_scaled_dot_product_attention_math": lambda q, k, v, m: aten._scaled_dot_product_attention_math(
+        q, k, v, m, scale=0.3
+    )[0],
+    "aten::_scaled_dot_product_flash_attention": lambda q, k, v, m: aten._scaled_dot_product_flash_attention(
+        q, k, v, scale=0.3
+    )[0],
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, m: (
+        aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=m, scale=0.3)[0]
+    ),
+    "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, m: aten._scaled_dot_product_efficient_attention(
+        q, k, v, m, False, scale=0.3
+    )[0],
+    "aten::_scaled_dot_product_cudnn_attention": lambda q, k, v, m: aten._scaled_dot_product_cudnn_attention(
+        q, k, v, m, False, scale=0.3
+    )[0],
+    "aten::_scaled_dot_product_fused_attention_overrideable": lambda q, k, v, m: (
+        aten._scaled_dot_product_fused_attention_overrideable(q, k, v, m, scale=0.3)[0]
+    ),
+    "aten::_flash_attention_forward": rows(
+        lambda q, k, v: aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False, scale=0.3
+        )[0]
+    ),
+    "aten::_efficient_attention_forward": rows(
+        lambda q, k, v: aten._efficient_attention_forward(
+            q, k, v, None, None, None, None, None, 0.0, 0, False, scale=0.3
+        )[0]
+    ),
+    "flash_attn::_flash_attn_forward": rows(
+        lambda q, k, v: torch.ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.3, False, -1, -1, 0.0, None, False)[0]
+    ),
+    "flash_attn_3::_flash_attn_forward": rows(
+        lambda q, k, v: torch.ops.flash_attn_3._flash_attn_forward(q, k, v, softmax_scale=0.3)[0]
+    ),
+    "_diffusers_flash_attn_3::_flash_attn_forward": rows(
+        lambda q, k, v: torch.ops._diffusers_flash_attn_3._flash_attn_forward(q, k, v, softmax_scale=0.3)[0]
+    ),
+}
+MASKED = [name for name in OPS if ATTENTION[name].mask and name != "aten::_efficient_attention_forward"]
+
+
+def model(attend: Attend, masked: bool) -> Toy:
+    """A seeded transformer of two layers with that op; some keys are masked out, if the op can."""
+
+    def layer(part: Part, x: Tensor) -> Any:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in part.qkv(norm(x)).chunk(3, dim=-1))
+        mask = torch.zeros(1, 1, 1, x.shape[1]).index_fill(3, torch.tensor([2, 5]), -1.0)
+        mask = mask.expand(x.shape[0], 2, x.shape[1], x.shape[1]) if masked else None  # type: ignore[assignment]
+        x = x + part.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return x + part.ffn(norm(x))
+
+    torch.manual_seed(0)
+    built = Model(layer, layers=2).eval().requires_grad_(False)
+    return Toy(lambda x, gate, w, v: built(x), text=False, width=D)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+
+
+def test_every_entry_is_tested() -> None:
+    assert set(ATTENTION) - set(OPS) == {
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+        "flex_attention",
+    }
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_gives_what_sdpa_gives(name: str) -> None:
+    ours, theirs = model(OPS[name], name in MASKED), model(sdpa, name in MASKED)
+    (attention, *_) = [b for b in ours.structure.branches if b.attention]
+    node = next(n for n in ours.normal.graph.nodes if n.name == attention.attention[0])
+    assert str(node.target._schema.name) == name
+    for options in ({"keys": "all"}, {"keys": "sampled"}):
+        settings: dict[str, Any] = {"refresh_layers": 2, **options}
+        torch.testing.assert_close(trajectory(ours, **settings), trajectory(theirs, **settings), rtol=1e-5, atol=1e-5)
+    assert repeats(ours, lambda branch: Refresh()) == {}
+    scored = ScoredRefresh()
+    assert repeats(ours, lambda branch: scored if branch.kind == "ffn" else Refresh()) == {}
+
+
+def reason(function: Callable[[Tensor], Tensor]) -> str:
+    """Why a function of a stream cannot be computed for a part of its tokens."""
+    gm = trace(lambda x: function(x.unflatten(-1, (2, -1))), stream())
+    with pytest.raises(NoRule) as error:
+        follow(gm.graph.nodes, {gm.graph.find_nodes(op="placeholder")[0]: TOKENS})
+    return error.value.reason
+
+
+def test_what_depends_on_the_order_of_tokens_is_refused() -> None:
+    two, three = torch.ops.flash_attn, torch.ops.flash_attn_3
+    order = "it depends on the order of the tokens"
+    assert reason(lambda x: two._flash_attn_forward(x, x, x, 0.0, 1.0, True, -1, -1, 0.0, None, False)[0]) == (
+        f"causal=True: {order}"
+    )
+    assert reason(lambda x: two._flash_attn_forward(x, x, x, 0.0, 1.0, False, 4, -1, 0.0, None, False)[0]) == (
+        f"window_size_left=4: {order}"
+    )
+    assert reason(lambda x: three._flash_attn_forward(x, x, x, attention_chunk=2)[0]) == f"attention_chunk=2: {order}"
+    bias = torch.ones(2)
+    assert "and no rule says what that is" in reason(
+        lambda x: two._flash_attn_forward(x, x, x, 0.0, 1.0, False, -1, -1, 0.0, bias, False)[0]
+    )
+    lengths = torch.tensor([0, 8, 16])
+    assert "packed end to end" in reason(
+        lambda x: two._flash_attn_varlen_forward(x, x, x, lengths, lengths, 8, 8, 0.0, 1.0, False)[0]
+    )
+
+
+def test_results_beside_the_first_are_refused() -> None:
+    assert "more of its results" in reason(
+        lambda x: (
+            torch.ops.flash_attn_3._flash_attn_forward(x, x, x)[0]
+            + torch.ops.flash_attn_3._flash_attn_forward(x, x, x)[1].sum()
+        )
+    )
+
+
+class Flex(toys.Block):
+    """A toy block with flex attention."""
+
+    def __init__(self, mask: BlockMask | None) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale, gate, _, _, other = self.modulation(embedding).chunk(6, dim=-1)
+        normal = norm_of(x) * (1 + scale) + shift
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(normal).chunk(3, dim=-1))
+        mixed = flex_attention(q, k, v, block_mask=self.mask)
+        assert isinstance(mixed, Tensor)
+        x = x + gate * self.out(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = x + other * self.down(F.gelu(self.up(norm_of(x))))
+        return result
+
+
+def norm_of(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (toys.WIDTH,))
+
+
+def flex_model(mask: BlockMask | None) -> Any:
+    toy = toys.toy(layers=2)
+    torch.manual_seed(0)
+    toy.blocks = nn.ModuleList(Flex(mask) for _ in range(2)).eval().requires_grad_(False)
+    return toy
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_cached_but_not_refreshed() -> None:
+    def nearby(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query - key).abs() < 9
+
+    model = flex_model(create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu"))
+    for options in ({"policy": "taylorseer"}, {"grid": toys.GRID, "refresh_layers": 2}):
+        backend = hero_fx.backend(inner="eager", warmup=2, **options)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours = toys.loop(toys.torch_compile(model, backend, fullgraph=True), toys.latents(), toys.times(4))
+            assert torch.equal(ours[0], model(toys.latents(), toys.times(4)[0]))
+        assert backend.stats().cached_steps == 1
+    assert {f.branch for f in backend.graphs[0].fallbacks} == {"l0_attention", "l1_attention"}
+    assert all("score_mod, block_mask" in f.reason for f in backend.graphs[0].fallbacks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_mask_made_within_the_model_is_refused() -> None:
+    torch._dynamo.reset()
+    call = toys.torch_compile(flex_model(None), hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
+    with torch.no_grad(), pytest.raises(Exception, match="create_block_mask, and pass it as block_mask"):
+        call(toys.latents(), toys.times(1)[0])

@@ -1,0 +1,56 @@
+"""Real pipelines of diffusers end to end: nothing but `pipe.transformer = torch.compile(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import hero_fx
+
+from . import toys
+from .pipelines import PIPELINES, STEPS, Variants, latents_of
+from .tiny import worst
+
+RUNS = 2
+FULLS, CACHED = 3, 5  # steps 0, 3 and 6 of eight
+SETTINGS: dict[str, Any] = {"inner": "eager", "interval": 3, "warmup": 1, "patch": (1, 1, 2), "refresh_ratio": 0.4}
+# Every layer recomputes every token, so that cached steps must give what full ones do.
+ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines(name: str) -> None:
+    case = PIPELINES[name]()
+    hero = hero_fx.backend(**SETTINGS, **case.options)
+    exact = hero_fx.backend(**ALL, **case.options)
+    variants = Variants(hero, exact=exact)
+    case.pipe.transformer = toys.torch_compile(case.pipe.transformer, backend=variants, fullgraph=True)
+    plain = latents_of(case)
+
+    variants.now = "exact"
+    for _ in range(RUNS):
+        assert worst(latents_of(case), plain) < 1e-4
+
+    variants.now = "hero"
+    first, decoded = latents_of(case), case.run(output_type="pt")
+    assert worst(first[:1], plain[:1]) == 0
+    assert 1e-4 < worst(first, plain) < 1
+    assert tuple(decoded.shape) == case.decoded
+    assert bool(decoded.isfinite().all())
+
+    for backend in (exact, hero):
+        stats = backend.stats()
+        assert stats.graphs == case.graphs
+        assert (stats.full_steps, stats.cached_steps) == (RUNS * case.lanes * FULLS, RUNS * case.lanes * CACHED)
+    assert FULLS + CACHED == STEPS
+    assert toys.same(latents_of(case), first)
