@@ -106,6 +106,12 @@ def frame_module() -> torch.nn.Module | None:
     return next((v for v in candidates if isinstance(v, torch.nn.Module)), None)
 
 
+def frame_module_name() -> str:
+    """The Python module, such as `diffusers.hooks.hooks`, whose code Dynamo is compiling right now; empty if none."""
+    frame = _root_frame()
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
 def frame_resumes_after_break() -> bool:
     """True if Dynamo is compiling the rest of a function after a graph break."""
     frame = _root_frame()

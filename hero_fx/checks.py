@@ -78,12 +78,13 @@ def _offload_hint() -> str:
     """What to do about hooks that move weights while the model runs; nothing if there are none."""
     module = _compat.frame_module()
     hooked = [name or "the model itself" for name, m in (module.named_modules() if module else ()) if _moves_weights(m)]
-    if not hooked:
+    if not hooked and not _compat.frame_module_name().startswith(("accelerate.hooks", "diffusers.hooks")):
         return ""
+    where = f" ({len(hooked)} of its modules have one, the first is {hooked[0]})" if hooked else ""
     return (
-        f". Offload hooks break the graph ({len(hooked)} of its modules have one, the first is {hooked[0]}): in place of "
-        "group or sequential offload call pipe.enable_model_cpu_offload(), and only after torch.compile, so that the "
-        "transformer is moved as a whole, outside of its graph"
+        f". Offload hooks break the graph{where}: in place of group or sequential offload call "
+        "pipe.enable_model_cpu_offload(), and only after torch.compile, so that the transformer is moved as a whole, "
+        "outside of its graph"
     )
 
 
