@@ -66,7 +66,7 @@ def specialize(gm: fx.GraphModule) -> bool:
         for user in [user for user in node.users if user.op == "call_method" and user.target == "item"]:
             number = user.meta.get("example_value")
             if _is_wrapped_number(node) and isinstance(number, torch.SymFloat):
-                user.replace_all_uses_with(float(number))  # type: ignore[arg-type]
+                user.replace_all_uses_with(float(number))
                 gm.graph.erase_node(user)
                 found = True
     return found
@@ -83,7 +83,7 @@ def dynamic_marks(gm: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     for node in gm.graph.find_nodes(op="placeholder"):
         example = getattr(node.meta.get("grapharg"), "example", None)
         axes = getattr(example, "_dynamo_dynamic_indices", None)
-        if axes and not torch._dynamo.config.allow_ignore_mark_dynamic:
+        if axes and not getattr(torch._dynamo.config, "allow_ignore_mark_dynamic", False):
             marks[argument_name(node)] = tuple(sorted(axes))
     return marks
 

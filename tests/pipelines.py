@@ -188,7 +188,8 @@ def wan_i2v() -> Case:
     config = CLIPVisionConfig(
         hidden_size=14, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=6,
     )  # fmt: skip
-    encoder = CLIPVisionModel(config).eval().requires_grad_(False)
+    encoder: Any = CLIPVisionModel(config)
+    encoder.eval().requires_grad_(False)
     pipe = _pipe(
         "WanImageToVideoPipeline", transformer=_transformer("wan_i2v"), image_encoder=encoder,
         image_processor=_clip_processor(), **_wan_parts(),
