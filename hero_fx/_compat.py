@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -48,10 +48,11 @@ def to_fake(mode: FakeTensorMode, value: Any) -> Any:
 
 
 def specialize(gm: fx.GraphModule) -> bool:
-    """Turns every symbolic size of a Dynamo graph into a guard on its present value; true if there was one.
+    """Turns every symbolic size and number of a Dynamo graph into a guard on its present value; true if there was one.
 
     Token counts are baked into a rewritten graph, so another resolution must compile again: these guards make Dynamo
-    do so, and each compiled resolution owns its state.
+    do so, and each compiled resolution owns its state. With `dynamic=True` the floats of a model (epsilons, scales) are
+    inputs too, read by `item`; they become constants in `gm`.
     """
     found = False
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -62,7 +63,37 @@ def specialize(gm: fx.GraphModule) -> bool:
         for symbol in symbols:
             int(symbol)
             found = True
+        for user in [user for user in node.users if user.op == "call_method" and user.target == "item"]:
+            number = user.meta.get("example_value")
+            if _is_wrapped_number(node) and isinstance(number, torch.SymFloat):
+                user.replace_all_uses_with(float(number))
+                gm.graph.erase_node(user)
+                found = True
     return found
+
+
+def _is_wrapped_number(node: fx.Node) -> bool:
+    """True for a graph input that Dynamo made of a Python number."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+def dynamic_marks(gm: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """The axes of each input that `torch._dynamo.mark_dynamic` was called for: Dynamo allows no guard on their sizes."""
+    marks: dict[str, tuple[int, ...]] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        example = getattr(node.meta.get("grapharg"), "example", None)
+        axes = getattr(example, "_dynamo_dynamic_indices", None)
+        if axes and not getattr(torch._dynamo.config, "allow_ignore_mark_dynamic", False):
+            marks[argument_name(node)] = tuple(sorted(axes))
+    return marks
+
+
+def last_recompile() -> int | None:
+    """Dynamo's limit of compiles of one function, if the one going on is the last that it allows."""
+    limit = torch._dynamo.config.recompile_limit
+    current = CompileContext.current_compile_id()
+    number = getattr(current, "frame_compile_id", None)
+    return limit if number is not None and number + 1 >= limit else None
 
 
 def frame_module() -> torch.nn.Module | None:
@@ -73,6 +104,12 @@ def frame_module() -> torch.nn.Module | None:
     values: Mapping[str, Any] = frame.f_locals
     candidates = [values.get("self"), *values.values()]
     return next((v for v in candidates if isinstance(v, torch.nn.Module)), None)
+
+
+def frame_module_name() -> str:
+    """The Python module, such as `diffusers.hooks.hooks`, whose code Dynamo is compiling right now; empty if none."""
+    frame = _root_frame()
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 def frame_resumes_after_break() -> bool:

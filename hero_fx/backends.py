@@ -164,7 +164,19 @@ class Backend:
         )
         self.graphs.append(steps)
         self.steppers.append(stepper)
+        self._warn_of_limit(len(self.graphs))
         return stepper
+
+    def _warn_of_limit(self, graphs: int) -> None:
+        """Says ahead that Dynamo will not compile another shape of this model: what it says then names no mend."""
+        limit = _compat.last_recompile()
+        if limit is not None and graphs >= limit:
+            warnings.warn(
+                f"hero_fx: every resolution and text length compiles once, this is number {graphs}, and "
+                f"torch._dynamo.config.recompile_limit={limit} allows no further one: the model would run uncompiled, or "
+                "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes",
+                stacklevel=2,
+            )
 
 
 def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:

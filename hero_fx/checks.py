@@ -34,6 +34,13 @@ def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
             "gradients are enabled (torch.is_grad_enabled()=True and parameters require them), but cached steps have no "
             "backward: call the model under torch.no_grad() or torch.inference_mode()"
         )
+    marks = _compat.dynamic_marks(gm)
+    if marks:
+        where = ", ".join(f"axes {', '.join(map(str, axes))} of {name}" for name, axes in marks.items())
+        raise UnsupportedModel(
+            f"torch._dynamo.mark_dynamic was called for {where}, but token counts are part of a step graph: every "
+            "resolution compiles once and owns its state; leave mark_dynamic out, or use torch._dynamo.maybe_mark_dynamic"
+        )
 
 
 def _has_live_dropout(gm: fx.GraphModule) -> bool:
@@ -51,13 +58,13 @@ def check_graph(gm: fx.GraphModule) -> None:
     if _compat.frame_resumes_after_break():
         raise UnsupportedModel(
             "this graph is what follows a graph break, so the model's layers may be split over several graphs; "
-            "find the break with torch.compile(..., fullgraph=True) or TORCH_LOGS=graph_breaks and remove it"
+            f"find the break with torch.compile(..., fullgraph=True) or TORCH_LOGS=graph_breaks and remove it{_offload_hint()}"
         )
     reason = _compat.graph_break_reason(gm)
     if reason is not None:
         raise UnsupportedModel(
             f"a graph break ends this graph early ({reason.strip().splitlines()[0]}), so the model's layers may be split "
-            "over several graphs; find it with torch.compile(..., fullgraph=True) and remove it"
+            f"over several graphs; find it with torch.compile(..., fullgraph=True) and remove it{_offload_hint()}"
         )
     if any(getattr(node.target, "__module__", "") == "torch._functorch.predispatch" for node in gm.graph.nodes):
         raise UnsupportedModel(
@@ -65,6 +72,26 @@ def check_graph(gm: fx.GraphModule) -> None:
             "model: make the mask outside, with torch.nn.attention.flex_attention.create_block_mask, and pass it as "
             "block_mask, or use torch.nn.functional.scaled_dot_product_attention"
         )
+
+
+def _offload_hint() -> str:
+    """What to do about hooks that move weights while the model runs; nothing if there are none."""
+    module = _compat.frame_module()
+    hooked = [name or "the model itself" for name, m in (module.named_modules() if module else ()) if _moves_weights(m)]
+    if not hooked and not _compat.frame_module_name().startswith(("accelerate.hooks", "diffusers.hooks")):
+        return ""
+    where = f" ({len(hooked)} of its modules have one, the first is {hooked[0]})" if hooked else ""
+    return (
+        f". Offload hooks break the graph{where}: in place of group or sequential offload call "
+        "pipe.enable_model_cpu_offload(), and only after torch.compile, so that the transformer is moved as a whole, "
+        "outside of its graph"
+    )
+
+
+def _moves_weights(module: torch.nn.Module) -> bool:
+    """True if accelerate or diffusers hooked the module to bring its weights in before each call."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", ())
 
 
 _IF_WHOLE = "; if you did, a graph break split it: find the break with torch.compile(..., fullgraph=True)"

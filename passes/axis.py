@@ -13,7 +13,7 @@ from .attention import ATTENTION, AttentionOp
 from .emit import value_of
 
 __all__ = [
-    "ATTENTION", "AttentionOp", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
+    "ATTENTION", "AttentionOp", "Folded", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
     "one_input", "rank_of",
 ]  # fmt: skip
 
@@ -42,16 +42,35 @@ class Tokens:
 
     dim: int
     segments: tuple[Segment, ...]
+    outer: int = 1
+    """How many times the tokens follow each other along the axis (a batch in front of them is folded in)."""
+    inner: int = 1
+    """How many values each token has along the axis (frames behind them are folded in)."""
 
     @property
     def length(self) -> int:
+        """The number of tokens."""
         return sum(s.length for s in self.segments)
 
+    @property
+    def folded(self) -> bool:
+        """Whether the axis holds more than tokens."""
+        return self.outer * self.inner > 1
+
+    @property
+    def size(self) -> int:
+        """The size of the axis."""
+        return self.outer * self.length * self.inner
+
     def at(self, dim: int) -> Tokens:
-        return Tokens(dim, self.segments)
+        return Tokens(dim, self.segments, self.outer, self.inner)
 
     def cut(self, start: int, stop: int) -> Tokens:
-        """The tokens `start:stop` of this axis."""
+        """The tokens `start:stop` of this axis. Raises Folded if it holds more than tokens."""
+        if self.folded and (start, stop) != (0, self.size):
+            raise Folded
+        if self.folded:
+            return self
         kept, offset = [], 0
         for segment in self.segments:
             low, high = max(start, offset), min(stop, offset + segment.length)
@@ -61,7 +80,12 @@ class Tokens:
         return Tokens(self.dim, tuple(kept))
 
     def __str__(self) -> str:
-        return f"dim {self.dim}: " + " ".join(map(str, self.segments))
+        fold = f"{self.outer} x " * (self.outer > 1), f" x {self.inner}" * (self.inner > 1)
+        return f"dim {self.dim}: {fold[0]}{' '.join(map(str, self.segments))}{fold[1]}"
+
+
+class Folded(Exception):
+    """A part of an axis was asked for, into which more than tokens is folded."""
 
 
 class NoRule(Exception):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .emit import Emitter, value_of
+from .emit import Emitter
 from .structure import Structure, Update
 
 __all__ = ["Features", "ReturnFeatures"]
@@ -77,7 +77,7 @@ class ReturnFeatures:
     def _image(self, emitter: Emitter, update: Update, node: fx.Node) -> fx.Node:
         """The image tokens of a value of the stream."""
         dim, ranges = self.structure.streams[update.stream].tokens.dim, self._image_ranges(update)
-        if ranges == [(0, value_of(node).shape[dim])]:
+        if sum(stop - start for start, stop in ranges) == self.structure.streams[update.stream].tokens.length:
             return node
         parts = [emitter.call(aten.slice.Tensor, node, dim, start, stop) for start, stop in ranges]
         return parts[0] if len(parts) == 1 else emitter.call(aten.cat.default, parts, dim)

@@ -99,6 +99,8 @@ class Pipeline:
                 _trace(f"hero_fx_{self.label}_{number:02d}_{current.name}", text)
                 if debug:
                     log.debug("%s:\n%s", title, graph_diff(before, text()))
+        if any(record.sites for record in records):
+            gm.recompile()  # once: passes read the graph alone, and code of a deep model takes a second to write
         return tuple(records)
 
     def _run(self, number: int, gm: GraphModule, ops_before: Counter[str]) -> tuple[PassRecord, Counter[str]]:
@@ -113,7 +115,6 @@ class Pipeline:
             assert sites or untouched, "it returned 0 but changed the graph"
             if sites:
                 gm.graph.lint()
-                gm.recompile()
         except ValueError as error:
             error.add_note(f"Raised by pass {self._place(number)}.")
             raise

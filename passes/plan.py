@@ -176,8 +176,8 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
             query, key = node.args[op.query], node.args[op.key]
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
-            rank = value_of(query).dim()
-            if infos.get(key) is not None and infos.get(query) is not None and rank == 4:
+            tokens, rank = infos.get(key), value_of(query).dim()
+            if rank == 4 and isinstance(tokens, Tokens) and tokens.dim == op.dim + 4 and infos.get(query) is not None:
                 return node
     last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
     raise NoRule(last, "its layer has no self-attention to score tokens by")
@@ -218,7 +218,8 @@ def resolve(
 
 
 def _batch_in_front(gm: fx.GraphModule, structure: Structure, branch: Branch) -> None:
-    if any(structure.streams[update.stream].tokens.dim != 1 for update in branch.updates):
+    tokens = [structure.streams[update.stream].tokens for update in branch.updates]
+    if any(t.dim != 1 or t.folded for t in tokens):
         last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
         raise NoRule(last, "tokens by score are chosen where the stream is [batch, tokens, width]")
 

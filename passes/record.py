@@ -11,7 +11,7 @@ from .attention import argument_of
 from .branches import Branch, Structure
 from .emit import Emitter, StateSlot, value_of
 from .plan import Recording, Refresh, ScoredRefresh, analyse, cached_node, gate_of, self_attention, term_slot
-from .tokens import ATTENTION, Tokens
+from .tokens import ATTENTION, Tokens, normal_dim
 
 __all__ = ["RecordFeatures", "image_range", "key_slots", "score_slots"]
 
@@ -106,7 +106,7 @@ class RecordFeatures:
                 source = node.args[argument]
                 assert isinstance(source, fx.Node)
                 tokens = analysis.infos.get(source)
-                if not isinstance(tokens, Tokens):
+                if not isinstance(tokens, Tokens) or tokens.dim != normal_dim(op.dim, value_of(source).dim()):
                     continue
                 for slot, start, stop, step in key_slots(recording.branch, number, role, tokens, recording):
                     with emitter.before(emitter.output):

@@ -58,7 +58,7 @@ def _root_tokens(
     with suppress(NoRule):
         followed = follow(_between_streams(graph, root, known), known)
     tokens = followed.get(root)
-    if isinstance(tokens, Tokens) and value_of(root).dim() - tokens.dim == 2:
+    if isinstance(tokens, Tokens) and tokens.dim < value_of(root).dim() - 1:
         return tokens
     dim = _token_axis(graph, root, reader)
     along = root.args[1] if len(root.args) > 1 else root.kwargs.get("dim", 0)
@@ -155,13 +155,11 @@ def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> l
     starts = {source: min(start for name, start in firsts if name == source) for source in sources}
     result: list[Stream] = []
     for stream in streams:
-        tokens = Tokens(
-            stream.tokens.dim,
-            tuple(
-                Segment(names[s.source], s.start - starts[s.source], s.stop - starts[s.source])
-                for s in stream.tokens.segments
-            ),
+        segments = tuple(
+            Segment(names[s.source], s.start - starts[s.source], s.stop - starts[s.source])
+            for s in stream.tokens.segments
         )
+        tokens = replace(stream.tokens, segments=segments)
         name = "+".join(dict.fromkeys(s.source for s in tokens.segments))
         taken = sum(s.name.split("#")[0] == name for s in result)
         result.append(Stream(f"{name}#{taken}" if taken else name, stream.root, tokens, stream.width))
@@ -183,7 +181,7 @@ def _parted(tokens: Tokens, image: Segment) -> Tokens:
         for start, stop in pairwise(bounds):
             part = Segment(segment.source, start, stop)
             segments.append(replace(part, source=_part_name(part, image)))
-    return Tokens(tokens.dim, tuple(segments))
+    return replace(tokens, segments=tuple(segments))
 
 
 def _part_name(part: Segment, image: Segment) -> str:

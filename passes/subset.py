@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter, value_of
-from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, normal_dim, slice_bounds
+from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, attends_within, normal_dim, slice_bounds
 
 __all__ = ["Keep", "Rows", "Subset", "check_whole"]
 
@@ -91,6 +91,10 @@ class Subset:
         keeps = [self.keep.get(segment.source) for segment in tokens.segments]
         return [keep for keep in keeps if isinstance(keep, Rows)]
 
+    def size(self, tokens: Tokens) -> int:
+        """The size of an axis with the kept tokens."""
+        return tokens.outer * self.kept(tokens) * tokens.inner
+
     def seed(self, stream: fx.Node) -> None:
         """Takes the kept tokens of a residual stream."""
         tokens = self.tokens(stream)
@@ -105,6 +109,9 @@ class Subset:
         return self._gathered[key]
 
     def _gather(self, node: fx.Node, tokens: Tokens) -> fx.Node | None:
+        if tokens.folded:
+            gathered = self.gather(self._unfolded(node, tokens), Tokens(tokens.dim + 1, tokens.segments))
+            return gathered and self._refolded(gathered, tokens)
         call, pieces, offset = self.emitter.call, [], 0
         batches = [int(value_of(k.index).shape[0]) for k in self._kept_rows(tokens) if k.per_batch]
         shape = list(value_of(node).shape)
@@ -123,6 +130,17 @@ class Subset:
         if len(pieces) <= 1:
             return pieces[0] if pieces else None
         return call(aten.cat.default, pieces, tokens.dim)
+
+    def _unfolded(self, node: fx.Node, tokens: Tokens) -> fx.Node:
+        """The tokens of a folded axis along an axis of their own."""
+        shape = list(value_of(node).shape)
+        own = [tokens.outer, shape[tokens.dim] // (tokens.outer * tokens.inner), tokens.inner]
+        return self.emitter.call(aten.reshape.default, node, [*shape[: tokens.dim], *own, *shape[tokens.dim + 1 :]])
+
+    def _refolded(self, node: fx.Node, tokens: Tokens) -> fx.Node:
+        shape = list(value_of(node).shape)
+        size = shape[tokens.dim] * shape[tokens.dim + 1] * shape[tokens.dim + 2]
+        return self.emitter.call(aten.reshape.default, node, [*shape[: tokens.dim], size, *shape[tokens.dim + 3 :]])
 
     def shifted(self, index: fx.Node, offset: int) -> fx.Node:
         """`index`, counted from the start of an axis on which its source begins at `offset`."""
@@ -149,6 +167,9 @@ class Subset:
 
     def merge(self, base: fx.Node, tokens: Tokens, fresh: fx.Node) -> fx.Node:
         """`base` (all tokens) with the kept ones replaced by `fresh` (kept tokens only)."""
+        if tokens.folded:
+            own, new = (self._unfolded(n, tokens) for n in (base, fresh))
+            return self._refolded(self.merge(own, Tokens(tokens.dim + 1, tokens.segments), new), tokens)
         call, whole, offset, at = self.emitter.call, self.kept(tokens), 0, 0
         for segment in tokens.segments:
             count = self._kept_of(segment)
@@ -189,19 +210,26 @@ class Subset:
         if first is None:
             self.env[node] = node
         elif node.target in ATTENTION:
-            self.env[node] = None if self.kept(first) == 0 else self.attention(self, node)
-        elif isinstance(info, tuple) and node.target is not aten.unbind.int and self._splits_tokens(node):
+            self.env[node] = None if self.kept(first) == 0 else self._attention(node, first)
+        elif isinstance(info, tuple) and self._splits_tokens(node):
             self.env[node] = self._split(node, info)
         elif self.kept(first) == 0:
             self.env[node] = None
         else:
             self.env[node] = self._one(node, first)
 
+    def _attention(self, node: fx.Node, tokens: Tokens) -> fx.Node:
+        return self._one(node, tokens) if attends_within(node, self.look) else self.attention(self, node)
+
+    def look(self, node: Any) -> Tokens | None:
+        """Where the tokens of a node are, if it has some."""
+        return self.tokens(node) if isinstance(node, fx.Node) else None
+
     def _one(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         call = self.emitter.call
         source = node.args[0]
         shape = value_of(node).shape if isinstance(value_of(node), torch.Tensor) else ()
-        small = [self.kept(tokens) if d == tokens.dim else int(size) for d, size in enumerate(shape)]
+        small = [self.size(tokens) if d == tokens.dim else int(size) for d, size in enumerate(shape)]
         packet = getattr(node.target, "overloadpacket", None)
         match packet if node.target is not aten.view.dtype else None:
             case aten.view | aten.reshape | aten._unsafe_view | aten.flatten | aten.unflatten | aten.squeeze:
@@ -225,7 +253,7 @@ class Subset:
         if node.target in _PLAIN or not isinstance(value, torch.Tensor):
             return source
         dim = tokens.dim - (rank - value.dim())
-        if dim < 0 or value.shape[dim] != tokens.length or tokens.length == 1:
+        if dim < 0 or value.shape[dim] != tokens.size or tokens.size == 1:
             return source
         if dim < tokens.dim and any(k.per_batch for k in self._kept_rows(tokens)):
             # Each batch element has rows of its own, so the table needs an axis for the batch.
@@ -272,6 +300,8 @@ class Subset:
         return new[0] if len(new) == 1 else self.emitter.call(aten.cat.default, new, dim)
 
     def _splits_tokens(self, node: fx.Node) -> bool:
+        if getattr(node.target, "overloadpacket", None) not in _SPLITS:
+            return False
         source = node.args[0]
         tokens = self.tokens(source)  # type: ignore[arg-type]
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
@@ -288,6 +318,8 @@ class Subset:
         items = iter(range(len(sizes)))
         return tuple(self.emitter.call(operator.getitem, parts, next(items)) if c else None for c in counts)
 
+
+_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
 
 # Ops whose further inputs are weights: never indexed by token, whatever their size.
 _PLAIN = {

@@ -23,6 +23,7 @@ from .attention import argument_of
 from .axis import (
     ATTENTION,
     AttentionOp,
+    Folded,
     Info,
     Lookup,
     NoRule,
@@ -37,7 +38,8 @@ from .emit import value_of
 from .rules import OTHER_AXES, narrow_bounds
 
 __all__ = [
-    "ATTENTION", "AttentionOp", "Info", "NoRule", "Segment", "Tokens", "follow", "is_matmul", "normal_dim",
+    "ATTENTION", "AttentionOp", "Info", "NoRule", "Segment", "Tokens", "attends_within", "follow", "is_matmul",
+    "normal_dim",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -81,7 +83,10 @@ def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[f
             rule = _attention
         if rule is None:
             raise NoRule(node, "no rule says what this op does to the token axis")
-        known[node] = rule(node, look)
+        try:
+            known[node] = rule(node, look)
+        except Folded:
+            raise NoRule(node, "it takes a part of an axis into which more than tokens is folded") from None
     return known
 
 
@@ -97,7 +102,7 @@ def _pointwise(node: fx.Node, look: Lookup) -> Tokens:
             raise NoRule(node, f"its inputs carry different tokens ({out} and {aligned})")
         out = aligned
     assert out is not None
-    if value_of(node).shape[out.dim] != out.length:
+    if value_of(node).shape[out.dim] != out.size:
         raise NoRule(node, "the token axis is broadcast against itself")
     return out
 
@@ -161,13 +166,20 @@ def _matmul(node: fx.Node, look: Lookup) -> Tokens:
 
 
 def _reshape(node: fx.Node, look: Lookup) -> Tokens:
-    """The token axis survives a reshape if an axis of the same length has as many elements in front of it."""
+    """The token axis survives a reshape where one axis still holds all of it, alone or with neighbours folded in."""
     source, tokens = one_input(node, look)
     before, after = value_of(source).shape, value_of(node).shape
-    front = prod(before[: tokens.dim])
+    front, folded = prod(before[: tokens.dim]) * tokens.outer, None
     for dim, size in enumerate(after):
-        if size == tokens.length and prod(after[:dim]) == front:
-            return tokens.at(dim)
+        ahead = prod(after[:dim])
+        outer = front // ahead if ahead and front % ahead == 0 else 0
+        if outer and size and size % (outer * tokens.length) == 0:
+            found = Tokens(dim, tokens.segments, outer, size // (outer * tokens.length))
+            if not found.folded:
+                return found
+            folded = folded or found
+    if folded is not None:
+        return folded
     raise NoRule(node, f"it merges or splits the token axis ({list(before)} -> {list(after)})")
 
 
@@ -285,6 +297,8 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
         if any(i != present[0] for i in infos):
             raise NoRule(node, "its inputs carry different tokens")
         return present[0]
+    if any(info.folded for info in present):
+        raise Folded
     segments: list[Segment] = []
     for source, info in zip(inputs, infos, strict=True):
         # Tokens that no stream holds (registers, a fixed prompt) are a source of their own, kept whole.
@@ -310,7 +324,7 @@ def _stack(node: fx.Node, look: Lookup) -> Tokens:
 def _expand(node: fx.Node, look: Lookup) -> Tokens:
     source, tokens = one_input(node, look)
     out = tokens.at(tokens.dim + value_of(node).dim() - rank_of(source))
-    if value_of(node).shape[out.dim] != tokens.length:
+    if value_of(node).shape[out.dim] != tokens.size:
         raise NoRule(node, "it repeats the token axis")
     return out
 
@@ -323,17 +337,26 @@ def _attention(node: fx.Node, look: Lookup) -> Info:
     if reason:
         raise NoRule(node, reason)
     for name, source, info in (("query", query, tokens), ("key", key, k), ("value", value, v)):
-        if info is not None and info.dim != normal_dim(op.dim, rank_of(source)):
+        if info is not None and info.dim != normal_dim(op.dim, rank_of(source)) and not attends_within(node, look):
             raise NoRule(node, f"the token axis of its {name} is not where the op attends")
     if look(argument_of(node, op.mask or "")) is not None:
         raise NoRule(node, "its mask depends on the tokens themselves")
-    if tokens is None or not _alike(k, v):
+    if tokens is None or (tokens.folded and not attends_within(node, look)) or not _alike(k, v):
         raise NoRule(node, "queries without tokens, or keys and values with different ones")
     if not isinstance(value_of(node), (tuple, list)):
         return tokens
     if any(user.args[1] != 0 and user.users for user in node.users):
         raise NoRule(node, "more of its results are used than what attention gives")
     return (tokens, *[None] * (len(value_of(node)) - 1))
+
+
+def attends_within(node: fx.Node, look: Lookup) -> bool:
+    """Whether an attention op has its tokens in the batch, so that each attends within itself (over frames)."""
+    op = ATTENTION[node.target]
+    query, *more = (node.args[i] for i in (op.query, op.key, op.value))
+    tokens = look(query)
+    alone = tokens is not None and rank_of(query) == 4 and tokens.dim == 0 and all(look(n) == tokens for n in more)
+    return alone and not isinstance(argument_of(node, op.mask or ""), fx.Node)
 
 
 def _alike(k: Tokens | None, v: Tokens | None) -> bool:

@@ -133,6 +133,12 @@ class Chain:
                 self.value = torch.bmm(x, values(x.shape[0], last, 3))
             case "convolution" if self.rank == 3 and dim == 2:
                 self.value = F.conv1d(x, values(2, x.shape[1], 1))
+            case "fold" if dim > 0 and self.rank > 2:
+                folded = x.flatten(dim - 1, dim)
+                table = values(*folded.shape[: dim - 1], folded.shape[dim - 1], *[1] * (folded.dim() - dim))
+                self.value = (folded.sin() * table if n % 2 else folded * 2).reshape(x.shape)
+            case "fold behind" if dim < self.rank - 2:
+                self.value = x.flatten(dim, dim + 1).cos().unflatten(dim, (x.shape[dim], -1))
             case "expand" if self.rank < 5:
                 self.value, self.dim = x.expand(n % 2 + 1, *x.shape), dim + 1
             case "split and swap" if len(self.lengths) > 1:
@@ -155,7 +161,7 @@ OPS = [
     "pointwise", "with constants", "with a table", "linear", "layer_norm", "transpose", "permute", "heads", "flatten",
     "unsqueeze", "squeeze", "slice", "cat of channels", "stack", "unbind", "softmax", "reduce", "reduce and keep",
     "expand", "split and swap", "one segment", "slice_scatter", "registers", "attention", "repeat",
-    "repeat_interleave", "pad", "narrow", "flip, roll, sort", "select_scatter", "gather", "einsum", "bmm", "convolution",
+    "repeat_interleave", "pad", "narrow", "fold", "fold behind", "flip, roll, sort", "select_scatter", "gather", "einsum", "bmm", "convolution",
 ]  # fmt: skip
 BATCH_IN_FRONT = [
     "pointwise", "with constants", "linear", "layer_norm", "heads", "cat of channels", "stack", "reduce and keep",

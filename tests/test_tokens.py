@@ -116,6 +116,20 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
         lambda x, w: F.conv3d(F.conv2d(x.transpose(1, 2)[..., None], w, padding=(0, 1))[..., None], w[:3, :3, None] * 2),
         (table(3, WIDTH, 1, 1),),
     ),
+    "tokens in the batch": (
+        lambda x, t: (F.linear(x.flatten(0, 1)[:, None], t[:3, :WIDTH]) * t[:, None, :1]).squeeze(1).unflatten(0, (2, N)),
+        (table(2 * N, 7),),
+    ),
+    "frames behind tokens": (
+        lambda x: (x.unsqueeze(2).expand(2, N, 3, WIDTH).flatten(1, 2) * 2).permute(2, 0, 1).reshape(WIDTH, 2, N, 3),
+        (),
+    ),
+    "attention over frames": (
+        lambda x: F.scaled_dot_product_attention(
+            *[x.reshape(2 * N, 1, 2, 2).permute(0, 2, 1, 3).repeat(1, 1, 3, 1)] * 3
+        ).reshape(2, N, 12),
+        (),
+    ),
     "attention": (lambda x, k: F.scaled_dot_product_attention(x, x * 2, x + 1), (table(1),)),
     "cross-attention": (lambda x, k: F.scaled_dot_product_attention(x, k, k * 2), (table(2, 7, WIDTH),)),
     "attention to other tokens too": (
@@ -210,8 +224,11 @@ REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "matmul over tokens": (lambda x, w: x.transpose(1, 2) @ w, (table(N, 3),)),
     "matmul of tokens": (lambda x: x @ x.transpose(1, 2), ()),
     "matmul with one matrix per token": (lambda x, w: x.transpose(0, 1) @ w, (table(N, WIDTH, 3),)),
-    "merge with the batch": (lambda x: x.flatten(0, 1), ()),
-    "merge with channels": (lambda x: x.reshape(2, N * WIDTH), ()),
+    "merge with channels, and mix": (lambda x: x.reshape(2, N * WIDTH).softmax(-1), ()),
+    "merge with the batch, and cut": (lambda x: x.flatten(0, 1)[:TEXT], ()),
+    "merge with the batch, and join": (lambda x: torch.cat([x.flatten(0, 1), x.flatten(0, 1)]), ()),
+    "merge with the batch, and repeat": (lambda x: x.flatten(0, 1).repeat_interleave(2, 0), ()),
+    "attention over a merged batch": (lambda x: F.scaled_dot_product_attention(*[x.flatten(0, 1)] * 3), ()),
     "grid": (lambda x: x.unflatten(1, (2, 4)), ()),
     "one token": (lambda x: x[:, 0], ()),
     "unbind": (lambda x: x.unbind(1)[0], ()),
@@ -281,8 +298,11 @@ complex: view_as_complex = aten.view_as_complex.default: it mixes values along t
 matmul over tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul of tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul with one matrix per token: matmul = aten.matmul.default: a product over or between token axes has no rule
-merge with the batch: flatten = aten.flatten.using_ints: it merges or splits the token axis ([2, 8, 4] -> [16, 4])
-merge with channels: reshape = aten.reshape.default: it merges or splits the token axis ([2, 8, 4] -> [2, 32])
+merge with channels, and mix: softmax = aten.softmax.int: it mixes values along the token axis
+merge with the batch, and cut: slice_1 = aten.slice.Tensor: it takes a part of an axis into which more than tokens is folded
+merge with the batch, and join: cat = aten.cat.default: it takes a part of an axis into which more than tokens is folded
+merge with the batch, and repeat: repeat_interleave = aten.repeat_interleave.self_int: it works along the token axis
+attention over a merged batch: scaled_dot_product_attention = aten.scaled_dot_product_attention.default: queries without tokens, or keys and values with different ones
 grid: unflatten = aten.unflatten.int: it merges or splits the token axis ([2, 8, 4] -> [2, 2, 4, 4])
 one token: select = aten.select.int: it picks one token
 unbind: unbind = aten.unbind.int: it takes the token axis apart

@@ -150,6 +150,7 @@ IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image")
 OPTIONS: dict[str, dict[str, Any]] = {
     "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
     "ltx2": {"stale": "audio_to_video"},
+    "latte": {"folds": lambda path: 2 if "temporal" in path else 1},
 }
 
 
@@ -158,9 +159,7 @@ def within(modules: set[str]) -> Callable[[str], bool]:
     return lambda path: any(f"{a}.".startswith(f"{b}.") for m in modules for a, b in ((m, path), (path, m)))
 
 
-# Latte's frames fold into the batch and back, between layers over space and layers over time: its streams do not hold the
-# same tokens, and only the layers over space that end the model are refreshed by rows.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "latte"])
+@pytest.mark.parametrize("name", NAMES)
 def test_hero(name: str) -> None:
     """Against modules that run on all tokens, of which only the sampled rows count."""
     model = found(name)

@@ -69,6 +69,8 @@ class Hooked:
     image_first: bool = False
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
+    folds: Callable[[str], int] = lambda path: 1
+    """How many batches of tokens lie along axis 0 of a module's output, where each token is an element of the batch."""
     stale: str = "-"
     """Modules that attend to a stream which is not refreshed."""
     given: dict[Place, Any] = field(default_factory=dict)
@@ -120,8 +122,11 @@ class Hooked:
         for k in range(1, len(old)):
             estimate = estimate + old[k] * (x**k / math.factorial(k))
         if shallow:
-            axis = self.token_axis(place[0]) % part.dim()
+            axis, batches = self.token_axis(place[0]) % part.dim(), self.folds(place[0])
             index = self.places(part.shape[axis], rows)
+            if batches > 1:
+                axis, tokens = 0, part.shape[0] // batches
+                index = torch.cat([rows + i * tokens for i in range(batches)])
             if index is not None:
                 estimate = estimate.index_copy(axis, index, part.index_select(axis, index))
             self.y[place, i] = [estimate]

@@ -1,0 +1,103 @@
+"""Every resolution compiles once and owns its state, whatever Dynamo is told of dynamic shapes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+
+import hero_fx
+
+from . import tiny, toys
+from .pipelines import zoo
+
+SHAPES = [(3, 8, 12), (2, 6, 8)]
+"""Frames, height and width of latents, cut into patches of 1 x 2 x 2."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@cache
+def model() -> Any:
+    return zoo.sample("wan").model
+
+
+def backend(**options: Any) -> hero_fx.Backend:
+    return hero_fx.backend("fora", inner="eager", interval=3, warmup=1, **options)
+
+
+def loop(call: Any, shape: tuple[int, int, int], mark: Callable[[Tensor, int], None] | None = None) -> list[Tensor]:
+    """Three steps at one resolution, the second and third cached."""
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 4, *shape, generator=generator), torch.randn(1, 7, 18, generator=generator)
+    outputs = []
+    for time in tiny.timesteps(3):
+        for axis in (2, 3, 4):
+            if mark is not None:
+                mark(x, axis)
+        with torch.no_grad():
+            out = call(hidden_states=x, timestep=time[None], encoder_hidden_states=text, return_dict=False)[0]
+        outputs.append(out)
+        x = x - out / 3
+    return outputs
+
+
+@cache
+def expected() -> list[list[Tensor]]:
+    torch._dynamo.reset()
+    call = toys.torch_compile(model(), backend=backend(), fullgraph=True, dynamic=False)
+    return [loop(call, shape) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("how", ["dynamic=True", "maybe_mark_dynamic"])
+def test_dynamic_shapes_compile_each_resolution_once(how: str) -> None:
+    theirs = expected()
+    torch._dynamo.reset()
+    hero = backend()
+    dynamic = True if how == "dynamic=True" else None
+    mark = None if dynamic else torch._dynamo.maybe_mark_dynamic
+    call = toys.torch_compile(model(), backend=hero, fullgraph=True, dynamic=dynamic)
+    for count in (1, 2):  # a second round compiles nothing
+        for number, shape in enumerate(SHAPES):
+            assert tiny.worst(loop(call, shape, mark), theirs[number]) < 1e-5
+        assert hero.stats().graphs == len(SHAPES)
+        assert (hero.stats().full_steps, hero.stats().cached_steps) == (2 * count, 4 * count)
+    assert [graphs.structure.grid for graphs in hero.graphs] == [(f, h // 2, w // 2) for f, h, w in SHAPES]
+
+
+def test_mark_dynamic_names_the_mend() -> None:
+    mend = r"axes 2, 3, 4 of hidden_states.*every resolution compiles once.*torch._dynamo.maybe_mark_dynamic"
+    call = toys.torch_compile(model(), backend=backend(), fullgraph=True)
+    with pytest.raises(BackendCompilerFailed, match=mend):
+        loop(call, SHAPES[0], torch._dynamo.mark_dynamic)
+    torch._dynamo.reset()
+    call = toys.torch_compile(model(), backend=backend(strict=False), fullgraph=True)
+    with pytest.warns(UserWarning, match=mend):
+        ours = loop(call, SHAPES[0], torch._dynamo.mark_dynamic)
+    plain = loop(model(), SHAPES[0])
+    assert tiny.worst(ours, plain) < 1e-5
+
+
+def test_the_last_resolution_that_dynamo_compiles() -> None:
+    hero = backend()
+    call = toys.torch_compile(model(), backend=hero, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loop(call, SHAPES[0])
+        with pytest.warns(UserWarning, match=r"this is number 2, .*config.recompile_limit=2 allows no further one"):
+            loop(call, SHAPES[1])
+        with pytest.raises(FailOnRecompileLimitHit):
+            loop(call, (1, 6, 4))
+        loop(call, SHAPES[0])
