@@ -16,6 +16,7 @@ import hero_fx
 from hero_fx._compat import argument_name
 from hero_fx.backends import Backend
 from hero_fx.policy import Policy
+from hero_fx.report import Explanation
 from hero_fx.runtime import Stepper
 from hero_fx.steps import StepGraphs
 
@@ -194,6 +195,11 @@ def test_collapsed_is_literal(name: str) -> None:
     model = found(name)
     (collapsed, _), (literal, _) = (model.stepper(policy="hero", form=form) for form in ("collapsed", "literal"))
     close(trajectory(model, collapsed), trajectory(model, literal), 1e-5)
+
+
+def test_explain_where_sizes_depend_on_the_input() -> None:
+    model = found("mochi")
+    assert "varies" in str(Explanation(model.steps, _backend(model.sample, policy="fora").config))
 
 
 def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
