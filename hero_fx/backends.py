@@ -274,7 +274,8 @@ def backend(
         state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
             and values: per token and head); None keeps their own.
         form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
-        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
+        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents). Without it,
+            runs of tokens in a row are the patches there, and a warning is logged.
         timestep: name or position of the input with the diffusion time, where it is not found by itself.
         seed: seed of the sampling.
         inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.
