@@ -94,6 +94,7 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
         plain += parts
         if not is_traceable_wrapper_subclass(value):
             env[node] = graph.node_copy(node)
+            env[node]._dynamo_source = getattr(node, "_dynamo_source", None)
             continue
         made = [graph.placeholder(f"{node.name}_{number}") for number in range(len(parts))]
         for part_node, part in zip(made, parts, strict=True):
