@@ -20,7 +20,7 @@ from .diffusers_context import listen
 from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
-from .subclasses import unwrap
+from .subclasses import Unwrapped, unwrap
 
 __all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
@@ -74,7 +74,7 @@ class Backend:
             return _compile_plain(gm, inputs, config)
         plain = unwrap(gm, inputs)
         try:
-            steps, timestep = self._steps(plain.gm, plain.inputs, config, policy)
+            steps, timestep = self._steps(plain, config, policy)
         except ValueError as error:
             if config.strict:
                 raise
@@ -99,8 +99,7 @@ class Backend:
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        plain = unwrap(gm, inputs)
-        return self._steps(plain.gm, plain.inputs, self.config, policy)[0]
+        return self._steps(unwrap(gm, inputs), self.config, policy)[0]
 
     def rewrite(self, steps: StepGraphs) -> StepGraphs:
         """The step graphs that this backend's options give for a model that another backend traced."""
@@ -124,9 +123,8 @@ class Backend:
         for stepper in self.steppers:
             stepper.store.drop()
 
-    def _steps(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config, policy: Policy
-    ) -> tuple[StepGraphs, int]:
+    def _steps(self, plain: Unwrapped, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
+        gm, inputs = plain.gm, plain.inputs
         check_call(gm, inputs)
         if _compat.specialize(gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
@@ -139,7 +137,15 @@ class Backend:
                 f"or by .item() or nonzero(); pass such numbers as tensors ({str(error).strip().splitlines()[0]})"
             ) from error
         structure = find_structure(normal)
-        check_structure(normal, structure)
+        try:
+            check_structure(normal, structure)
+        except UnsupportedModel as error:
+            if not plain.kinds:
+                raise
+            raise UnsupportedModel(
+                f"{error}. Its weights are {', '.join(plain.kinds)}: layers with quantised weights are followed, those that "
+                "quantise activations too are not"
+            ) from None
         timestep = find_timestep(normal, config.timestep)
         return build_steps(normal, structure, policy, config, records), timestep
 
