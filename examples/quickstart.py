@@ -107,7 +107,7 @@ def picture(plain: System, fast: System, clips: Clips, path: Path) -> None:
     frames = clips.rgb.shape[1]
     colour = [x[0].permute(0, 2, 3, 1) for x in (clips.rgb, plain.output.rgb, fast.output.rgb)]
     depth = [1 / x[0] for x in (clips.depth, plain.output.depth, fast.output.depth)]
-    figure, axes = plt.subplots(8, frames, figsize=(1.5 * frames, 1.5 * 8), layout="compressed")
+    figure, axes = plt.subplots(8, frames, figsize=(1.5 * frames + 1, 1.36 * 8), layout="compressed")
     for r, (name, images, brightest) in enumerate((("RGB", colour, 1.0), ("disparity", depth, float(depth[0].max())))):
         difference = (images[2] - images[1]).abs()
         difference = difference.mean(dim=-1) if difference.ndim == 4 else difference
@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--steps", type=int, help="50 for planning, 30 for reconstruction if not given")
     parser.add_argument("--interval", type=int, default=2, help="N: a full step every N steps")
-    parser.add_argument("--scenes", type=int, default=8, help="denoised as one batch")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
+    parser.add_argument("--scenes", type=int, default=4, help="denoised as one batch")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--picture", type=Path, default=Path("quickstart.png"))

@@ -20,7 +20,7 @@ from .diffusers_context import listen
 from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
-from .subclasses import unwrap
+from .subclasses import Unwrapped, unwrap
 
 __all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
@@ -74,7 +74,7 @@ class Backend:
             return _compile_plain(gm, inputs, config)
         plain = unwrap(gm, inputs)
         try:
-            steps, timestep = self._steps(plain.gm, plain.inputs, config, policy)
+            steps, timestep = self._steps(plain, config, policy)
         except ValueError as error:
             if config.strict:
                 raise
@@ -99,8 +99,7 @@ class Backend:
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        plain = unwrap(gm, inputs)
-        return self._steps(plain.gm, plain.inputs, self.config, policy)[0]
+        return self._steps(unwrap(gm, inputs), self.config, policy)[0]
 
     def rewrite(self, steps: StepGraphs) -> StepGraphs:
         """The step graphs that this backend's options give for a model that another backend traced."""
@@ -124,9 +123,8 @@ class Backend:
         for stepper in self.steppers:
             stepper.store.drop()
 
-    def _steps(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config, policy: Policy
-    ) -> tuple[StepGraphs, int]:
+    def _steps(self, plain: Unwrapped, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
+        gm, inputs = plain.gm, plain.inputs
         check_call(gm, inputs)
         if _compat.specialize(gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
@@ -139,7 +137,15 @@ class Backend:
                 f"or by .item() or nonzero(); pass such numbers as tensors ({str(error).strip().splitlines()[0]})"
             ) from error
         structure = find_structure(normal)
-        check_structure(normal, structure)
+        try:
+            check_structure(normal, structure)
+        except UnsupportedModel as error:
+            if not plain.kinds:
+                raise
+            raise UnsupportedModel(
+                f"{error}. Its weights are {', '.join(plain.kinds)}: layers with quantised weights are followed, those that "
+                "quantise activations too are not"
+            ) from None
         timestep = find_timestep(normal, config.timestep)
         return build_steps(normal, structure, policy, config, records), timestep
 
@@ -274,7 +280,8 @@ def backend(
         state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
             and values: per token and head); None keeps their own.
         form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
-        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents).
+        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents). Without it,
+            runs of tokens in a row are the patches there, and a warning is logged.
         timestep: name or position of the input with the diffusion time, where it is not found by itself.
         seed: seed of the sampling.
         inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.

@@ -143,7 +143,8 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
     tensors = [
         (i, node)
         for i, node in enumerate(inputs)
-        if node.meta.get("model_input") and isinstance(value_of(node), torch.Tensor)
+        # An input without readers is a Python number that dynamic=True made a tensor of, and its value is baked in.
+        if node.meta.get("model_input") and isinstance(value_of(node), torch.Tensor) and node.users
     ]
     names = [node.meta["argument"] for _, node in tensors]
     if wanted is not None:
@@ -155,7 +156,7 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
         )
     for name in _NAMES:
         for i, node in tensors:
-            if node.meta["argument"] == name and node.users:
+            if node.meta["argument"] == name:
                 return i
     for i, node in tensors:
         if value_of(node).dim() <= 2 and _feeds_sinusoid(node):
@@ -163,7 +164,9 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
     scalars = [
         node.meta["argument"]
         for node in inputs
-        if node.meta.get("model_input") and not isinstance(value_of(node), torch.Tensor)
+        if node.meta.get("model_input")
+        and node.meta["argument"] not in names  # sizes of tensors
+        and not (isinstance(value_of(node), torch.Tensor) and node.users)
     ]
     hint = f" (and the Python numbers {', '.join(scalars)})" if scalars else ""
     raise UnsupportedModel(

@@ -225,7 +225,10 @@ class Explanation:
                     total.total / (plain.total * self.config.num_steps),
                 ]
             )
-        return tabulate(rows, headers=["GFLOPs", "GEMM + conv", "with attention", "of full compute"], floatfmt=",.3f")
+        known = [
+            [v if isinstance(v, (str, int, float)) else "varies" for v in row] for row in rows
+        ]  # by the inputs' values
+        return tabulate(known, headers=["GFLOPs", "GEMM + conv", "with attention", "of full compute"], floatfmt=",.3f")
 
     def _state(self) -> str:
         roles: Counter[str] = Counter()

@@ -55,12 +55,12 @@ class Unwrapped:
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
     """Its example inputs."""
-    wrapped: bool
-    """Whether any input had to be taken apart."""
+    kinds: tuple[str, ...] = ()
+    """Names of the classes of the inputs that had to be taken apart."""
 
     def call(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, which takes plain inputs, as a function of the inputs that Dynamo has."""
-        if not self.wrapped:
+        if not self.kinds:
             return run
         return lambda *inputs: run(*(part for value in inputs for part in _parts(value)))
 
@@ -79,8 +79,9 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
 
     The graph itself is returned where there is none.
     """
-    if not any(is_traceable_wrapper_subclass(value) for value in inputs):
-        return Unwrapped(gm, tuple(inputs), False)
+    kinds = sorted({type(value).__name__ for value in inputs if is_traceable_wrapper_subclass(value)})
+    if not kinds:
+        return Unwrapped(gm, tuple(inputs))
     graph = fx.Graph()
     root = torch.nn.Module()
     values = iter(inputs)
@@ -93,6 +94,7 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
         plain += parts
         if not is_traceable_wrapper_subclass(value):
             env[node] = graph.node_copy(node)
+            env[node]._dynamo_source = getattr(node, "_dynamo_source", None)
             continue
         made = [graph.placeholder(f"{node.name}_{number}") for number in range(len(parts))]
         for part_node, part in zip(made, parts, strict=True):
@@ -115,4 +117,4 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
     for attribute in ("_param_name_to_source", "compile_subgraph_reason"):
         if hasattr(gm, attribute):
             setattr(result, attribute, getattr(gm, attribute))
-    return Unwrapped(result, tuple(plain), True)
+    return Unwrapped(result, tuple(plain), tuple(kinds))

@@ -198,6 +198,26 @@ def wan_i2v() -> Case:
     return Case(pipe, call, lanes=2, decoded=(1, 9, 3, 32, 48))
 
 
+@_entry
+def wan_ti2v() -> Case:
+    """A timestep for each token: those of the given frame stand still."""
+    empty = _nothing("image_encoder", "image_processor")
+    pipe = _pipe(
+        "WanImageToVideoPipeline", transformer=_transformer("wan"), expand_timesteps=True, **empty, **_wan_parts()
+    )
+    return Case(pipe, {"image": _image(32, 48), **_embeds(18), **_video()}, lanes=2, decoded=(1, 9, 3, 32, 48))
+
+
+@_entry
+def wan_two_experts() -> Case:
+    """Wan 2.2: a second transformer takes over at a timestep."""
+    pipe = _pipe(
+        "WanPipeline", transformer=_transformer("wan"), transformer_2=_transformer("wan", ffn_dim=44),
+        boundary_ratio=0.875, **_wan_parts(),
+    )  # fmt: skip
+    return Case(pipe, {**_embeds(18), **_video()}, lanes=2, decoded=(1, 9, 3, 32, 48))
+
+
 def _clip_processor() -> Any:
     """Resizes to 12 x 12; the processor that needs no torchvision."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -400,6 +400,7 @@ def test_state_by_depth(layers: int) -> None:
     hidden = 2 * 72 * 32 * 4
     lean = steps_of(layers, policy="lean")
     assert lean.state_bytes == 3 * hidden
+    assert steps_of(layers, policy="lean", order=0).state_bytes == 2 * hidden
     assert len(steps_of(layers, policy="fora", cache_point="post_gate").state) == 1
     assert len(steps_of(layers, policy="taylorseer", order=2, cache_point="post_gate").state) == 3
     default = steps_of(layers)

@@ -133,3 +133,5 @@ def test_full_size_rows_of_the_paper() -> None:
     assert products[0] == products[1]
     for policy, most in (("lean", 0.60e9), ("hero", 16.5e9)):
         assert hero_fx.backend(policy, state_dtype=torch.bfloat16).rewrite(traced).state_bytes <= most
+    merged = hero_fx.backend(unsampled="gate", keys="landmarks", state_dtype=torch.bfloat16).rewrite(traced)
+    assert merged.state_bytes <= 2.2e9

@@ -28,7 +28,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan_two_experts"])
 def test_pipelines(name: str) -> None:
     case = PIPELINES[name]()
     hero = hero_fx.backend(**SETTINGS, **case.options)
@@ -54,3 +54,23 @@ def test_pipelines(name: str) -> None:
         assert (stats.full_steps, stats.cached_steps) == (RUNS * case.lanes * FULLS, RUNS * case.lanes * CACHED)
     assert FULLS + CACHED == STEPS
     assert toys.same(latents_of(case), first)
+
+
+def test_two_experts() -> None:
+    """One backend serves both; each has its own trajectory, and the second starts in the middle of the loop."""
+    case = PIPELINES["wan_two_experts"]()
+    plain = latents_of(case)
+    exact = hero_fx.backend(**ALL)
+    for part in ("transformer", "transformer_2"):
+        setattr(case.pipe, part, toys.torch_compile(getattr(case.pipe, part), backend=exact, fullgraph=True))
+    for _ in range(RUNS):
+        assert worst(latents_of(case), plain) < 1e-4
+    steps = int((case.pipe.scheduler.timesteps >= 875).sum())
+    fulls = [
+        len({step for step in (0, 3, 6) if step < steps}),
+        len({steps} | {step for step in (3, 6) if step > steps}),
+    ]
+    assert 1 < steps < STEPS - 1
+    first, second = exact.steppers
+    for stepper, full, count in zip((first, second), fulls, (steps, STEPS - steps), strict=True):
+        assert dict(stepper.counts) == {"full": RUNS * case.lanes * full, "cached": RUNS * case.lanes * (count - full)}

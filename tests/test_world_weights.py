@@ -12,7 +12,7 @@ from safetensors import safe_open
 from .examples import world
 
 evaluate, pipeline, render, scenes = (world(name) for name in ("evaluate", "pipeline", "render", "scenes"))
-COUNT = 6
+COUNT = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,6 @@ def guess() -> dict[str, float]:
     return found
 
 
-def errors(pipe: Any, task: str, steps: int) -> dict[str, float]:
-    out = pipe(clips().rgb, task, steps, generator=torch.Generator().manual_seed(0))
-    found: dict[str, float] = evaluate.errors(out, clips())
-    return found
-
-
 def test_weights_are_small_and_whole(pipe: Any) -> None:
     files = [file for file in pipeline.WEIGHTS.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
@@ -52,7 +46,8 @@ def test_weights_are_small_and_whole(pipe: Any) -> None:
 
 
 def test_reconstruction_finds_depth_and_camera(pipe: Any) -> None:
-    found = errors(pipe, "reconstruction", 12)
+    out = pipe(clips().rgb, "reconstruction", 10, generator=torch.Generator().manual_seed(0))
+    found = evaluate.errors(out, clips())
     assert found["RGB of frames 1 to 4, PSNR dB"] > 25
     assert found["depth Abs Rel"] < 0.9 * guess()["depth Abs Rel"]
     assert found["depth δ<1.25"] > guess()["depth δ<1.25"]
@@ -61,9 +56,9 @@ def test_reconstruction_finds_depth_and_camera(pipe: Any) -> None:
 
 
 def test_planning_keeps_the_given_frames_and_fills_the_rest(pipe: Any) -> None:
-    out = pipe(clips().rgb, "planning", 12, generator=torch.Generator().manual_seed(0))
+    out = pipe(clips().rgb, "planning", 8, generator=torch.Generator().manual_seed(0))
     given = -10 * (out.rgb - clips().rgb)[:, [0, -1]].square().mean().log10()
     assert given > 20
     found = evaluate.errors(out, clips())
     assert found["RGB of frames 1 to 4, PSNR dB"] > guess()["RGB of frames 1 to 4, PSNR dB"] + 1
-    assert found["depth Abs Rel"] < guess()["depth Abs Rel"]
+    assert found["camera turn error, degrees"] < 0.85 * guess()["camera turn error, degrees"]

@@ -134,7 +134,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
             task: `"planning"` or `"reconstruction"`.
             num_inference_steps: 50 for planning, 30 for reconstruction, if not given.
             guidance_scale: 3.0 for planning, 1.0 (none, and half the work) for reconstruction, if not given.
-            use_dynamic_cfg: True lets the guidance rise from 1 to its full scale along the steps, as CogVideoX and Aether do,
+            use_dynamic_cfg: True lets the guidance rise from 1 to its full scale along the steps, as CogVideoX does,
                 by `(1 - cos(π p**5)) / 2` of the share p of steps done; False applies it in full from the first step, which
                 overdoes contrast.
             generator: of the noise; one, or one per clip.
@@ -190,7 +190,7 @@ class WorldModelPipeline(DiffusionPipeline):  # type: ignore[misc]
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0].to(dtype)
                 if callback_on_step_end is not None:
                     kept = callback_on_step_end(self, step, t, {name: {"latents": latents}[name] for name in names})
-                    latents = (kept or {}).pop("latents", latents)
+                    latents = (kept or {}).get("latents", latents)
                 bar.update()
         self.maybe_free_model_hooks()
         return self._output(latents, output_type, return_dict)
