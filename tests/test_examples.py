@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +69,7 @@ def test_benchmark_takes_in_turn_and_counts_no_first_round() -> None:
             return run(**inputs)
 
         system.call = call
-    bench.run(nullcontext)
+    bench.run()
     first, second = ["eager"] * 2, ["fora"] * 2
     assert order == ["eager", "fora", *first, *second, *second, *first, *first, *second]
     eager, fora = bench.systems
@@ -86,7 +86,7 @@ def test_benchmark_goes_on_without_a_system_that_runs_out_of_memory() -> None:
         raise torch.OutOfMemoryError("tried to allocate 43 GB\nand more")
 
     bench.systems[0].call = call
-    bench.run(nullcontext)
+    bench.run()
     report = {system.name: module.figures(system, {}) for system in bench.systems}
     assert report["hero"]["failed"] == "out of memory: tried to allocate 43 GB"
     assert report["eager"]["full_s"] > 0
@@ -122,7 +122,7 @@ def test_benchmark_frees_the_state_of_each_system_on_a_gpu(monkeypatch: pytest.M
     bench.preset = replace(preset, device="cuda")  # from here on it believes so
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
-    bench.run(nullcontext)
+    bench.run()
     for system in bench.systems:
         assert (system.step, system.peak) == (0, 5_000_000)
         if system.backend is not None:
@@ -132,3 +132,41 @@ def test_benchmark_frees_the_state_of_each_system_on_a_gpu(monkeypatch: pytest.M
             assert (len(system.full), len(system.cached)) == (2, 2)
     report = {system.name: module.figures(system, {}) for system in bench.systems}
     assert report["hero"]["peak_mb"] == 5
+
+
+def test_compile_cost_divides_by_the_first_system_of_the_round(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("compile_cost")
+    caches: dict[str, list[str]] = {}
+    seconds = {"inductor": iter((10.0, 1.0, 30.0, 3.0)), "hero": iter((15.0, 2.0, 60.0, 4.5))}
+
+    def measured(preset: str, system: str, threads: int, cache: str) -> dict[str, float]:
+        caches.setdefault(system, []).append(cache)
+        wall = next(seconds[system])
+        return {"wall_s": wall, "processor_s": 2 * wall, "graphs_from_cache": 0.0}
+
+    monkeypatch.setattr(module, "in_process", measured)
+    module.main(["--systems", "inductor,hero", "--rounds", "2", "--json"])
+    hero = json.loads(capsys.readouterr().out)["systems"]["hero"]
+    # The median of the rounds' ratios, not the ratio of the medians.
+    assert hero["cold"]["wall_s_ratio"] == pytest.approx((1.5 + 2.0) / 2)
+    assert hero["warm"]["processor_s_ratio"] == pytest.approx((2.0 + 1.5) / 2)
+    assert hero["cold"]["wall_s"] == 37.5
+    # Warm runs find what the cold run of the same round left, and nobody else's.
+    for used in caches.values():
+        assert used[0] == used[1] != used[2] == used[3]
+    assert not set(caches["inductor"]) & set(caches["hero"])
+
+
+def test_compile_cost_runs_a_system_in_a_process_of_its_own(tmp_path: Path) -> None:
+    module = example("compile_cost")
+    with pytest.raises(RuntimeError, match="nonesuch: the measuring process failed"):
+        module.in_process("tiny", "nonesuch", 1, str(tmp_path))
+
+
+def test_compile_cost_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["--systems", "hero,ghost"], "ghost"), (["--rounds", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            example("compile_cost").main(arguments)
+        assert message in capsys.readouterr().err
