@@ -186,7 +186,11 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
 def resolve(
     gm: fx.GraphModule, structure: Structure, steps: Sequence[StepPlan]
 ) -> tuple[tuple[StepPlan, ...], tuple[Fallback, ...]]:
-    """Replaces refreshes that cannot be done by `Full`, and says why; without a gate there is none to follow."""
+    """Replaces refreshes that cannot be done by `Full`, and says why; a branch without a gate has none to follow and reuses.
+
+    Raises:
+        ValueError: gates are to be followed, and no branch has one.
+    """
     reasons: dict[str, str] = {}
     nodes = {node.name: node for node in gm.graph.nodes}
 
@@ -213,6 +217,12 @@ def resolve(
                     self_attention(gm, structure, branch)
             except NoRule as error:
                 reasons[branch.label] = str(error)
+    follow_gate = [b for plan in steps for b, s in plan if isinstance(s, Refresh) and s.unsampled == "gate"]
+    if follow_gate and not any(gated(branch) for branch in follow_gate):
+        raise ValueError(
+            "unsampled='gate': no refreshed branch of this model ends in a product with one gate for all tokens, as adaLN has "
+            "it, so there is none to follow; use 'reuse' or 'extrapolate'"
+        )
     plans = tuple(tuple((branch, resolved(branch, strategy)) for branch, strategy in plan) for plan in steps)
     return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from expecttest import TestCase
 from torch import Tensor
 from torch.fx import GraphModule
 
+import hero_fx
 from hero_fx.passes.cleanup import DropDeadCode
 from hero_fx.passes.emit import StateSlot
 from hero_fx.passes.merge import MergeCaches, find_merges
 
+from . import toys
 from .test_collapse import graph, run, tensors
 
 FAMILIES = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
@@ -112,3 +115,12 @@ def test_rows_that_go_into_another_cache_are_not_merged() -> None:
         return result
 
     assert merged(crossed)[2] == ()
+
+
+def test_gates_that_differ_from_token_to_token_cannot_be_followed() -> None:
+    """A timestep for each token makes a gate for each token; to reuse in silence would not be what was asked for."""
+    backend = hero_fx.backend(unsampled="gate", grid=toys.GRID)
+    one = torch.full((2,), 7)
+    assert hero_fx.trace(toys.toy(), toys.latents(), one, backend=backend).cached
+    with pytest.raises(ValueError, match="none to follow; use 'reuse' or 'extrapolate'"):
+        hero_fx.trace(toys.toy(), toys.latents(), one[:, None].expand(2, toys.TOKENS), backend=backend)
