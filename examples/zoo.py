@@ -2,7 +2,7 @@
 
     python examples/zoo.py [--models wan,flux] [--json]
 
-Tiny models with random weights (examples/_zoo.py) are compiled with `fullgraph=True` and `policy="hero"`, all layers
+Tiny models with random weights (examples/_zoo) are compiled with `fullgraph=True` and `policy="hero"`, all layers
 shallow, and run once. "refreshable" counts the branches that can be computed for sampled tokens only; the others are
 computed in full at every step, and a note says why. "cached" is the FLOPs of a cached step, attention's included, as a share
 of a full step's, with half of the layers shallow. "full step" says whether it gives what the model itself gives.

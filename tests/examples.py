@@ -13,7 +13,10 @@ FOLDER = Path(__file__).parents[1] / "examples"
 
 
 def example(name: str) -> Any:
-    """The module `examples/<name>.py`, executed anew, as `python examples/<name>.py` would find its imports."""
+    """The module `examples/<name>.py`, executed anew, as `python examples/<name>.py` would find its imports; or the package
+    of that name there."""
+    if (FOLDER / name).is_dir():
+        return package(name)
     spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,6 +28,11 @@ def example(name: str) -> Any:
 
 
 def world(name: str) -> Any:
-    """The module `examples/world/<name>.py`, as the scripts beside that folder import it."""
+    """The module `examples/world/<name>.py`."""
+    return package(f"world.{name}")
+
+
+def package(name: str) -> Any:
+    """A package of `examples/`, or a module of one, as the scripts beside it import it."""
     with patch.object(sys, "path", [str(FOLDER), *sys.path]):
-        return importlib.import_module(f"world.{name}")
+        return importlib.import_module(name)

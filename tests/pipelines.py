@@ -1,6 +1,6 @@
 """Tiny `DiffusionPipeline`s of diffusers with random weights: real classes, real schedulers and autoencoders.
 
-Text encoders are left out: calls pass `prompt_embeds`. The transformers are those of `examples/_zoo.py`.
+Text encoders are left out: calls pass `prompt_embeds`. The transformers are those of `examples/_zoo`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     python examples/world/train.py --run RUN --size 16 --batch 32 --steps 600 --decay 0            # a cheap start
     python examples/world/train.py --run RUN --steps 3000 --decay 600 --export examples/world/weights
 
+    python examples/world/train.py --run RUN --weights examples/world/weights --first 3000 --steps 5000            # more
+
 Each step draws fresh scenes by number, so that none comes twice; a checkpoint holds weights, moving average, optimisers and
 step, and what a step does depends on these and the options alone. A run goes on with whatever options it is resumed with:
 coarse images first, then whole ones; and the learning rate falls linearly over the last `--decay` of `--steps` steps, so
@@ -52,11 +54,14 @@ class Training:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = world_transformer(options.layers, options.heads).to(self.device)
         self.average = world_transformer(options.layers, options.heads).to(self.device).requires_grad_(False)
+        if options.weights:
+            weights = WorldModelPipeline.from_pretrained(options.weights).transformer.state_dict()
+            self.model.load_state_dict(weights)
         self.average.load_state_dict(self.model.state_dict())
         self.called: Any = torch.compile(self.model) if options.compile else self.model
         self.rotary = rotary(self.model, FRAMES, options.size // FOLD, options.size // FOLD)
         self.alphas = world_scheduler().alphas_cumprod.float().to(self.device)
-        self.step = 0
+        self.step = options.first
         # Muon is for the matrices between the residual streams; all else, and the two ends, go by AdamW.
         named = list(self.model.named_parameters())
         inner = [p for name, p in named if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name]
@@ -115,7 +120,7 @@ class Training:
     def rate(self) -> float:
         """Share of the full learning rate at this step."""
         left = (self.options.steps - self.step) / max(1, self.options.decay)
-        return min(1.0, (self.step + 1) / self.options.warmup, left)
+        return min(1.0, (self.step - self.options.first + 1) / self.options.warmup, left)
 
     def advance(self) -> dict[str, float]:
         """One step; its losses."""
@@ -130,7 +135,7 @@ class Training:
             optimiser.zero_grad()
         self.step += 1
         # A moving average over a tenth of what was trained so far, at most over `--average` steps.
-        keep = min(1 - 1 / self.options.average, 1 - 10 / (self.step + 10))
+        keep = min(1 - 1 / self.options.average, 1 - 10 / (self.step - self.options.first + 10))
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - keep)
         return {"loss": float(total.detach()), "norm": float(norm), **{k: float(v.detach()) for k, v in losses.items()}}
@@ -168,6 +173,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, required=True, help="folder of checkpoint and log; taken up if there is one"
+    )
+    parser.add_argument("--weights", type=Path, help="exported weights that a new run starts from")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of a new run's first step: steps before it are spent"
     )
     parser.add_argument("--steps", type=int, default=2500, help="in all, those before a resumption counted in")
     parser.add_argument("--decay", type=int, default=500, help="last steps, over which the learning rate falls to 0")

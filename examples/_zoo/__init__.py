@@ -1,0 +1,8 @@
+"""Tiny transformers of many classes of diffusers, with random weights and inputs: what examples/zoo.py and the tests run."""
+
+from __future__ import annotations
+
+from . import cross, dual, dual_single, single
+from .base import ZOO, Sample, sample
+
+__all__ = ["ZOO", "Sample", "cross", "dual", "dual_single", "sample", "single"]

@@ -1,0 +1,104 @@
+"""Two streams first, then one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+
+from .base import BATCH, FRAMES, HEIGHT, TEXT, WIDTH, Sample, entry, ids, mask, normal, shares, steps
+
+
+def _flux_like(kind: str, columns: int = 3, pooled: bool = True, **options: Any) -> Sample:
+    settings = {
+        "patch_size": 1, "in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": [4, 4, 8],
+    }  # fmt: skip
+    if pooled:
+        settings["pooled_projection_dim"] = 12
+    inputs = {
+        "hidden_states": normal(BATCH, 24, 8), "timestep": shares(),
+        "encoder_hidden_states": normal(BATCH, TEXT, 20), "img_ids": ids(24, columns, 6), "txt_ids": ids(TEXT, columns),
+    }  # fmt: skip
+    if pooled:
+        inputs["pooled_projections"] = normal(BATCH, 12)
+    if options.get("guidance_embeds"):
+        inputs["guidance"] = torch.tensor([3.5] * BATCH)
+    return Sample(getattr(diffusers, kind)(**(settings | options)), inputs, grid=(1, 4, 6))
+
+
+@entry
+def flux() -> Sample:
+    return _flux_like("FluxTransformer2DModel", guidance_embeds=True)
+
+
+@entry
+def flux2() -> Sample:
+    return _flux_like(
+        "Flux2Transformer2DModel", columns=4, pooled=False, guidance_embeds=True, axes_dims_rope=[4, 4, 4, 4],
+        timestep_guidance_channels=16,
+    )  # fmt: skip
+
+
+@entry
+def chroma() -> Sample:
+    return _flux_like(
+        "ChromaTransformer2DModel", pooled=False, approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=2,
+    )  # fmt: skip
+
+
+@entry
+def bria() -> Sample:
+    built = _flux_like("BriaTransformer2DModel", pooled=False, pooled_projection_dim=None)
+    return Sample(built.model, built.inputs | {"timestep": steps().float()}, grid=built.grid)
+
+
+@entry
+def ovis_image() -> Sample:
+    return _flux_like("OvisImageTransformer2DModel", pooled=False, out_channels=8)
+
+
+@entry
+def longcat_image() -> Sample:
+    return _flux_like("LongCatImageTransformer2DModel", pooled=False)
+
+
+@entry
+def auraflow() -> Sample:
+    return Sample(
+        diffusers.AuraFlowTransformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=3,
+            attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=20,
+            out_channels=4, pos_embed_max_size=64,
+        ),
+        {"hidden_states": normal(BATCH, 4, 8, 8), "timestep": shares(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20)},
+    )  # fmt: skip
+
+
+@entry
+def hunyuan_video() -> Sample:
+    return Sample(
+        diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=3, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+            text_embed_dim=20, pooled_projection_dim=12, rope_axes_dim=(4, 6, 6),
+        ),
+        {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, 11, 20), "pooled_projections": normal(BATCH, 12),
+         "encoder_attention_mask": mask(11, 3), "guidance": torch.tensor([6000.0] * BATCH)},
+    )  # fmt: skip
+
+
+@entry
+def hunyuan_image() -> Sample:
+    return Sample(
+        diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=3, num_refiner_layers=1, patch_size=(2, 2), text_embed_dim=20, rope_axes_dim=(8, 8),
+        ),
+        {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps().float(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
+    )  # fmt: skip
