@@ -256,7 +256,8 @@ def backend(
     Args:
         policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
             hidden-state tensors whatever the depth); a baseline on the same machinery (`"fora"`, `"taylorseer"`,
-            `"toca"`, `"duca"`); `"full"` (plain compilation); or an object with the members of `hero_fx.Policy`.
+            `"toca"`, `"duca"`); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
+            the members of `hero_fx.Policy`.
         interval: N; a full step every N steps. 1 makes every step full.
         schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
         num_steps: T, the steps of a trajectory. Without it the end of a trajectory is not known, and `cooldown` has no

@@ -42,7 +42,8 @@ class Config:
     """Every option of `hero_fx.backend`; see there for what they mean together."""
 
     policy: str | Policy = "hero"
-    """`"hero"`, `"lean"` (HERO with the least state), `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or an object."""
+    """`"hero"`, `"lean"` (HERO with the least state), `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or an object.
+    `"full"` is plain compilation: every step is full, whatever the schedule, and there is no state."""
     interval: int = 2
     """N: a full step every N steps."""
     schedule: str | Sequence[object] = "uniform"
@@ -165,6 +166,10 @@ class Config:
                     f"{name}={getattr(self, name)!r} has no effect with schedule={self.schedule!r}; it is for 'uniform': "
                     "leave it out"
                 )
+        if not isinstance(self.schedule, str) and self.interval != 2 and self.policy not in ("toca", "duca"):
+            raise ValueError(
+                f"interval={self.interval!r} has no effect with a schedule that is given step by step; leave it out"
+            )
         self.make_schedule()
 
     @classmethod

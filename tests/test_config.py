@@ -125,6 +125,15 @@ def test_uniform_options_with_other_schedules(name: str) -> None:
         Config.from_options({"schedule": "toca", "num_steps": 9, name: 2})
 
 
+def test_interval_with_an_explicit_schedule() -> None:
+    steps = (True, False, True)
+    with pytest.raises(
+        ValueError, match=r"^interval=3 has no effect with a schedule that is given step by step; leave"
+    ):
+        hero_fx.backend(interval=3, schedule=steps)
+    hero_fx.backend("duca", interval=3, schedule=steps)  # an age of N steps counts in its scores
+
+
 def test_unknown_options() -> None:
     with pytest.raises(TypeError, match="intervall"):
         hero_fx.backend(intervall=2)  # type: ignore[call-arg]

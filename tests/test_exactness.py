@@ -91,7 +91,7 @@ def test_hero_keys_text_unsampled_and_gate(keys: str, text: str, unsampled: str,
 @pytest.mark.parametrize(
     "options",
     [
-        {"interval": 1, "warmup": 3, "schedule": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1]},
+        {"schedule": [1, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1]},
         {"interval": 4},
         {"schedule": "toca", "interval": 3},
         {"selection": "per_layer", "interval": 3},
