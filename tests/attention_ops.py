@@ -28,6 +28,15 @@ SymInt window_size_right=-1, SymInt attention_chunk=0, float softcap=0.0, bool r
 Tensor? scheduler_metadata=None, SymInt num_splits=1, bool? pack_gqa=None, SymInt sm_margin=0)
 -> (Tensor, Tensor, Tensor, Tensor)"""
 
+_KERNEL_3 = """fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None,
+Tensor(out!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None,
+Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, Tensor? page_table=None,
+Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None,
+Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None,
+float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1,
+int attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, Tensor? scheduler_metadata=None,
+int num_splits=0, bool? pack_gqa=None, int sm_margin=0) -> (Tensor(out!), Tensor, Tensor, Tensor)"""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
     """[B, heads, N, D] each, contiguous."""
@@ -49,6 +58,7 @@ def _flash_2(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: f
 
 
 def _flash_3(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Any:
+    # The scale is the 24th argument of either schema: q, k and v are three, and `more` begins at 0.
     scale = options.get("softmax_scale", more[20] if len(more) > 20 else None)
     return _more(attend_rows(q, k, v, scale), 3)
 
@@ -94,7 +104,13 @@ def registered() -> Iterator[None]:
 
     libraries = [torch.library.Library(name, "FRAGMENT") for name in ("flash_attn", "flash_attn_3")]
     two, three = libraries
-    for library, schema, run in ((two, _FLASH_2, _flash_2), (two, _PACKED_2, _packed), (three, _FLASH_3, _flash_3)):
+    ops = (
+        (two, _FLASH_2, _flash_2),
+        (two, _PACKED_2, _packed),
+        (three, _FLASH_3, _flash_3),
+        (three, _KERNEL_3, _flash_3),
+    )
+    for library, schema, run in ops:
         library.define(schema.replace("\n", " "))
         name = schema.partition("(")[0]
         library.impl(name, run, "CompositeExplicitAutograd")

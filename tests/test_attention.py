@@ -81,6 +81,7 @@ OPS: dict[str, Attend] = {
     "flash_attn_3::_flash_attn_forward": rows(
         lambda q, k, v: torch.ops.flash_attn_3._flash_attn_forward(q, k, v, softmax_scale=0.3)[0]
     ),
+    "flash_attn_3::fwd": rows(lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=0.3)[0]),
     "_diffusers_flash_attn_3::_flash_attn_forward": rows(
         lambda q, k, v: torch.ops._diffusers_flash_attn_3._flash_attn_forward(q, k, v, softmax_scale=0.3)[0]
     ),
@@ -110,7 +111,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def test_every_entry_is_tested() -> None:
     assert set(ATTENTION) - set(OPS) == {
         "flash_attn::_flash_attn_varlen_forward",
-        "flash_attn_3::fwd",
         "flex_attention",
     }
 
@@ -147,6 +147,7 @@ def test_what_depends_on_the_order_of_tokens_is_refused() -> None:
         f"window_size_left=4: {order}"
     )
     assert reason(lambda x: three._flash_attn_forward(x, x, x, attention_chunk=2)[0]) == f"attention_chunk=2: {order}"
+    assert reason(lambda x: three.fwd(x, x, x, is_causal=True)[0]) == f"is_causal=True: {order}"
     bias = torch.ones(2)
     assert "and no rule says what that is" in reason(
         lambda x: two._flash_attn_forward(x, x, x, 0.0, 1.0, False, -1, -1, 0.0, bias, False)[0]
