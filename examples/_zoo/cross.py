@@ -61,6 +61,22 @@ def wan_vace() -> Sample:
 
 
 @entry
+def wan_animate() -> Sample:
+    """A face adapter after every second layer: the tokens of each frame attend to those of that frame's face."""
+    model = _wan(
+        "WanAnimateTransformer3DModel", in_channels=12, latent_channels=4, image_dim=14, added_kv_proj_dim=24,
+        num_layers=4, motion_encoder_channel_sizes={"4": 6, "8": 5}, motion_encoder_size=8, motion_style_dim=10,
+        motion_dim=3, motion_encoder_dim=9, face_encoder_hidden_dim=11, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2, motion_encoder_batch_size=4,
+    )  # fmt: skip
+    character = {
+        "encoder_hidden_states_image": normal(BATCH, 9, 14), "pose_hidden_states": normal(BATCH, 4, FRAMES - 1, HEIGHT, WIDTH),
+        "face_pixel_values": normal(BATCH, 3, 5, 8, 8),
+    }  # fmt: skip
+    return Sample(model, _wan_inputs(12, 512, **character))
+
+
+@entry
 def chronoedit() -> Sample:
     return Sample(_wan("ChronoEditTransformer3DModel"), _wan_inputs())
 
@@ -84,6 +100,25 @@ def ltx() -> Sample:
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(), "num_frames": FRAMES,
          "height": GRID[1], "width": GRID[2], "rope_interpolation_scale": (8 / 25, 32, 32)},
         grid=GRID,
+    )  # fmt: skip
+
+
+@entry
+def helios() -> Sample:
+    """Tokens of past frames in front of the image's, at timestep 0; only the image's attend to the text."""
+    return Sample(
+        diffusers.HeliosTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
+            ffn_dim=40, num_layers=3, rope_dim=(4, 4, 4), is_amplify_history=True,
+        ),
+        {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 18), "latents_history_short": normal(BATCH, 4, 2, HEIGHT, WIDTH),
+         "latents_history_mid": normal(BATCH, 4, 2, HEIGHT, WIDTH),
+         "latents_history_long": normal(BATCH, 4, 4, HEIGHT, WIDTH),
+         "indices_latents_history_long": torch.arange(4).expand(BATCH, -1),
+         "indices_latents_history_mid": torch.arange(4, 6).expand(BATCH, -1),
+         "indices_latents_history_short": torch.tensor([0, 6]).expand(BATCH, -1),
+         "indices_hidden_states": torch.arange(7, 10).expand(BATCH, -1)},
     )  # fmt: skip
 
 
