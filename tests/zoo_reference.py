@@ -67,6 +67,8 @@ class Hooked:
     image: int = 0
     """Image tokens; a joint sequence holds them at its end, or at its start."""
     image_first: bool = False
+    past: int = 0
+    """Tokens of past frames that lie in front of the image, where a joint sequence begins with them."""
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     folds: Callable[[str], int] = lambda path: 1
@@ -136,7 +138,7 @@ class Hooked:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (0 if self.image_first else length - self.image)
+        return rows + (self.past if self.image_first else length - self.image)
 
 
 class _Keys(TorchFunctionMode):
