@@ -148,12 +148,14 @@ def test_baselines(name: str, order: int) -> None:
 SHALLOW = 1
 """Layers that hero refreshes; the rest is extrapolated."""
 
-IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "framepack", "ernie_image")
+IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "framepack", "motif_video", "ernie_image")
 """Joint sequences that begin with the image; the others end with it."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
+    "kandinsky6": {"stale": "va_cross_attention"},
     "ltx2": {"stale": "audio_to_video"},
     "framepack": {"past": 56},
+    "motif_video": {"stale": "cross_attn"},
     "latte": {"folds": lambda path: 2 if "temporal" in path else 1},
 }
 

@@ -121,3 +121,18 @@ def framepack() -> Sample:
          "latents_history_2x": normal(BATCH, 4, 2, HEIGHT, WIDTH), "indices_latents_history_2x": torch.arange(4, 6),
          "latents_history_4x": normal(BATCH, 4, 4, HEIGHT, WIDTH), "indices_latents_history_4x": torch.arange(4)},
     )  # fmt: skip
+
+
+@entry
+def motif_video() -> Sample:
+    """Text cross-attention of what joint attention gives; a decoder that attends to what the layers before made."""
+    return Sample(
+        diffusers.MotifVideoTransformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=5, num_decoder_layers=2, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
+            rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
+        ),
+        {"hidden_states": normal(BATCH, 9, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(),
+         "image_embeds": normal(BATCH, 5, 14)},
+    )  # fmt: skip
