@@ -77,6 +77,19 @@ def wan_animate() -> Sample:
 
 
 @entry
+def anyflow() -> Sample:
+    """From one timestep to another, each a timestep for every frame; frames in front of channels."""
+    return Sample(
+        diffusers.AnyFlowTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
+            ffn_dim=40, num_layers=3, rope_max_seq_len=32,
+        ),
+        {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "encoder_hidden_states": normal(BATCH, TEXT, 18),
+         "timestep": torch.full((BATCH, FRAMES), 900.0), "r_timestep": torch.full((BATCH, FRAMES), 800.0)},
+    )  # fmt: skip
+
+
+@entry
 def chronoedit() -> Sample:
     return Sample(_wan("ChronoEditTransformer3DModel"), _wan_inputs())
 
@@ -208,6 +221,35 @@ def kandinsky5() -> Sample:
          "encoder_hidden_states": normal(1, TEXT, 20), "pooled_projections": normal(1, 12),
          "visual_rope_pos": [torch.arange(n) for n in GRID], "text_rope_pos": torch.arange(TEXT)},
     )  # fmt: skip
+
+
+def _kandinsky6(audio: bool) -> Sample:
+    inputs = {
+        "hidden_states": normal(BATCH, FRAMES, HEIGHT, WIDTH, 9), "timestep": steps().float(),
+        "encoder_hidden_states": normal(BATCH, TEXT, 20), "pooled_projections": normal(BATCH, 12),
+        "visual_rope_pos": (torch.tensor([0, 1, 0]), *(torch.arange(n) for n in GRID[1:])),
+        "visual_token_type_ids": torch.tensor([[0, 0, 1]] * BATCH), "encoder_attention_mask": mask().bool(),
+    }  # fmt: skip
+    if audio:
+        inputs["audio_hidden_states"] = normal(BATCH, 5, 6)
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=20, in_text_dim2=12, time_dim=16, model_dim=32, ff_dim=40,
+        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6), in_audio_dim=6, out_audio_dim=6, model_dim_a=48,
+        time_dim_a=14, ff_dim_a=28, axes_dims_a=(4, 6, 6), text_token_padding=True, ca_rope=True, cross_gates=True,
+        fix_modulation=True, visual_token_type_num_embeddings=2,
+    )  # fmt: skip
+    return Sample(model, inputs)
+
+
+@entry
+def kandinsky6() -> Sample:
+    """Video and audio that attend to each other; the last frame is a reference."""
+    return _kandinsky6(audio=True)
+
+
+@entry
+def kandinsky6_silent() -> Sample:
+    return _kandinsky6(audio=False)
 
 
 @entry
