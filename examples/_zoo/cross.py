@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models import embeddings
+from diffusers.models.transformers import transformer_sana_wm_refiner
 from torch import Tensor
 
 from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, shares, steps
@@ -276,6 +277,32 @@ def sana_video() -> Sample:
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
+    )  # fmt: skip
+
+
+@entry
+def sana_wm_refiner() -> Sample:
+    """A block of frames that attends to cached keys of the first frame and of those before it."""
+    model = diffusers.SanaWMLTX2RefinerTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=3, caption_channels=20, rope_type="split",
+    )  # fmt: skip
+    cache = transformer_sana_wm_refiner.SanaWMRefinerKVCache(3)
+    for layer in range(3):
+        cache.get(layer).store_sink(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
+        cache.get(layer).store_history(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
+
+    def places(*frames: int) -> Any:
+        return model.build_rotary_emb_for_absolute_positions(BATCH, list(frames), *GRID[1:], torch.device("cpu"), 24.0)
+
+    cache.sink_pe = places(3)
+    return Sample(
+        model,
+        {"hidden_states": normal(BATCH, prod(GRID), 8), "encoder_hidden_states": normal(BATCH, TEXT, 20),
+         "timestep": torch.full((BATCH, prod(GRID)), 900.0), "video_rotary_emb": places(5, 6, 7),
+         "encoder_attention_mask": mask(), "kv_cache": cache, "kv_cache_mode": "inject"},
+        grid=GRID,
     )  # fmt: skip
 
 
