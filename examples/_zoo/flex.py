@@ -10,6 +10,25 @@ from .base import BATCH, FRAMES, HEIGHT, TEXT, WIDTH, Sample, entry, normal, ste
 
 
 @entry
+def anyflow_far() -> Sample:
+    """A chunk of frames that attends to cached keys of the chunks before it, the oldest compressed."""
+    chunks, flags = [1, 1, 1, FRAMES], {"num_cached_chunks": 3, "is_cache_step": False}
+    caches = [
+        {"full_cache": normal(2, BATCH, 2, 3 * FRAMES * 24, 16), "compressed_cache": normal(2, BATCH, 2, 12, 16)}
+        for _ in range(3)
+    ]
+    return Sample(
+        diffusers.AnyFlowFARTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
+            ffn_dim=40, num_layers=3, rope_max_seq_len=32,
+        ),
+        {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "encoder_hidden_states": normal(BATCH, TEXT, 18),
+         "timestep": torch.full((BATCH, FRAMES), 900.0), "r_timestep": torch.full((BATCH, FRAMES), 800.0),
+         "chunk_partition": chunks, "kv_cache": caches, "kv_cache_flag": flags},
+    )  # fmt: skip
+
+
+@entry
 def kandinsky6_sr() -> Sample:
     """Tokens in blocks of 8 x 8, and attention between the blocks that their means choose."""
     return Sample(
