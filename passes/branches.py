@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 
 from torch import fx
 
+from .emit import value_of
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
 from .streams import find_grid, find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
@@ -29,6 +31,11 @@ def body_of(
     by_name = {node.name: node for node in gm.graph.nodes}
     sources = [by_name[name] for name, _ in branch.reads]
     targets = [by_name[u.update if to_update else u.feature] for u in branch.updates]
+    return sources, _below(sources, targets), targets
+
+
+def _below(sources: list[fx.Node], targets: list[fx.Node]) -> list[fx.Node]:
+    """What the targets are computed from and the sources change, in order."""
     # Only what lies above the targets and below the stream values is looked at: the cost does not grow with depth.
     above, todo = set(targets), list(targets)
     while todo:
@@ -42,7 +49,7 @@ def body_of(
         if not moved.isdisjoint(node.all_input_nodes):
             moved.add(node)
             body.append(node)
-    return sources, body, targets
+    return body
 
 
 def find_branches(gm: fx.GraphModule) -> Structure:
@@ -80,6 +87,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
             )
             for f in group
         )
+        reads = _reads([f.update for f in group], values)
         branches.append(
             Branch(
                 layer,
@@ -87,8 +95,8 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 label,
                 _module_path(body),
                 updates,
-                tuple((n.name, values[n]) for n in _reads([f.update for f in group], values)),
-                tuple(n.name for n in attention),
+                tuple((n.name, values[n]) for n in reads),
+                tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
             )
         )
     image = find_image(graph, adds, streams)
@@ -114,11 +122,16 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     roots = [f.residual for f in adds if f.residual not in {f.add for f in adds}]
     for root in reversed(roots):
         if owners[root] & outputs:
-            # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in.
-            moved = [owners[n] for n in _moved_from(root, owners)]
+            # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in,
+            # if they are most of the stream: text that is written into a packed sequence is not.
+            moved = [owners[n] for n in _moved_from(root, owners) if 2 * _size(n) >= _size(root)]
             outputs |= set().union(*(sources for sources in moved if sources.isdisjoint(owners[root])))
     roots = [root for root in roots if owners[root] & outputs]
     return [f for f in adds if not roots or any(f.update is r or graph.depends(f.update, r) for r in roots)]
+
+
+def _size(node: fx.Node) -> int:
+    return prod(int(size) for size in value_of(node).shape)
 
 
 def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Node]:

@@ -126,7 +126,8 @@ def gate_of(gm_nodes: dict[str, fx.Node], update: Update, tokens: Tokens) -> tup
 def term_slot(branch: Branch, streams: Sequence[Stream], update: Update, term: int) -> StateSlot:
     """The state tensor of Taylor term `term` of one stream of a branch."""
     stream = streams[update.stream].name.replace("+", "_").replace("#", "_")
-    return StateSlot(f"{branch.label}_{stream}_y{term}")
+    number = [u.add for u in branch.updates if u.stream == update.stream].index(update.add)
+    return StateSlot(f"{branch.label}_{stream}{f'_{number}' if number else ''}_y{term}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def analyse(gm: fx.GraphModule, structure: Structure, branch: Branch, cache_poin
     """
     sources, body, targets = body_of(gm, branch, to_update=cache_point == "post_gate")
     seeds = {node: structure.streams[stream].tokens for node, (_, stream) in zip(sources, branch.reads, strict=True)}
-    infos = follow(body, seeds)
+    infos = follow(body, seeds, whole=structure.lengths.keys() - {structure.image})
     check_whole(infos, structure.lengths)
     for target, update in zip(targets, branch.updates, strict=True):
         if infos.get(target) != structure.streams[update.stream].tokens:

@@ -194,7 +194,7 @@ def find_grid(gm: fx.GraphModule, tokens: int) -> tuple[int, int, int] | None:
 
     Read from what is found first of: a patch embedding (a convolution whose output [.., D, height, width] or
     [B, D, frames, height, width] holds the tokens); an unpatchify that splits the token axis of [B, tokens, D'] at the
-    end; the mesh that positions are made of; a reshape that folds a grid into the token axis (a rotary table).
+    end; the mesh that positions are made of; a reshape that folds a grid into the token axis (a rotary table, or patches).
     """
     if tokens == 0:
         return None
@@ -223,7 +223,9 @@ def find_grid(gm: fx.GraphModule, tokens: int) -> tuple[int, int, int] | None:
         before, after = list(value_of(node.args[0]).shape), list(value_of(node).shape)
         for at in range(len(before) - 2):
             grid, rest = before[at : at + 3], before[at + 3 :]
-            if after == [*before[:at], tokens, *rest] and prod(grid) == tokens and grid.count(1) < 2 and len(rest) < 2:
+            folds = after == [*before[:at], tokens, *rest] and len(rest) < 2
+            patches = at == 0 and len(rest) > 1 and after == [tokens, prod(rest)]
+            if (folds or patches) and prod(grid) == tokens and grid.count(1) < 2:
                 return int(grid[0]), int(grid[1]), int(grid[2])
     return None
 

@@ -74,6 +74,14 @@ image: image 5 None""",
     )
 
 
+def test_a_gate_for_each_frame() -> None:
+    def layer(part: Part, x: Tensor, gate: Tensor) -> Any:
+        return x + (part.ffn(x).unflatten(1, (2, 3)) * gate).flatten(1, 2)
+
+    (first, _) = found(layer, (2, 6, D), (2, 2, 1, D)).branches
+    assert (first.updates[0].update, first.updates[0].feature) == ("flatten", "linear_1")
+
+
 def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         return x + part.ffn(x) * x.sigmoid()
@@ -113,6 +121,44 @@ def test_parallel_in_two_adds() -> None:
     attention, ffn = (b.updates[0] for b in structure.branches[:2])
     assert ffn.residual == attention.add
     assert ffn.source == attention.source == attention.residual
+
+
+def test_an_add_within_a_branch_is_a_part_of_it() -> None:
+    """What attention gives attends to the text, and one projection takes the sum."""
+
+    def layer(part: Part, x: Tensor, text: Tensor) -> Any:
+        n = norm(x)
+        a = attend(*part.qkv(n).chunk(3, dim=-1))
+        a = a + part.out(attend(a, *part.kv(text).chunk(2, dim=-1)))
+        return x + part.both(torch.cat([a, F.gelu(part.up(n))], dim=-1))
+
+    first, second = found(layer, (2, 5, D), (2, 3, 6)).branches
+    assert (first.label, len(first.updates), len(first.attention)) == ("l0_parallel", 1, 2)
+    assert second.label == "l1_parallel"
+
+
+def test_attention_within_a_stream_that_a_branch_only_reads() -> None:
+    def layer(part: Part, x: Tensor, other: Tensor) -> Any:
+        x = x + part.attention(norm(x))
+        keys = attend(norm(other), norm(other), norm(other))
+        return x + part.out(attend(norm(x), keys, keys)), other + part.attention(norm(other))
+
+    branches = {b.label: b for b in found(layer, (2, 5, D), (2, 3, D)).branches}
+    assert len(branches["l0_cross_attention"].attention) == 2
+
+
+def test_a_stream_without_a_batch() -> None:
+    """Its time embedding is of the same rank, and no stream: no attention is in it."""
+
+    def layer(part: Part, x: Tensor, time: Tensor) -> Any:
+        time = time + part.ffn(norm(time))
+        n = norm(x)[None]
+        x = x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)))[0] * time
+        return x + part.ffn(norm(x)), time
+
+    structure = found(layer, (5, D), (1, D))
+    assert [str(s.tokens) for s in structure.streams] == ["dim 0: image[0:5]"]
+    assert [b.label for b in structure.branches] == ["l0_attention", "l0_ffn", "l1_attention", "l1_ffn"]
 
 
 def joint(part: Part, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,6 +329,15 @@ def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, in
     structure = find_branches(normal_form(model.eval(), torch.ones(shape)))
     assert structure.image_tokens == (prod(grid) if grid else 15)
     assert structure.grid == grid
+
+
+def test_grid_of_patches_that_are_packed_without_a_batch() -> None:
+    class Packed(Part):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.reshape(105, D)[None]
+            return (x + self.attention(x))[0]
+
+    assert find_branches(normal_form(Packed().eval(), torch.ones(7, 3, 5, 2, 4))).grid == (7, 3, 5)
 
 
 def test_no_grid_of_no_tokens() -> None:

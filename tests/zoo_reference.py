@@ -24,10 +24,12 @@ Place = tuple[str, int]
 """A module's path, and which of its calls within a step."""
 
 _FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
-_NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
+_NOT_IMAGE = re.compile(r"^(context_refiner|(\w+_)?text_transformer_blocks)\.")
 
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
+    "cosmos3": r"layers\.\d+\.(self_attn|mlp|mlp_moe_gen)",
+    "sana_wm": r"blocks\.\d+\.(attn|cross_attn|mlp)",
     "prx": r"blocks\.\d+\.(attention|down_proj)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
@@ -67,6 +69,8 @@ class Hooked:
     image: int = 0
     """Image tokens; a joint sequence holds them at its end, or at its start."""
     image_first: bool = False
+    past: int = 0
+    """Tokens of past frames that lie in front of the image, where a joint sequence begins with them."""
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     folds: Callable[[str], int] = lambda path: 1
@@ -76,7 +80,7 @@ class Hooked:
     given: dict[Place, Any] = field(default_factory=dict)
     """What a module gave at the last full step: a tensor or a tuple."""
     y: dict[tuple[Place, int], list[Tensor]] = field(default_factory=dict)
-    keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    keys: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def call(
         self, inputs: dict[str, Any], *, full: bool, x: int = 0, d: int = 1, fulls: int = 0, rows: Any = None
@@ -100,6 +104,7 @@ class Hooked:
                     self._part(place, i, part, full, x, d, fulls, rows) if isinstance(part, Tensor) else part
                     for i, part in enumerate(parts)
                 )
+                mode.path = f"behind {path}"
                 return new if isinstance(given, tuple) else new[0]
 
             module.forward = forward
@@ -136,18 +141,19 @@ class Hooked:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (0 if self.image_first else length - self.image)
+        return rows + (self.past if self.image_first else length - self.image)
 
 
 class _Keys(TorchFunctionMode):
     """Keys and values of image tokens that are not sampled, and of text, are those of when they last were computed.
 
-    The calls of attention are counted: what cached steps leave out comes behind what they refresh.
+    The calls of attention are counted, in each module and behind it: cached steps leave out whole modules.
     """
 
     def __init__(self, owner: Hooked, rows: Any) -> None:
         super().__init__()
-        self.owner, self.rows, self.number, self.path = owner, rows, 0, ""
+        self.owner, self.rows, self.path = owner, rows, ""
+        self.numbers = Counter[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -155,10 +161,10 @@ class _Keys(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value")
         given = dict(zip(names, args, strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
-        self.number += 1
+        self.numbers[self.path] += 1
         index = None if self.rows is None else self.owner.places(given["key"].shape[-2], self.rows)
         for number, name in enumerate(names[1:]):
-            place, fresh = (self.number, number), given[name]
+            place, fresh = (self.path, self.numbers[self.path], number), given[name]
             if self.rows is not None and re.search(self.owner.stale, self.path):
                 fresh = self.owner.keys[place]
             elif index is not None and not self.owner.full(self.path):

@@ -102,3 +102,37 @@ def hunyuan_image() -> Sample:
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps().float(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
     )  # fmt: skip
+
+
+@entry
+def framepack() -> Sample:
+    """Tokens of past frames in front of the image's, coarser the older they are."""
+    return Sample(
+        diffusers.HunyuanVideoFramepackTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=3, num_refiner_layers=1, text_embed_dim=20, pooled_projection_dim=12,
+            rope_axes_dim=(4, 6, 6), has_image_proj=True, image_proj_dim=14, has_clean_x_embedder=True,
+        ),
+        {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, 11, 20), "pooled_projections": normal(BATCH, 12),
+         "encoder_attention_mask": mask(11, 3), "guidance": torch.tensor([6000.0] * BATCH),
+         "image_embeds": normal(BATCH, 5, 14), "indices_latents": torch.arange(7, 10),
+         "latents_clean": normal(BATCH, 4, 2, HEIGHT, WIDTH), "indices_latents_clean": torch.tensor([0, 10]),
+         "latents_history_2x": normal(BATCH, 4, 2, HEIGHT, WIDTH), "indices_latents_history_2x": torch.arange(4, 6),
+         "latents_history_4x": normal(BATCH, 4, 4, HEIGHT, WIDTH), "indices_latents_history_4x": torch.arange(4)},
+    )  # fmt: skip
+
+
+@entry
+def motif_video() -> Sample:
+    """Text cross-attention of what joint attention gives; a decoder that attends to what the layers before made."""
+    return Sample(
+        diffusers.MotifVideoTransformer3DModel(
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=5, num_decoder_layers=2, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
+            rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
+        ),
+        {"hidden_states": normal(BATCH, 9, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(),
+         "image_embeds": normal(BATCH, 5, 14)},
+    )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import diffusers
 import torch
 from diffusers.models import embeddings
 
-from .base import BATCH, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, rotary, shares, steps
+from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, rotary, shares, steps
 
 
 @entry
@@ -72,6 +74,46 @@ def ernie_image() -> Sample:
         ),
         {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(), "text_bth": normal(BATCH, TEXT, 20),
          "text_lens": torch.tensor([TEXT, TEXT - 2])},
+    )  # fmt: skip
+
+
+@entry
+def minimax_h3() -> Sample:
+    """Text, a conditioning frame, audio and video in one packed sequence; where each lies is an argument."""
+    places = torch.arange(84)  # 7 of text, 24 of the first frame, 5 of audio, 48 of video
+    return Sample(
+        diffusers.MiniMaxH3Transformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=3, num_refiner_layers=1,
+            ffn_dim=40, in_channels=4, audio_in_channels=6, text_dim=20, freq_dim=32, time_embed_hidden_dim=18,
+            time_embed_dim=14, rope_freq_dim=2,
+        ),
+        {"hidden_states": normal(BATCH, 72, 16), "audio_hidden_states": normal(BATCH, 5, 6),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "timestep": torch.tensor([0.9, 0.0]),
+         "timestep_indices": ((places < 31).long()), "token_tags": (places < 7).long() + 2 * ((places > 30) & (places < 36)),
+         "position_ids": torch.stack([places // 24, places // 6 % 4, places % 6], dim=1),
+         "video_indices": torch.cat([places[7:31], places[36:]]), "audio_indices": places[31:36],
+         "text_indices": places[:7]},
+        grid=(1, 1, 84),
+    )  # fmt: skip
+
+
+@entry
+def cosmos3() -> Sample:
+    """A packed sequence without a batch; text attends to itself, causally, and frames to it; the first frame is given."""
+    text, video = torch.arange(TEXT), torch.arange(prod(GRID))
+    return Sample(
+        diffusers.Cosmos3OmniTransformer(
+            head_dim=12, hidden_size=20, intermediate_size=28, latent_channel=4, num_attention_heads=2,
+            num_hidden_layers=3, num_key_value_heads=1, patch_latent_dim=16, vocab_size=50, rope_axes_dim=[2, 2, 2],
+        ),
+        {"input_ids": torch.randint(50, (TEXT,)), "text_indexes": text,
+         "position_ids": torch.stack([torch.cat([text, TEXT + p]) for p in (video // 24, video // 6 % 4, video % 6)]),
+         "und_len": TEXT, "sequence_length": TEXT + len(video), "vision_tokens": [normal(1, 4, FRAMES, HEIGHT, WIDTH)],
+         "vision_token_shapes": [GRID], "vision_sequence_indexes": TEXT + video,
+         "vision_mse_loss_indexes": TEXT + video[24:], "vision_timesteps": torch.full((48,), 900.0),
+         "vision_noisy_frame_indexes": [torch.arange(1, FRAMES)]},
+        time="vision_timesteps",
+        latents="vision_tokens",
     )  # fmt: skip
 
 
