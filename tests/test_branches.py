@@ -101,6 +101,14 @@ def test_parallel_as_a_sum() -> None:
     assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "parallel"), (1, "parallel")]
 
 
+def test_a_gate_of_the_heads_is_no_ffn_beside_attention() -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        n = norm(x)
+        return x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)) * torch.sigmoid(part.out(n)))
+
+    assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "attention"), (1, "attention")]
+
+
 def test_parallel_in_two_adds() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)

@@ -29,7 +29,7 @@ STEPS = 10
 FULL = [True, True, False, False, True, False, False, True, False, False]
 
 # These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
-BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen")
+BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen", "qwen_image_21", "hidream_image")
 # Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
 TWINS = ("cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit")
 NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
@@ -148,9 +148,10 @@ def test_baselines(name: str, order: int) -> None:
 SHALLOW = 1
 """Layers that hero refreshes; the rest is extrapolated."""
 
-IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image")
+IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image", "hidream_image_dense")
 """Joint sequences that begin with the image; the others end with it."""
 OPTIONS: dict[str, dict[str, Any]] = {
+    "flux3": {"behind": 10},
     "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
     "ltx2": {"stale": "audio_to_video"},
     "latte": {"folds": lambda path: 2 if "temporal" in path else 1},

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 Place = tuple[str, int]
 """A module's path, and which of its calls within a step."""
 
-_FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
-_NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
+_FEATURES = re.compile(r"Attention|FeedForward|GLUMB|SwiGLU")
+_LAYERS = re.compile(r"(\w+|mode_blocks\.image)\.\d+\.")
+_NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks|txt_mode_blocks)\.")
 
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
@@ -38,7 +39,7 @@ def feature_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules whose outputs are the branches' features, by path, in the order of the model."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not re.match(r"\w+\.\d+\.", path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
+        if not _LAYERS.match(path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
             continue
         parent, _, _ = path.rpartition(".")
         if name in _OUTPUTS:
@@ -67,6 +68,8 @@ class Hooked:
     image: int = 0
     """Image tokens; a joint sequence holds them at its end, or at its start."""
     image_first: bool = False
+    behind: int = 0
+    """Tokens behind the image in a joint sequence that neither begins nor ends with it."""
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     folds: Callable[[str], int] = lambda path: 1
@@ -136,7 +139,7 @@ class Hooked:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (0 if self.image_first else length - self.image)
+        return rows + (0 if self.image_first else max(0, length - self.image - self.behind))
 
 
 class _Keys(TorchFunctionMode):

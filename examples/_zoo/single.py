@@ -6,7 +6,7 @@ import diffusers
 import torch
 from diffusers.models import embeddings
 
-from .base import BATCH, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, rotary, shares, steps
+from .base import BATCH, HEIGHT, TEXT, WIDTH, Sample, entry, ids, mask, normal, rotary, shares, steps
 
 
 @entry
@@ -113,4 +113,38 @@ def hunyuan_dit() -> Sample:
          "encoder_hidden_states_t5": normal(BATCH, 6, 16), "text_embedding_mask_t5": torch.ones(BATCH, 6),
          "image_meta_size": torch.tensor([[1024.0, 1024, 16, 16, 0, 0]] * BATCH),
          "style": torch.zeros(BATCH, dtype=torch.long), "image_rotary_emb": rotary(24, 8)},
+    )  # fmt: skip
+
+
+@entry
+def krea2() -> Sample:
+    """Text from several layers of its encoder, fused by attention over layers; keys of fewer heads; gates in the heads."""
+    return Sample(
+        diffusers.Krea2Transformer2DModel(
+            in_channels=8, num_layers=3, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=40, timestep_embed_dim=12, text_hidden_dim=20, num_text_layers=3,
+            text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=2, axes_dims_rope=(4, 6, 6),
+        ),
+        {"hidden_states": normal(BATCH, 24, 8), "timestep": shares(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 3, 20), "encoder_attention_mask": mask().bool(),
+         "position_ids": torch.cat([ids(TEXT, 3), ids(24, 3, 6)])},
+        grid=(1, 4, 6),
+    )  # fmt: skip
+
+
+@entry
+def qwen_image_21() -> Sample:
+    """Image tokens take their places in the text; blocks see what comes before them."""
+    slots = torch.zeros(BATCH, TEXT + 4 + 6, dtype=torch.bool)
+    slots[:, 3:7] = slots[:, TEXT + 4 :] = True  # a reference of 4 x 4 tokens in the text, the image of 4 x 6 behind it
+    return Sample(
+        diffusers.QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            context_in_dim=20, axes_dims_rope=(4, 6, 6),
+        ),
+        {"hidden_states": normal(BATCH, 16 + 24, 8), "timestep": shares(),
+         "encoder_hidden_states": normal(BATCH, TEXT + 4, 20), "encoder_hidden_states_mask": mask(TEXT + 4).bool(),
+         "img_shapes": [[(1, 4, 4), (1, 4, 6)]] * BATCH, "img_mask": slots},
+        grid=(1, 4, 6),
     )  # fmt: skip
