@@ -148,10 +148,11 @@ def test_baselines(name: str, order: int) -> None:
 SHALLOW = 1
 """Layers that hero refreshes; the rest is extrapolated."""
 
-IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image", "hidream_image_dense")
+IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image", "hidream_image_dense", "joyimage_edit", "joyimage_edit_plus")
 """Joint sequences that begin with the image; the others end with it."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "flux3": {"behind": 10},
+    "bria_fibo2": {"behind": 15},
     "ernie_image": {"token_axis": lambda path: 0 if "mlp" in path else -2},
     "ltx2": {"stale": "audio_to_video"},
     "latte": {"folds": lambda path: 2 if "temporal" in path else 1},

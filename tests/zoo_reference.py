@@ -30,6 +30,7 @@ _NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks|txt_mode_blo
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
     "prx": r"blocks\.\d+\.(attention|down_proj)",
+    "ideogram4": r"layers\.\d+\.(attention|feed_forward)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
 _SINGLE = r"single_transformer_blocks\.\d+\.proj_out"

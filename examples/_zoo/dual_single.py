@@ -149,3 +149,15 @@ def hidream_image_dense() -> Sample:
         img_ids=ids(26, 3, 6).repeat(BATCH, 1, 1),
     )  # fmt: skip
     return Sample(built.model, built.inputs, time="timesteps", grid=(1, 4, 6))
+
+
+@entry
+def bria_fibo() -> Sample:
+    """In every layer one half of each text token is replaced by what another layer of the text encoder says of it."""
+    built = _flux_like("BriaFiboTransformer2DModel", pooled=False, text_encoder_dim=14)
+    conditions = {
+        "timestep": steps().float(), "text_encoder_layers": [normal(BATCH, TEXT, 14) for _ in range(5)],
+        "joint_attention_kwargs": {"attention_mask": mask(TEXT + 24, 0).bool()[:, None, None]},
+    }  # fmt: skip
+    conditions["joint_attention_kwargs"]["attention_mask"][-1, :, :, TEXT - 2 : TEXT] = False
+    return Sample(built.model, built.inputs | conditions, grid=built.grid)

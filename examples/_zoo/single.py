@@ -148,3 +148,38 @@ def qwen_image_21() -> Sample:
          "img_shapes": [[(1, 4, 4), (1, 4, 6)]] * BATCH, "img_mask": slots},
         grid=(1, 4, 6),
     )  # fmt: skip
+
+
+@entry
+def bria_fibo2() -> Sample:
+    """Text squeezed into a few tokens in front of the image, an image to edit behind it, cross-attention in one layer."""
+    model = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4, patch_size=2, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=20,
+        injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6, gist_step=2,
+        gist_min_text_len=4, gist_max_text_len=12, axes_dims=(4, 6, 6), axes_lens=(16, 8, 8),
+    )  # fmt: skip
+    model.rope_embedder(torch.zeros(1, 3, dtype=torch.int32))  # makes the tables of the first call, which breaks a graph
+    return Sample(
+        model,
+        {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": shares(),
+         "encoder_hidden_states": normal(BATCH, 2, TEXT, 20), "context_latents": [normal(BATCH, 4, 6, 10)]},
+    )  # fmt: skip
+
+
+@entry
+def ideogram4() -> Sample:
+    """Text and image in one sequence, told apart by indicators; output for all tokens; padding in front of the text."""
+    segments, indicator = torch.zeros(2, BATCH, TEXT + 24, dtype=torch.long)
+    segments[-1, :2] = -1
+    indicator[:, :TEXT], indicator[:, TEXT:] = 3, 2
+    places = torch.cat([torch.arange(TEXT)[:, None].expand(TEXT, 3), 65536 + ids(24, 3, 6).long()])
+    return Sample(
+        diffusers.Ideogram4Transformer2DModel(
+            in_channels=8, num_layers=3, attention_head_dim=16, num_attention_heads=2, intermediate_size=40,
+            adaln_dim=12, llm_features_dim=20, mrope_section=(4, 2, 2),
+        ),
+        {"hidden_states": normal(BATCH, TEXT + 24, 8), "timestep": shares(),
+         "encoder_hidden_states": normal(BATCH, TEXT + 24, 20), "position_ids": places.repeat(BATCH, 1, 1),
+         "segment_ids": segments, "indicator": indicator},
+        grid=(1, 1, TEXT + 24),
+    )  # fmt: skip
