@@ -283,9 +283,13 @@ class Frames(nn.Conv2d):
         (Grid(nn.Conv3d(3, D, (1, 2, 2), (1, 2, 2))), (2, 3, 7, 6, 10), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (7, 3, 5, 1, 2, 2, 2)), (2, 105, 3), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (3, 5, 2, 2, 2)), (2, 15, 3), (1, 3, 5)),
+        (Grid(nn.Linear(3, D), (15, 1, 2, 2, 2)), (2, 15, 3), None),
         (Grid(nn.Linear(3, D)), (2, 15, 3), None),
     ],
-    ids=["image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify", "none"],
+    ids=[
+        "image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify",
+        "patches one by one", "none",
+    ],
 )
 def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
     structure = find_branches(normal_form(model.eval(), torch.ones(shape)))

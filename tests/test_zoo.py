@@ -29,7 +29,8 @@ STEPS = 10
 FULL = [True, True, False, False, True, False, False, True, False, False]
 
 # These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
-BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen", "qwen_image_21", "hidream_image")
+# The experts of nucleus_moe are one graph in bfloat16 alone.
+BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen", "qwen_image_21", "hidream_image", "nucleus_moe")
 # Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
 TWINS = ("cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit")
 NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]

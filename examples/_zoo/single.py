@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import torch
 from diffusers.models import embeddings
@@ -183,3 +185,28 @@ def ideogram4() -> Sample:
          "segment_ids": segments, "indicator": indicator},
         grid=(1, 1, TEXT + 24),
     )  # fmt: skip
+
+
+def _nucleus(**options: Any) -> Sample:
+    return Sample(
+        diffusers.NucleusMoEImageTransformer2DModel(
+            in_channels=8, out_channels=2, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            num_key_value_heads=1, joint_attention_dim=20, axes_dims_rope=(4, 6, 6), mlp_ratio=6.0, num_experts=3,
+            moe_intermediate_dim=24, capacity_factors=1.0, **options,
+        ),
+        {"hidden_states": normal(BATCH, 24, 8), "timestep": shares(), "img_shapes": [(1, 4, 6)] * BATCH,
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_hidden_states_mask": mask().bool()},
+        grid=(1, 4, 6),
+    )  # fmt: skip
+
+
+@entry
+def nucleus_moe() -> Sample:
+    """From the second layer on, experts that choose their tokens, as many as there are places."""
+    return _nucleus(dense_moe_strategy="leave_first_block_dense")
+
+
+@entry
+def nucleus_dense() -> Sample:
+    """Without experts: queries of the image alone, text of its own for each layer, keys of fewer heads."""
+    return _nucleus(moe_enabled=False)
