@@ -287,8 +287,13 @@ class Frames(nn.Conv2d):
         (Grid(nn.Linear(3, D)), (2, 15, 3), None),
     ],
     ids=[
-        "image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify",
-        "patches one by one", "none",
+        "image convolution",
+        "frame convolution",
+        "video convolution",
+        "video unpatchify",
+        "image unpatchify",
+        "patches one by one",
+        "none",
     ],
 )
 def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:

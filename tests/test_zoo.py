@@ -149,7 +149,17 @@ def test_baselines(name: str, order: int) -> None:
 SHALLOW = 1
 """Layers that hero refreshes; the rest is extrapolated."""
 
-IMAGE_FIRST = ("sd3", "sd3_5", "hunyuan_video", "hunyuan_image", "ernie_image", "hidream_image_dense", "joyimage_edit", "joyimage_edit_plus")
+IMAGE_FIRST = (
+    "sd3",
+    "sd3_5",
+    "hunyuan_video",
+    "hunyuan_image",
+    "ernie_image",
+    "hidream_image_dense",
+    "joyimage_edit",
+    "joyimage_edit_plus",
+    "nucleus_dense",
+)
 """Joint sequences that begin with the image; the others end with it."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "flux3": {"behind": 10},

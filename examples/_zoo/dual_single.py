@@ -121,7 +121,10 @@ def flux3() -> Sample:
 
 
 def _hidream(experts: int, **inputs: Any) -> Sample:
-    text = {"encoder_hidden_states_t5": normal(BATCH, 4, 12), "encoder_hidden_states_llama3": normal(5, BATCH, TEXT, 20)}
+    text = {
+        "encoder_hidden_states_t5": normal(BATCH, 4, 12),
+        "encoder_hidden_states_llama3": normal(5, BATCH, TEXT, 20),
+    }
     return Sample(
         diffusers.HiDreamImageTransformer2DModel(
             patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=16,

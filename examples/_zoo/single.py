@@ -160,7 +160,9 @@ def bria_fibo2() -> Sample:
         injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6, gist_step=2,
         gist_min_text_len=4, gist_max_text_len=12, axes_dims=(4, 6, 6), axes_lens=(16, 8, 8),
     )  # fmt: skip
-    model.rope_embedder(torch.zeros(1, 3, dtype=torch.int32))  # makes the tables of the first call, which breaks a graph
+    model.rope_embedder(
+        torch.zeros(1, 3, dtype=torch.int32)
+    )  # makes the tables of the first call, which breaks a graph
     return Sample(
         model,
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": shares(),
