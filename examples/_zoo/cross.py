@@ -224,7 +224,7 @@ def dreamlite() -> Sample:
         diffusers.DreamLiteTransformer2DModel(
             num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
             cross_attention_dim=20, norm_type="ada_norm_zero", num_embeds_ada_norm=10, norm_elementwise_affine=False,
-            qk_norm="rms_norm", num_kv_heads=2, ff_mult=2,
+            qk_norm="rms_norm", ff_mult=2,
         ),
         {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(), "class_labels": torch.tensor([3, 5]),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
