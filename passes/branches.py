@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import fx
 
 from .emit import value_of
@@ -22,6 +23,8 @@ from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
 __all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid"]
+
+aten = torch.ops.aten
 
 
 def body_of(
@@ -223,15 +226,30 @@ def _kind(graph: Ancestry, body: list[fx.Node], attention: list[fx.Node], source
         return "cross_attention"
     if not attention:
         return "attention"
-    # A product that neither feeds attention nor reads it is an FFN beside it.
+    # A product that neither feeds attention nor reads it is an FFN beside it, if it is no gate of what attention gives.
     for node in body:
-        if (
-            node not in attention
-            and is_matmul(node)
-            and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention)
-        ):
-            return "parallel"
+        beside = node not in attention and is_matmul(node)
+        if beside and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention):
+            meeting_points = _meets(graph, node, attention, set(body))
+            if not meeting_points or any(n.target is not aten.mul.Tensor for n in meeting_points):
+                return "parallel"
     return "attention"
+
+
+def _meets(graph: Ancestry, node: fx.Node, attention: list[fx.Node], body: set[fx.Node]) -> list[fx.Node]:
+    """Where what is computed from `node` alone first meets what attention gives."""
+    met: list[fx.Node] = []
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user not in body or user in seen:
+                continue
+            seen.add(user)
+            if any(graph.depends(user, a) for a in attention):
+                met.append(user)
+            else:
+                todo.append(user)
+    return met
 
 
 def _module_path(body: list[fx.Node]) -> str:

@@ -294,9 +294,13 @@ class Subset:
 
     def _cat(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         inputs: list[fx.Node] = node.args[0]  # type: ignore[assignment]
-        new = [self.env[n] if self.infos.get(n) is not None else n for n in inputs]
-        new = [n for n in new if n is not None]
+        rank = value_of(node).dim()
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        if normal_dim(dim, rank) != tokens.dim:
+            new = [self._operand(node, n, tokens, rank) for n in inputs]
+        else:
+            new = [self.env[n] if self.infos.get(n) is not None else n for n in inputs]
+            new = [n for n in new if n is not None]
         return new[0] if len(new) == 1 else self.emitter.call(aten.cat.default, new, dim)
 
     def _splits_tokens(self, node: fx.Node) -> bool:

@@ -298,7 +298,8 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
     if any(i.dim != present[0].dim for i in present):
         raise NoRule(node, "its inputs carry tokens along different axes")
     if dim != present[0].dim:
-        if any(i != present[0] for i in infos):
+        # What comes from outside has as many values along the token axis: it is indexed by token, like a rotary table.
+        if any(i != present[0] for i in present):
             raise NoRule(node, "its inputs carry different tokens")
         return present[0]
     if any(info.folded for info in present):

@@ -109,6 +109,14 @@ def test_parallel_as_a_sum() -> None:
     assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "parallel"), (1, "parallel")]
 
 
+def test_a_gate_of_the_heads_is_no_ffn_beside_attention() -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        n = norm(x)
+        return x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)) * torch.sigmoid(part.out(n)))
+
+    assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "attention"), (1, "attention")]
+
+
 def test_parallel_in_two_adds() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)
@@ -321,9 +329,18 @@ class Frames(nn.Conv2d):
         (Grid(nn.Conv3d(3, D, (1, 2, 2), (1, 2, 2))), (2, 3, 7, 6, 10), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (7, 3, 5, 1, 2, 2, 2)), (2, 105, 3), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (3, 5, 2, 2, 2)), (2, 15, 3), (1, 3, 5)),
+        (Grid(nn.Linear(3, D), (15, 1, 2, 2, 2)), (2, 15, 3), None),
         (Grid(nn.Linear(3, D)), (2, 15, 3), None),
     ],
-    ids=["image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify", "none"],
+    ids=[
+        "image convolution",
+        "frame convolution",
+        "video convolution",
+        "video unpatchify",
+        "image unpatchify",
+        "patches one by one",
+        "none",
+    ],
 )
 def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
     structure = find_branches(normal_form(model.eval(), torch.ones(shape)))

@@ -23,14 +23,16 @@ from torch.overrides import TorchFunctionMode
 Place = tuple[str, int]
 """A module's path, and which of its calls within a step."""
 
-_FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
-_NOT_IMAGE = re.compile(r"^(context_refiner|(\w+_)?text_transformer_blocks)\.")
+_FEATURES = re.compile(r"Attention|FeedForward|GLUMB|SwiGLU")
+_LAYERS = re.compile(r"(\w+|mode_blocks\.image)\.\d+\.")
+_NOT_IMAGE = re.compile(r"^(context_refiner|(\w+_)?text_transformer_blocks|txt_mode_blocks)\.")
 
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
     "cosmos3": r"layers\.\d+\.(self_attn|mlp|mlp_moe_gen)",
     "sana_wm": r"blocks\.\d+\.(attn|cross_attn|mlp)",
     "prx": r"blocks\.\d+\.(attention|down_proj)",
+    "ideogram4": r"layers\.\d+\.(attention|feed_forward)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
 _SINGLE = r"single_transformer_blocks\.\d+\.proj_out"
@@ -40,7 +42,7 @@ def feature_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules whose outputs are the branches' features, by path, in the order of the model."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not re.match(r"\w+\.\d+\.", path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
+        if not _LAYERS.match(path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
             continue
         parent, _, _ = path.rpartition(".")
         if name in _OUTPUTS:
@@ -71,6 +73,8 @@ class Hooked:
     image_first: bool = False
     past: int = 0
     """Tokens of past frames that lie in front of the image, where a joint sequence begins with them."""
+    behind: int = 0
+    """Tokens behind the image in a joint sequence that neither begins nor ends with it."""
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     folds: Callable[[str], int] = lambda path: 1
@@ -141,7 +145,7 @@ class Hooked:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (self.past if self.image_first else length - self.image)
+        return rows + (self.past if self.image_first else max(0, length - self.image - self.behind))
 
 
 class _Keys(TorchFunctionMode):

@@ -338,3 +338,17 @@ def stable_audio() -> Sample:
          "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 25, use_real=True, repeat_interleave_real=False)},
         grid=(1, 1, 24),
     )  # fmt: skip
+
+
+@entry
+def dreamlite() -> Sample:
+    """The transformer of a U-Net, with time in its norms: convolutions and a skip connection around it."""
+    return Sample(
+        diffusers.DreamLiteTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
+            cross_attention_dim=20, norm_type="ada_norm_zero", num_embeds_ada_norm=10, norm_elementwise_affine=False,
+            qk_norm="rms_norm", ff_mult=2,
+        ),
+        {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(), "class_labels": torch.tensor([3, 5]),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
+    )  # fmt: skip
