@@ -29,6 +29,10 @@ _NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
     "prx": r"blocks\.\d+\.(attention|down_proj)",
+    "ace_step": r"layers\.\d+\.(self_attn|cross_attn|mlp)",
+    "minimax_music_3": r"transformer_blocks\.\d+\.(attn|ff_out)",
+    "proteina": r"transformer_layers\.\d+\.(mhba\.mha|transition\.transition)",
+    "t5_film": r"decoders\.\d+\.layer\.\d+\.(attention|DenseReluDense)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
 _SINGLE = r"single_transformer_blocks\.\d+\.proj_out"
