@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
@@ -20,6 +21,8 @@ from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
 __all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid"]
+
+aten = torch.ops.aten
 
 
 def body_of(
@@ -210,15 +213,34 @@ def _kind(graph: Ancestry, body: list[fx.Node], attention: list[fx.Node], source
         return "cross_attention"
     if not attention:
         return "attention"
-    # A product that neither feeds attention nor reads it is an FFN beside it.
+    # A product that neither feeds attention nor reads it is an FFN beside it, or a gate of what attention gives.
     for node in body:
         if (
             node not in attention
             and is_matmul(node)
             and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention)
+            and not _gates(graph, node, body, attention)
         ):
             return "parallel"
     return "attention"
+
+
+def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[fx.Node]) -> bool:
+    """Whether attention's results meet what comes of `node` in multiplications alone."""
+    inside, seen, todo, met = set(body), {node}, [node], False
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user not in inside:
+                continue
+            others = [n for n in user.all_input_nodes if n not in seen]
+            if not any(n is a or graph.depends(n, a) for n in others for a in attention):
+                seen.add(user)
+                todo.append(user)
+            elif user.target is aten.mul.Tensor:
+                met = True
+            else:
+                return False
+    return met
 
 
 def _module_path(body: list[fx.Node]) -> str:
