@@ -152,12 +152,9 @@ def analyse(gm: fx.GraphModule, structure: Structure, branch: Branch, cache_poin
     """
     sources, body, targets = body_of(gm, branch, to_update=cache_point == "post_gate")
     seeds = {node: structure.streams[stream].tokens for node, (_, stream) in zip(sources, branch.reads, strict=True)}
-    updated = {update.stream for update in branch.updates}
-    for node, (_, stream) in zip(sources, branch.reads, strict=True):
-        if stream not in updated and _only_masks(node, body, targets):
-            del seeds[node]
-    if len(seeds) < len(sources):
-        sources, body = list(seeds), _moved(seeds, body)
+    if any(_only_masks(node, body, targets) for node in sources):
+        sources = [node for node in sources if not _only_masks(node, body, targets)]
+        seeds, body = {node: seeds[node] for node in sources}, _moved(sources, body)
     infos = follow(body, seeds)
     check_whole(infos, structure.lengths)
     for target, update in zip(targets, branch.updates, strict=True):
