@@ -32,7 +32,9 @@ FULL = [True, True, False, False, True, False, False, True, False, False]
 BROKEN = ("hunyuan_video_15", "lumina2", "z_image", "omnigen")
 # Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
 TWINS = ("cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit")
-NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
+# No attention op anywhere: it is written out as products and a softmax, and refused with the mend (test_failures.py).
+REFUSED = ("t5_film",)
+NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS + REFUSED]
 
 
 @dataclass
