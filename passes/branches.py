@@ -226,29 +226,33 @@ def _kind(graph: Ancestry, body: list[fx.Node], attention: list[fx.Node], source
         return "cross_attention"
     if not attention:
         return "attention"
-    # A product that neither feeds attention nor reads it is an FFN beside it, if it is no gate of what attention gives.
+    # A product that neither feeds attention nor reads it is an FFN beside it, or a gate of what attention gives.
     for node in body:
-        beside = node not in attention and is_matmul(node)
-        if beside and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention):
-            meeting_points = _meets(graph, node, attention, set(body))
-            if not meeting_points or any(n.target is not aten.mul.Tensor for n in meeting_points):
-                return "parallel"
+        if (
+            node not in attention
+            and is_matmul(node)
+            and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention)
+            and not _gates(graph, node, body, attention)
+        ):
+            return "parallel"
     return "attention"
 
 
-def _meets(graph: Ancestry, node: fx.Node, attention: list[fx.Node], body: set[fx.Node]) -> list[fx.Node]:
-    """Where what is computed from `node` alone first meets what attention gives."""
-    met: list[fx.Node] = []
-    seen, todo = {node}, [node]
+def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[fx.Node]) -> bool:
+    """Whether attention's results meet what comes of `node` in multiplications alone."""
+    inside, seen, todo, met = set(body), {node}, [node], False
     while todo:
         for user in todo.pop().users:
-            if user not in body or user in seen:
+            if user in seen or user not in inside:
                 continue
-            seen.add(user)
-            if any(graph.depends(user, a) for a in attention):
-                met.append(user)
-            else:
+            others = [n for n in user.all_input_nodes if n not in seen]
+            if not any(n is a or graph.depends(n, a) for n in others for a in attention):
+                seen.add(user)
                 todo.append(user)
+            elif user.target is aten.mul.Tensor:
+                met = True
+            else:
+                return False
     return met
 
 

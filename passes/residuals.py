@@ -18,6 +18,13 @@ __all__ = [
 aten = torch.ops.aten
 
 
+# What these give depends on the shape of their input alone.
+_SHAPE_ONLY = (
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+)  # fmt: skip
+
+
 class Ancestry:
     """A graph with fast ancestor queries: `above[i]` is the bit set of the nodes that node i depends on."""
 
@@ -27,7 +34,7 @@ class Ancestry:
         self.above: list[int] = []
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes:
+            for source in node.all_input_nodes if node.target not in _SHAPE_ONLY else ():
                 i = self.index[source]
                 bits |= self.above[i] | 1 << i
             self.above.append(bits)
@@ -141,10 +148,14 @@ def _source_of(graph: Ancestry, found: dict[fx.Node, ResidualAdd], value: fx.Nod
     else:
         return None
     # x + ffn(norm(x + attention(x))): the second one's update reads the stream one add later.
-    source = value
+    source, passed = value, list[ResidualAdd]()
     for other in found.values():
-        if other.residual is source and graph.depends(update, other.add):
+        if other.residual is source and (other.add is update or graph.depends(update, other.add)):
             source = other.add
+            passed.append(other)
+    # x + stack(x) and x + linear(stack(x)): the skip connection goes around FFNs too, and around many layers.
+    if source is update or len(passed) > 2 or not all(other.attends for other in passed):
+        return None
     within = (o for o in found.values() if o.attends and graph.depends(o.add, source) and graph.depends(update, o.add))
     return None if any(not _is_part(graph, found, o, source, update) for o in within) else source
 

@@ -131,13 +131,25 @@ def find_outputs(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]
     for node in reversed(graph.nodes[start:]):
         if node not in known and not outside.isdisjoint(node.users):
             outside.add(node)
-    return [
-        segment
-        for node in graph.nodes[start:]
-        if isinstance(info := known.get(node), Tokens) and not outside.isdisjoint(node.users)
-        for segment in info.segments
-        if not segment.source.startswith("%")
-    ]
+    leaving: dict[Segment, None] = {}
+    for node in graph.nodes[start:]:
+        if isinstance(tokens := known.get(node), Tokens):
+            for user in node.users:
+                if user in outside:
+                    leaving.update(dict.fromkeys(_taken(user, tokens).segments))
+    return [segment for segment in leaving if not segment.source.startswith("%")]
+
+
+def _taken(node: fx.Node, tokens: Tokens) -> Tokens:
+    """The tokens that an op behind the layers takes: one of them, where it selects one, or all."""
+    if node.target is not aten.select.int or tokens.folded:
+        return tokens
+    _, dim, index = node.args
+    source = value_of(node.args[0])
+    if normal_dim(dim, source.dim()) != tokens.dim or not isinstance(index, int):  # type: ignore[arg-type]
+        return tokens
+    place = index % tokens.size
+    return tokens.cut(place, place + 1)
 
 
 def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> list[Stream]:

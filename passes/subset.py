@@ -250,7 +250,8 @@ class Subset:
         if self.infos.get(source) is not None:
             return self.env[source]  # type: ignore[no-any-return]
         value = source.meta.get("val")
-        if node.target in _PLAIN or not isinstance(value, torch.Tensor):
+        summed = node.target in _SUMMED and source is node.args[0]
+        if (node.target in _PLAIN and not summed) or not isinstance(value, torch.Tensor):
             return source
         dim = tokens.dim - (rank - value.dim())
         if dim < 0 or value.shape[dim] != tokens.size or tokens.size == 1:
@@ -331,3 +332,6 @@ _PLAIN = {
     aten.bmm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default, aten.index.Tensor,
     aten.index_select.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
 }  # fmt: skip
+
+# Of these, the first input is added to the product: it may be a table indexed by token, as a mask is.
+_SUMMED = (aten.addmm.default, aten.baddbmm.default)

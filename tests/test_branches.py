@@ -101,6 +101,71 @@ def test_parallel_in_one_projection() -> None:
     assert [(b.layer, b.kind) for b in structure.branches] == [(0, "parallel"), (1, "parallel")]
 
 
+def test_gated_attention_is_no_parallel_branch() -> None:
+    """A product that is a factor of what attention gives is a gate."""
+
+    def layer(part: Part, x: Tensor) -> Any:
+        n = norm(x)
+        x = x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)) * F.sigmoid(part.kv(n[..., :6])[..., :D]))
+        return x + part.ffn(norm(x))
+
+    kinds = [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches]
+    assert kinds == [(0, "attention"), (0, "ffn"), (1, "attention"), (1, "ffn")]
+
+
+class _Skip(Model):
+    """A skip connection around all layers, with what `behind` makes of them."""
+
+    def __init__(self, layer: Layer, behind: Callable[[Part, Tensor], Tensor]) -> None:
+        super().__init__(layer)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Any:
+        (y,) = super().forward(x)
+        return x + self.behind(self.parts[0], y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [lambda part, y: y, lambda part, y: part.out(y), lambda part, y: norm(part.out(y))],
+    ids=["as it is", "projected", "projected, normalised"],
+)
+def test_a_skip_around_all_layers_is_no_branch(behind: Any) -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        x = x + part.attention(norm(x))
+        return x + part.ffn(norm(x))
+
+    structure = find_branches(normal_form(_Skip(layer, behind).eval(), torch.ones(2, 5, D)))
+    assert [(b.label, len(b.updates)) for b in structure.branches] == [
+        ("l0_attention", 1), ("l0_ffn", 1), ("l1_attention", 1), ("l1_ffn", 1),
+    ]  # fmt: skip
+
+
+def test_what_has_only_a_shape_of_the_stream_is_no_branch() -> None:
+    class Recycled(Model):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x + self.parts[0].ffn(norm(torch.zeros_like(x))))  # type: ignore[operator]
+
+    def layer(part: Part, x: Tensor) -> Any:
+        return x + part.attention(norm(x))
+
+    structure = find_branches(normal_form(Recycled(layer).eval(), torch.ones(2, 5, D)))
+    assert [b.label for b in structure.branches] == ["l0_attention", "l1_attention"]
+
+
+def test_an_output_of_one_token_is_made_of_that_token() -> None:
+    class Last(Model):
+        def forward(self, x: Tensor) -> Any:
+            (y,) = super().forward(x)
+            return self.parts[0].out(norm(y)[:, -1])  # type: ignore[operator]
+
+    def layer(part: Part, x: Tensor) -> Any:
+        return x + part.attention(norm(x))
+
+    structure = find_branches(normal_form(Last(layer).eval(), torch.ones(2, 5, D)))
+    assert [str(s) for s in structure.streams[0].tokens.segments] == ["text[0:4]", "image[0:1]"]
+
+
 def test_parallel_as_a_sum() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)

@@ -110,6 +110,10 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "gather by a table": (lambda x, i: x.gather(2, i.long()), ((table(2, N, 2) > 0).float(),)),
     "einsum": (lambda x, w: torch.einsum("bnd,de,bnd->bne", x, w, x * 2), (table(WIDTH, 3),)),
     "bmm": (lambda x, w: aten.baddbmm(w[:, :1, :3], x, w) + torch.bmm(x, w), (table(2, WIDTH, 3),)),
+    "product onto a table": (
+        lambda x, w, t: torch.baddbmm(t, x, w)[0] + torch.addmm(t[0], x.select(0, 1), w[0]),
+        (table(2, WIDTH, 3), table(2, N, 3)),
+    ),
     "bmm of one matrix per token": (lambda x: torch.bmm(x.permute(1, 0, 2), x.permute(1, 2, 0)), ()),
     "addmm": (lambda x, w: torch.addmm(w[0], x.select(0, 1), w), (table(WIDTH, WIDTH),)),
     "convolution of single tokens": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 1),)),

@@ -33,6 +33,10 @@ _OUTPUTS = {
     "sana_wm": r"blocks\.\d+\.(attn|cross_attn|mlp)",
     "prx": r"blocks\.\d+\.(attention|down_proj)",
     "ideogram4": r"layers\.\d+\.(attention|feed_forward)",
+    "ace_step": r"layers\.\d+\.(self_attn|cross_attn|mlp)",
+    "minimax_music_3": r"transformer_blocks\.\d+\.(attn|ff_out)",
+    "proteina": r"transformer_layers\.\d+\.(mhba\.mha|transition\.transition)",
+    "t5_film": r"decoders\.\d+\.layer\.\d+\.(attention|DenseReluDense)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
 _SINGLE = r"single_transformer_blocks\.\d+\.proj_out"
