@@ -145,7 +145,7 @@ def _taken(node: fx.Node, tokens: Tokens) -> Tokens:
     if node.target is not aten.select.int or tokens.folded:
         return tokens
     _, dim, index = node.args
-    source = value_of(node.args[0])
+    source = value_of(node.all_input_nodes[0])
     if normal_dim(dim, source.dim()) != tokens.dim or not isinstance(index, int):  # type: ignore[arg-type]
         return tokens
     place = index % tokens.size
@@ -232,7 +232,7 @@ def _of_convolutions(calls: list[fx.Node], tokens: int) -> Iterator[Grid]:
 
 def _of_unpatchify(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
     for node in reversed(reshapes):
-        before, after = list(value_of(node.args[0]).shape), list(value_of(node).shape)
+        before, after = list(value_of(node.all_input_nodes[0]).shape), list(value_of(node).shape)
         if len(before) == 3 and before[1] == tokens and len(after) > 4 and after[0] == before[0]:
             for rank in (3, 2):
                 if prod(after[1 : 1 + rank]) == tokens:
@@ -249,7 +249,7 @@ def _of_meshes(calls: list[fx.Node], tokens: int) -> Iterator[Grid]:
 
 def _of_tables(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
     for node in reshapes:
-        before, after = list(value_of(node.args[0]).shape), list(value_of(node).shape)
+        before, after = list(value_of(node.all_input_nodes[0]).shape), list(value_of(node).shape)
         for at in range(len(before) - 2):
             grid, rest = before[at : at + 3], before[at + 3 :]
             folds = after == [*before[:at], tokens, *rest] and len(rest) < 2

@@ -296,7 +296,7 @@ class Subset:
     def _cat(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         inputs: list[fx.Node] = node.args[0]  # type: ignore[assignment]
         rank = value_of(node).dim()
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        dim: int = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)  # type: ignore[assignment]
         if normal_dim(dim, rank) != tokens.dim:
             new = [self._operand(node, n, tokens, rank) for n in inputs]
         else:
