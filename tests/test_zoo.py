@@ -33,9 +33,8 @@ FULL = [True, True, False, False, True, False, False, True, False, False]
 BROKEN = (
     "hunyuan_video_15", "lumina2", "z_image", "omnigen", "wan_animate_2", "qwen_image_21", "hidream_image", "nucleus_moe",
 )  # fmt: skip
-# One graph, but not for hero_fx: attention's block mask is made within the model, and that maps over a batch (vmap);
-# or no attention op anywhere: it is written out as products and a softmax (t5_film).
-REFUSED = ("kandinsky6_sr", "t5_film")
+# One graph, but not for hero_fx: attention's block mask is made within the model, and that maps over a batch (vmap).
+REFUSED = ("kandinsky6_sr",)
 # Not yet held against hooks.
 OPEN = ("anyflow_far", "sana_wm")
 # Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
