@@ -104,11 +104,11 @@ def check_structure(normal: fx.GraphModule, structure: Structure) -> None:
             "no attention or FFN branch was found: no residual update x + f(x) of hidden states [batch, tokens, width]; "
             f"compile the whole transformer (the module whose forward runs all blocks){_IF_WHOLE}"
         )
-    if not any(branch.attention for branch in structure.branches):
+    if all(branch.kind == "ffn" for branch in structure.branches):
         raise UnsupportedModel(
-            f"no attention was found in the {len(structure.branches)} residual branches, so this is no transformer, or it "
-            "writes attention out as products and a softmax: use torch.nn.functional.scaled_dot_product_attention, and "
-            f"compile the whole transformer{_IF_WHOLE}"
+            f"no attention was found in the {len(structure.branches)} residual branches, so this is no transformer, or "
+            "not all of one: use torch.nn.functional.scaled_dot_product_attention, and compile the whole transformer"
+            f"{_IF_WHOLE}"
         )
     if structure.depth == 1:
         raise UnsupportedModel(

@@ -37,12 +37,15 @@ class AttentionOp:
         """The axis of the heads."""
         return -3 if self.dim == -2 else -2
 
-    def ordered(self, node: fx.Node) -> str:
-        """What makes a call depend on the order or the number of its tokens; empty if nothing does."""
+    def ordered(self, node: fx.Node, whole: bool = False) -> str:
+        """What makes a call depend on the order or the number of its tokens; empty if nothing does.
+
+        `whole`: all of its tokens are computed, or none, so that their order and number are as ever.
+        """
         if self.refused:
             return self.refused
         for name, allowed in _PLAIN.items():
-            if argument_of(node, name, allowed[0]) not in allowed:
+            if not whole and argument_of(node, name, allowed[0]) not in allowed:
                 return f"{name}={argument_of(node, name)!r}: it depends on the order of the tokens"
         given = {node.args[i] for i in (self.query, self.key, self.value)} | {argument_of(node, self.mask or "")}
         more = [n.name for n in node.all_input_nodes if n not in given]

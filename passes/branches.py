@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 
+import torch
 from torch import fx
 
+from .emit import value_of
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
 from .streams import find_grid, find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
 __all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid"]
+
+aten = torch.ops.aten
 
 
 def body_of(
@@ -29,6 +34,11 @@ def body_of(
     by_name = {node.name: node for node in gm.graph.nodes}
     sources = [by_name[name] for name, _ in branch.reads]
     targets = [by_name[u.update if to_update else u.feature] for u in branch.updates]
+    return sources, _below(sources, targets), targets
+
+
+def _below(sources: list[fx.Node], targets: list[fx.Node]) -> list[fx.Node]:
+    """What the targets are computed from and the sources change, in order."""
     # Only what lies above the targets and below the stream values is looked at: the cost does not grow with depth.
     above, todo = set(targets), list(targets)
     while todo:
@@ -42,7 +52,7 @@ def body_of(
         if not moved.isdisjoint(node.all_input_nodes):
             moved.add(node)
             body.append(node)
-    return sources, body, targets
+    return body
 
 
 def find_branches(gm: fx.GraphModule) -> Structure:
@@ -80,6 +90,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
             )
             for f in group
         )
+        reads = _reads([f.update for f in group], values)
         branches.append(
             Branch(
                 layer,
@@ -87,8 +98,8 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 label,
                 _module_path(body),
                 updates,
-                tuple((n.name, values[n]) for n in _reads([f.update for f in group], values)),
-                tuple(n.name for n in attention),
+                tuple((n.name, values[n]) for n in reads),
+                tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
             )
         )
     image = find_image(graph, adds, streams)
@@ -114,11 +125,16 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     roots = [f.residual for f in adds if f.residual not in {f.add for f in adds}]
     for root in reversed(roots):
         if owners[root] & outputs:
-            # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in.
-            moved = [owners[n] for n in _moved_from(root, owners)]
+            # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in,
+            # if they are most of the stream: text that is written into a packed sequence is not.
+            moved = [owners[n] for n in _moved_from(root, owners) if 2 * _size(n) >= _size(root)]
             outputs |= set().union(*(sources for sources in moved if sources.isdisjoint(owners[root])))
     roots = [root for root in roots if owners[root] & outputs]
     return [f for f in adds if not roots or any(f.update is r or graph.depends(f.update, r) for r in roots)]
+
+
+def _size(node: fx.Node) -> int:
+    return prod(int(size) for size in value_of(node).shape)
 
 
 def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Node]:
@@ -210,15 +226,34 @@ def _kind(graph: Ancestry, body: list[fx.Node], attention: list[fx.Node], source
         return "cross_attention"
     if not attention:
         return "attention"
-    # A product that neither feeds attention nor reads it is an FFN beside it.
+    # A product that neither feeds attention nor reads it is an FFN beside it, or a gate of what attention gives.
     for node in body:
         if (
             node not in attention
             and is_matmul(node)
             and not any(graph.depends(a, node) or graph.depends(node, a) for a in attention)
+            and not _gates(graph, node, body, attention)
         ):
             return "parallel"
     return "attention"
+
+
+def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[fx.Node]) -> bool:
+    """Whether attention's results meet what comes of `node` in multiplications alone."""
+    inside, seen, todo, met = set(body), {node}, [node], False
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user not in inside:
+                continue
+            others = [n for n in user.all_input_nodes if n not in seen]
+            if not any(n is a or graph.depends(n, a) for n in others for a in attention):
+                seen.add(user)
+                todo.append(user)
+            elif user.target is aten.mul.Tensor:
+                met = True
+            else:
+                return False
+    return met
 
 
 def _module_path(body: list[fx.Node]) -> str:

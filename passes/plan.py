@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,7 +126,8 @@ def gate_of(gm_nodes: dict[str, fx.Node], update: Update, tokens: Tokens) -> tup
 def term_slot(branch: Branch, streams: Sequence[Stream], update: Update, term: int) -> StateSlot:
     """The state tensor of Taylor term `term` of one stream of a branch."""
     stream = streams[update.stream].name.replace("+", "_").replace("#", "_")
-    return StateSlot(f"{branch.label}_{stream}_y{term}")
+    number = [u.add for u in branch.updates if u.stream == update.stream].index(update.add)
+    return StateSlot(f"{branch.label}_{stream}{f'_{number}' if number else ''}_y{term}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +153,36 @@ def analyse(gm: fx.GraphModule, structure: Structure, branch: Branch, cache_poin
     """
     sources, body, targets = body_of(gm, branch, to_update=cache_point == "post_gate")
     seeds = {node: structure.streams[stream].tokens for node, (_, stream) in zip(sources, branch.reads, strict=True)}
-    infos = follow(body, seeds)
+    if any(_only_masks(node, body, targets) for node in sources):
+        sources = [node for node in sources if not _only_masks(node, body, targets)]
+        seeds, body = {node: seeds[node] for node in sources}, _moved(sources, body)
+    infos = follow(body, seeds, whole=structure.lengths.keys() - {structure.image})
     check_whole(infos, structure.lengths)
     for target, update in zip(targets, branch.updates, strict=True):
         if infos.get(target) != structure.streams[update.stream].tokens:
             raise NoRule(target, "its tokens are not those of the stream it is added to")
     return Analysis(tuple(sources), tuple(body), tuple(targets), infos)
+
+
+def _only_masks(source: fx.Node, body: Sequence[fx.Node], targets: Sequence[fx.Node]) -> bool:
+    """Whether a stream's value goes into nothing but masks of attention: those are tables for whole tokens, as any others."""
+    moved = {source}
+    for node in body:
+        if moved.isdisjoint(node.all_input_nodes):
+            continue
+        op = ATTENTION.get(node.target)
+        if op is None or any(node.args[i] in moved for i in (op.query, op.key, op.value)):
+            moved.add(node)
+    return moved.isdisjoint(targets)
+
+
+def _moved(sources: Iterable[fx.Node], body: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of a body that depend on a source."""
+    moved = set(sources)
+    for node in body:
+        if not moved.isdisjoint(node.all_input_nodes):
+            moved.add(node)
+    return [node for node in body if node in moved]
 
 
 def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> fx.Node:

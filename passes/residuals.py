@@ -18,6 +18,13 @@ __all__ = [
 aten = torch.ops.aten
 
 
+# What these give depends on the shape of their input alone.
+_SHAPE_ONLY = (
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+)  # fmt: skip
+
+
 class Ancestry:
     """A graph with fast ancestor queries: `above[i]` is the bit set of the nodes that node i depends on."""
 
@@ -27,7 +34,7 @@ class Ancestry:
         self.above: list[int] = []
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes:
+            for source in node.all_input_nodes if node.target not in _SHAPE_ONLY else ():
                 i = self.index[source]
                 bits |= self.above[i] | 1 << i
             self.above.append(bits)
@@ -93,7 +100,10 @@ class ResidualAdd:
 def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
     """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order.
 
-    An add around whole layers (`x + stack(x)`) is none: the layers within are.
+    Of x [batch, tokens, width], or [tokens, width] where attention is in the stream: without it, it is an embedding.
+
+    An add around whole layers (`x + stack(x)`) is none: the layers within are. An add within a branch, to what its
+    attention gives (`x + project(a + cross(a)), a = attention(x)`), is none either: there the branch is.
     """
     found: dict[fx.Node, ResidualAdd] = {}
     for node in graph.nodes:
@@ -103,17 +113,27 @@ def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
             continue
         shape = value_of(node).shape
-        if len(shape) < 3 or value_of(a).shape != shape or value_of(b).shape != shape:
+        if len(shape) < 2 or value_of(a).shape != shape or value_of(b).shape != shape:
             continue
         for residual, update in ((a, b), (b, a)):
             source = _source_of(graph, found, beneath_casts(residual), update)
             body = graph.between([source], [update]) if source is not None else []
             matmuls = frozenset(n for n in body if is_matmul(n))
             if source is not None and matmuls:
-                attends = any(n.target in ATTENTION or _is_score(graph, n, source) for n in matmuls)
+                attends = any(map(_mixes_tokens(graph, source), matmuls))
+                for inner in [o for o in found.values() if _is_part(graph, found, o, source, update)]:
+                    del found[inner.add]
                 found[node] = ResidualAdd(node, beneath_casts(residual), source, update, matmuls, attends)
                 break
-    return list(found.values())
+    attended = {_root(found, f.add) for f in found.values() if f.attends}
+    return [f for f in found.values() if value_of(f.add).dim() > 2 or _root(found, f.add) in attended]
+
+
+def _root(found: dict[fx.Node, ResidualAdd], value: fx.Node) -> fx.Node:
+    """The value in front of the first add of a stream."""
+    while value in found:
+        value = found[value].residual
+    return value
 
 
 def _source_of(graph: Ancestry, found: dict[fx.Node, ResidualAdd], value: fx.Node, update: fx.Node) -> fx.Node | None:
@@ -128,12 +148,32 @@ def _source_of(graph: Ancestry, found: dict[fx.Node, ResidualAdd], value: fx.Nod
     else:
         return None
     # x + ffn(norm(x + attention(x))): the second one's update reads the stream one add later.
-    source = value
+    source, passed = value, list[ResidualAdd]()
     for other in found.values():
-        if other.residual is source and graph.depends(update, other.add):
+        if other.residual is source and (other.add is update or graph.depends(update, other.add)):
             source = other.add
+            passed.append(other)
+    # x + stack(x) and x + linear(stack(x)): the skip connection goes around FFNs too, and around many layers.
+    if source is update or len(passed) > 2 or not all(other.attends for other in passed):
+        return None
     within = (o for o in found.values() if o.attends and graph.depends(o.add, source) and graph.depends(update, o.add))
-    return None if any(within) else source
+    return None if any(not _is_part(graph, found, o, source, update) for o in within) else source
+
+
+def _is_part(
+    graph: Ancestry, found: dict[fx.Node, ResidualAdd], inner: ResidualAdd, source: fx.Node, update: fx.Node
+) -> bool:
+    """Whether an add lies within the branch from `source` to `update`: its stream begins with what attention gives there.
+
+    The stream of layers begins with a value of its own, or with one that no attention has made.
+    """
+    if not (graph.depends(inner.add, source) and graph.depends(update, inner.add)):
+        return False
+    return any(map(_mixes_tokens(graph, source), graph.between([source], [_root(found, inner.add)])))
+
+
+def _mixes_tokens(graph: Ancestry, source: fx.Node) -> Callable[[fx.Node], bool]:
+    return lambda node: node.target in ATTENTION or _is_score(graph, node, source)
 
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
@@ -165,9 +205,31 @@ def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> 
             feature = node
         elif _is_cast(node):
             node = node.args[0]  # type: ignore[assignment]
+        elif (grouped := _gated_in_groups(node, moves)) is not None:
+            node = feature = grouped
         else:
             break
     return _projection_of(feature, moves) or feature
+
+
+_RESHAPES = (
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
+)  # fmt: skip
+
+
+def _gated_in_groups(node: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:
+    """f of reshape(gate * reshape(f)): a gate for each frame, where frames have an axis of their own for it."""
+    if node.target not in _RESHAPES:
+        return None
+    product = beneath_casts(node.args[0])  # type: ignore[arg-type]
+    if product.target is not aten.mul.Tensor or moves(product.args[0]) == moves(product.args[1]):
+        return None
+    split = beneath_casts(product.args[0] if moves(product.args[0]) else product.args[1])  # type: ignore[arg-type]
+    if split.target not in _RESHAPES:
+        return None
+    whole = split.args[0]
+    assert isinstance(whole, fx.Node)
+    return whole if value_of(whole).shape == value_of(node).shape else None
 
 
 def _projection_of(feature: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:

@@ -250,7 +250,8 @@ class Subset:
         if self.infos.get(source) is not None:
             return self.env[source]  # type: ignore[no-any-return]
         value = source.meta.get("val")
-        if node.target in _PLAIN or not isinstance(value, torch.Tensor):
+        summed = node.target in _SUMMED and source is node.args[0]
+        if (node.target in _PLAIN and not summed) or not isinstance(value, torch.Tensor):
             return source
         dim = tokens.dim - (rank - value.dim())
         if dim < 0 or value.shape[dim] != tokens.size or tokens.size == 1:
@@ -294,9 +295,13 @@ class Subset:
 
     def _cat(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         inputs: list[fx.Node] = node.args[0]  # type: ignore[assignment]
-        new = [self.env[n] if self.infos.get(n) is not None else n for n in inputs]
-        new = [n for n in new if n is not None]
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        rank = value_of(node).dim()
+        dim: int = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)  # type: ignore[assignment]
+        if normal_dim(dim, rank) != tokens.dim:
+            new = [self._operand(node, n, tokens, rank) for n in inputs]
+        else:
+            new = [self.env[n] if self.infos.get(n) is not None else n for n in inputs]
+            new = [n for n in new if n is not None]
         return new[0] if len(new) == 1 else self.emitter.call(aten.cat.default, new, dim)
 
     def _splits_tokens(self, node: fx.Node) -> bool:
@@ -327,3 +332,6 @@ _PLAIN = {
     aten.bmm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default, aten.index.Tensor,
     aten.index_select.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
 }  # fmt: skip
+
+# Of these, the first input is added to the product: it may be a table indexed by token, as a mask is.
+_SUMMED = (aten.addmm.default, aten.baddbmm.default)

@@ -12,7 +12,8 @@ nothing is guessed. The rules need sizes only, so the analysis changes nothing a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -45,12 +46,15 @@ __all__ = [
 aten = torch.ops.aten
 
 
-def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info]) -> dict[fx.Node, Info]:
+def follow(
+    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[str] = ()
+) -> dict[fx.Node, Info]:
     """Tokens of every node that depends on a seed.
 
     Args:
         nodes: nodes in topological order; those without an argument in the result are passed over.
         seeds: residual streams and their tokens.
+        whole: sources of which a step computes all tokens or none: attention among them may be causal.
 
     Returns:
         The seeds and all followed nodes; a node with several outputs has a tuple.
@@ -80,7 +84,7 @@ def follow(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[f
             continue
         rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
         if node.target in ATTENTION:
-            rule = _attention
+            rule = partial(_attention, whole=whole)
         if rule is None:
             raise NoRule(node, "no rule says what this op does to the token axis")
         try:
@@ -294,7 +298,8 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
     if any(i.dim != present[0].dim for i in present):
         raise NoRule(node, "its inputs carry tokens along different axes")
     if dim != present[0].dim:
-        if any(i != present[0] for i in infos):
+        # What comes from outside has as many values along the token axis: it is indexed by token, like a rotary table.
+        if any(i != present[0] for i in present):
             raise NoRule(node, "its inputs carry different tokens")
         return present[0]
     if any(info.folded for info in present):
@@ -329,11 +334,12 @@ def _expand(node: fx.Node, look: Lookup) -> Tokens:
     return out
 
 
-def _attention(node: fx.Node, look: Lookup) -> Info:
+def _attention(node: fx.Node, look: Lookup, whole: Collection[str]) -> Info:
     op = ATTENTION[node.target]
     query, key, value = (node.args[i] for i in (op.query, op.key, op.value))
     tokens, k, v = look(query), look(key), look(value)
-    reason = op.ordered(node)
+    met = {segment.source for info in (tokens, k, v) if info is not None for segment in info.segments}
+    reason = op.ordered(node, whole=met <= set(whole))
     if reason:
         raise NoRule(node, reason)
     for name, source, info in (("query", query, tokens), ("key", key, k), ("value", value, v)):

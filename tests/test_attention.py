@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import hero_fx
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.plan import Refresh, ScoredRefresh
-from hero_fx.passes.tokens import NoRule, follow
+from hero_fx.passes.tokens import NoRule, Segment, Tokens, follow
 
 from . import toys
 from .attention_ops import registered
@@ -135,6 +135,16 @@ def reason(function: Callable[[Tensor], Tensor]) -> str:
     with pytest.raises(NoRule) as error:
         follow(gm.graph.nodes, {gm.graph.find_nodes(op="placeholder")[0]: TOKENS})
     return error.value.reason
+
+
+def test_attention_may_be_causal_where_all_tokens_are_computed_or_none() -> None:
+    gm = trace(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), torch.ones(2, 3, 8, 4))
+    tokens = Tokens(2, (Segment("text", 0, 3), Segment("image", 0, 5)))
+    seeds = {gm.graph.find_nodes(op="placeholder")[0]: tokens}
+    with pytest.raises(NoRule, match="is_causal=True: it depends on the order of the tokens"):
+        follow(gm.graph.nodes, seeds, whole={"text"})
+    (*_, attention, _) = gm.graph.nodes
+    assert follow(gm.graph.nodes, seeds, whole={"text", "image"})[attention] == tokens
 
 
 def test_what_depends_on_the_order_of_tokens_is_refused() -> None:

@@ -74,6 +74,14 @@ image: image 5 None""",
     )
 
 
+def test_a_gate_for_each_frame() -> None:
+    def layer(part: Part, x: Tensor, gate: Tensor) -> Any:
+        return x + (part.ffn(x).unflatten(1, (2, 3)) * gate).flatten(1, 2)
+
+    (first, _) = found(layer, (2, 6, D), (2, 2, 1, D)).branches
+    assert (first.updates[0].update, first.updates[0].feature) == ("flatten", "linear_1")
+
+
 def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         return x + part.ffn(x) * x.sigmoid()
@@ -93,12 +101,85 @@ def test_parallel_in_one_projection() -> None:
     assert [(b.layer, b.kind) for b in structure.branches] == [(0, "parallel"), (1, "parallel")]
 
 
+def test_gated_attention_is_no_parallel_branch() -> None:
+    """A product that is a factor of what attention gives is a gate."""
+
+    def layer(part: Part, x: Tensor) -> Any:
+        n = norm(x)
+        x = x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)) * F.sigmoid(part.kv(n[..., :6])[..., :D]))
+        return x + part.ffn(norm(x))
+
+    kinds = [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches]
+    assert kinds == [(0, "attention"), (0, "ffn"), (1, "attention"), (1, "ffn")]
+
+
+class _Skip(Model):
+    """A skip connection around all layers, with what `behind` makes of them."""
+
+    def __init__(self, layer: Layer, behind: Callable[[Part, Tensor], Tensor]) -> None:
+        super().__init__(layer)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Any:
+        (y,) = super().forward(x)
+        return x + self.behind(self.parts[0], y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [lambda part, y: y, lambda part, y: part.out(y), lambda part, y: norm(part.out(y))],
+    ids=["as it is", "projected", "projected, normalised"],
+)
+def test_a_skip_around_all_layers_is_no_branch(behind: Any) -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        x = x + part.attention(norm(x))
+        return x + part.ffn(norm(x))
+
+    structure = find_branches(normal_form(_Skip(layer, behind).eval(), torch.ones(2, 5, D)))
+    assert [(b.label, len(b.updates)) for b in structure.branches] == [
+        ("l0_attention", 1), ("l0_ffn", 1), ("l1_attention", 1), ("l1_ffn", 1),
+    ]  # fmt: skip
+
+
+def test_what_has_only_a_shape_of_the_stream_is_no_branch() -> None:
+    class Recycled(Model):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x + self.parts[0].ffn(norm(torch.zeros_like(x))))  # type: ignore[operator]
+
+    def layer(part: Part, x: Tensor) -> Any:
+        return x + part.attention(norm(x))
+
+    structure = find_branches(normal_form(Recycled(layer).eval(), torch.ones(2, 5, D)))
+    assert [b.label for b in structure.branches] == ["l0_attention", "l1_attention"]
+
+
+def test_an_output_of_one_token_is_made_of_that_token() -> None:
+    class Last(Model):
+        def forward(self, x: Tensor) -> Any:
+            (y,) = super().forward(x)
+            return self.parts[0].out(norm(y)[:, -1])  # type: ignore[operator]
+
+    def layer(part: Part, x: Tensor) -> Any:
+        return x + part.attention(norm(x))
+
+    structure = find_branches(normal_form(Last(layer).eval(), torch.ones(2, 5, D)))
+    assert [str(s) for s in structure.streams[0].tokens.segments] == ["text[0:4]", "image[0:1]"]
+
+
 def test_parallel_as_a_sum() -> None:
     def layer(part: Part, x: Tensor) -> Any:
         n = norm(x)
         return x + (part.attention(n) + part.ffn(n))
 
     assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "parallel"), (1, "parallel")]
+
+
+def test_a_gate_of_the_heads_is_no_ffn_beside_attention() -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        n = norm(x)
+        return x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)) * torch.sigmoid(part.out(n)))
+
+    assert [(b.layer, b.kind) for b in found(layer, (2, 5, D)).branches] == [(0, "attention"), (1, "attention")]
 
 
 def test_parallel_in_two_adds() -> None:
@@ -113,6 +194,44 @@ def test_parallel_in_two_adds() -> None:
     attention, ffn = (b.updates[0] for b in structure.branches[:2])
     assert ffn.residual == attention.add
     assert ffn.source == attention.source == attention.residual
+
+
+def test_an_add_within_a_branch_is_a_part_of_it() -> None:
+    """What attention gives attends to the text, and one projection takes the sum."""
+
+    def layer(part: Part, x: Tensor, text: Tensor) -> Any:
+        n = norm(x)
+        a = attend(*part.qkv(n).chunk(3, dim=-1))
+        a = a + part.out(attend(a, *part.kv(text).chunk(2, dim=-1)))
+        return x + part.both(torch.cat([a, F.gelu(part.up(n))], dim=-1))
+
+    first, second = found(layer, (2, 5, D), (2, 3, 6)).branches
+    assert (first.label, len(first.updates), len(first.attention)) == ("l0_parallel", 1, 2)
+    assert second.label == "l1_parallel"
+
+
+def test_attention_within_a_stream_that_a_branch_only_reads() -> None:
+    def layer(part: Part, x: Tensor, other: Tensor) -> Any:
+        x = x + part.attention(norm(x))
+        keys = attend(norm(other), norm(other), norm(other))
+        return x + part.out(attend(norm(x), keys, keys)), other + part.attention(norm(other))
+
+    branches = {b.label: b for b in found(layer, (2, 5, D), (2, 3, D)).branches}
+    assert len(branches["l0_cross_attention"].attention) == 2
+
+
+def test_a_stream_without_a_batch() -> None:
+    """Its time embedding is of the same rank, and no stream: no attention is in it."""
+
+    def layer(part: Part, x: Tensor, time: Tensor) -> Any:
+        time = time + part.ffn(norm(time))
+        n = norm(x)[None]
+        x = x + part.out(attend(*part.qkv(n).chunk(3, dim=-1)))[0] * time
+        return x + part.ffn(norm(x)), time
+
+    structure = found(layer, (5, D), (1, D))
+    assert [str(s.tokens) for s in structure.streams] == ["dim 0: image[0:5]"]
+    assert [b.label for b in structure.branches] == ["l0_attention", "l0_ffn", "l1_attention", "l1_ffn"]
 
 
 def joint(part: Part, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,14 +394,32 @@ class Frames(nn.Conv2d):
         (Grid(nn.Conv3d(3, D, (1, 2, 2), (1, 2, 2))), (2, 3, 7, 6, 10), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (7, 3, 5, 1, 2, 2, 2)), (2, 105, 3), (7, 3, 5)),
         (Grid(nn.Linear(3, D), (3, 5, 2, 2, 2)), (2, 15, 3), (1, 3, 5)),
+        (Grid(nn.Linear(3, D), (15, 1, 2, 2, 2)), (2, 15, 3), None),
         (Grid(nn.Linear(3, D)), (2, 15, 3), None),
     ],
-    ids=["image convolution", "frame convolution", "video convolution", "video unpatchify", "image unpatchify", "none"],
+    ids=[
+        "image convolution",
+        "frame convolution",
+        "video convolution",
+        "video unpatchify",
+        "image unpatchify",
+        "patches one by one",
+        "none",
+    ],
 )
 def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
     structure = find_branches(normal_form(model.eval(), torch.ones(shape)))
     assert structure.image_tokens == (prod(grid) if grid else 15)
     assert structure.grid == grid
+
+
+def test_grid_of_patches_that_are_packed_without_a_batch() -> None:
+    class Packed(Part):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.reshape(105, D)[None]
+            return (x + self.attention(x))[0]
+
+    assert find_branches(normal_form(Packed().eval(), torch.ones(7, 3, 5, 2, 4))).grid == (7, 3, 5)
 
 
 def test_no_grid_of_no_tokens() -> None:

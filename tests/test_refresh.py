@@ -222,6 +222,17 @@ def masked(x: Tensor, gate: Tensor, w: Tensor, v: Tensor, text: Tensor) -> tuple
     return x, text
 
 
+def biased(x: Tensor, gate: Tensor, w: Tensor, v: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint attention; what the second one adds to its scores is made of the tokens that come into the first."""
+    first = torch.cat([text, x], 1)
+    for weight, mask in ((w, None), (v, (first @ first.transpose(1, 2)).unsqueeze(1))):
+        n = norm(torch.cat([text, x], 1)).unsqueeze(1)
+        out = F.linear(F.scaled_dot_product_attention(n, n, n, attn_mask=mask).squeeze(1), weight)
+        x, text = x + gate * out[:, TEXT:], text + gate * out[:, :TEXT]
+    return x, text
+
+
+@pytest.mark.parametrize("function", [masked, biased])
 @pytest.mark.parametrize(
     ("strategy", "index"),
     [
@@ -231,9 +242,11 @@ def masked(x: Tensor, gate: Tensor, w: Tensor, v: Tensor, text: Tensor) -> tuple
         (Refresh(keys="all", text="live"), INDEX),
     ],
 )
-def test_masks_lose_the_rows_and_columns_of_tokens_that_are_not_there(strategy: Refresh, index: Tensor) -> None:
-    toy = Toy(masked, text=True)
-    plan, inputs = toy.plan(strategy, Full()), toy.inputs()
+def test_masks_lose_the_rows_and_columns_of_tokens_that_are_not_there(
+    strategy: Refresh, index: Tensor, function: Any
+) -> None:
+    toy = Toy(function, text=True)
+    plan, inputs = toy.plan(*(strategy, Full()) if function is masked else (Full(), strategy)), toy.inputs()
     expected = toy.run(toy.full(plan), inputs)
     ours = toy.run(toy.cached(plan, count=len(index)), inputs, index=index)
     torch.testing.assert_close(ours, expected)

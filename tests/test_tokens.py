@@ -90,6 +90,7 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "split of channels": (lambda x: x.split(1, -1)[3] + x.chunk(2, dim=-1)[1].tensor_split([1], 2)[0], ()),
     "unbind": (lambda x: x.unbind(0)[1] * x.unflatten(-1, (2, -1)).unbind(2)[0].unbind(-1)[1].unbind()[0][:, None], ()),
     "cat": (lambda x: aten.concat([x, aten.concatenate([x, x * 2], -1)], 2), ()),
+    "cat of channels with a table": (lambda x, t: torch.cat([t, x, t * 2], -1), (table(2, N, 3),)),
     "cat with tokens of its own": (lambda x, r: torch.cat([r, x[:, TEXT:], r * 2, x[:, :TEXT]], 1), (table(2, 7, 4),)),
     "stack": (lambda x: torch.stack([torch.stack([x, -x], dim=-1).flatten(-2)] * 2, 1), ()),
     "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
@@ -109,6 +110,10 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "gather by a table": (lambda x, i: x.gather(2, i.long()), ((table(2, N, 2) > 0).float(),)),
     "einsum": (lambda x, w: torch.einsum("bnd,de,bnd->bne", x, w, x * 2), (table(WIDTH, 3),)),
     "bmm": (lambda x, w: aten.baddbmm(w[:, :1, :3], x, w) + torch.bmm(x, w), (table(2, WIDTH, 3),)),
+    "product onto a table": (
+        lambda x, w, t: torch.baddbmm(t, x, w)[0] + torch.addmm(t[0], x.select(0, 1), w[0]),
+        (table(2, WIDTH, 3), table(2, N, 3)),
+    ),
     "bmm of one matrix per token": (lambda x: torch.bmm(x.permute(1, 0, 2), x.permute(1, 2, 0)), ()),
     "addmm": (lambda x, w: torch.addmm(w[0], x.select(0, 1), w), (table(WIDTH, WIDTH),)),
     "convolution of single tokens": (lambda x, w: F.conv1d(x.transpose(1, 2), w), (table(3, WIDTH, 1),)),
@@ -241,7 +246,7 @@ REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "tokens against tokens": (lambda x: x[:, :, None] - x[:, None], ()),
     "text against the image": (lambda x: x[:, :TEXT] * x[:, TEXT : 2 * TEXT], ()),
     "stack with another": (lambda x, t: torch.stack([x, t]), (table(2, N, WIDTH),)),
-    "cat of channels with another": (lambda x, t: torch.cat([x, t], -1), (table(2, N, WIDTH),)),
+    "cat of channels of other tokens": (lambda x: torch.cat([x[:, :TEXT], x[:, TEXT : 2 * TEXT]], -1), ()),
     "cat along different axes": (lambda x: torch.cat([x, x.transpose(1, 2).reshape(2, WIDTH, N)[..., :4]], 1), ()),
     "broadcast of one token": (lambda x, t: x[:, TEXT - 1 : TEXT] * t, (table(2, N, WIDTH),)),
     "expand of one token": (lambda x: x[:, :1].expand(2, N, WIDTH), ()),
@@ -315,7 +320,7 @@ part of the text: split_with_sizes = aten.split_with_sizes.default: it holds a p
 tokens against tokens: sub = aten.sub.Tensor: its inputs carry different tokens (dim 1: text[0:3] image[0:5] and dim 2: text[0:3] image[0:5])
 text against the image: mul = aten.mul.Tensor: its inputs carry different tokens (dim 1: text[0:3] and dim 1: image[0:3])
 stack with another: stack = aten.stack.default: its inputs carry different tokens
-cat of channels with another: cat = aten.cat.default: its inputs carry different tokens
+cat of channels of other tokens: cat = aten.cat.default: its inputs carry different tokens
 cat along different axes: cat = aten.cat.default: its inputs carry tokens along different axes
 broadcast of one token: mul = aten.mul.Tensor: the token axis is broadcast against itself
 expand of one token: expand = aten.expand.default: it repeats the token axis

@@ -23,12 +23,20 @@ from torch.overrides import TorchFunctionMode
 Place = tuple[str, int]
 """A module's path, and which of its calls within a step."""
 
-_FEATURES = re.compile(r"Attention|FeedForward|GLUMB")
-_NOT_IMAGE = re.compile(r"^(context_refiner|text_transformer_blocks)\.")
+_FEATURES = re.compile(r"Attention|FeedForward|GLUMB|SwiGLU")
+_LAYERS = re.compile(r"(\w+|mode_blocks\.image)\.\d+\.")
+_NOT_IMAGE = re.compile(r"^(context_refiner|(\w+_)?text_transformer_blocks|txt_mode_blocks)\.")
 
 # Modules whose output is a branch's where the class does not say so, and those that are a part of such a branch.
 _OUTPUTS = {
+    "cosmos3": r"layers\.\d+\.(self_attn|mlp|mlp_moe_gen)",
+    "sana_wm": r"blocks\.\d+\.(attn|cross_attn|mlp)",
     "prx": r"blocks\.\d+\.(attention|down_proj)",
+    "ideogram4": r"layers\.\d+\.(attention|feed_forward)",
+    "ace_step": r"layers\.\d+\.(self_attn|cross_attn|mlp)",
+    "minimax_music_3": r"transformer_blocks\.\d+\.(attn|ff_out)",
+    "proteina": r"transformer_layers\.\d+\.(mhba\.mha|transition\.transition)",
+    "t5_film": r"decoders\.\d+\.layer\.\d+\.(attention|DenseReluDense)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }
 _SINGLE = r"single_transformer_blocks\.\d+\.proj_out"
@@ -38,7 +46,7 @@ def feature_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """The modules whose outputs are the branches' features, by path, in the order of the model."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not re.match(r"\w+\.\d+\.", path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
+        if not _LAYERS.match(path + ".") or path.count(".") < 1 or _NOT_IMAGE.match(path):
             continue
         parent, _, _ = path.rpartition(".")
         if name in _OUTPUTS:
@@ -67,6 +75,10 @@ class Hooked:
     image: int = 0
     """Image tokens; a joint sequence holds them at its end, or at its start."""
     image_first: bool = False
+    past: int = 0
+    """Tokens of past frames that lie in front of the image, where a joint sequence begins with them."""
+    behind: int = 0
+    """Tokens behind the image in a joint sequence that neither begins nor ends with it."""
     token_axis: Callable[[str], int] = lambda path: -2
     """Of a module's output."""
     folds: Callable[[str], int] = lambda path: 1
@@ -76,7 +88,7 @@ class Hooked:
     given: dict[Place, Any] = field(default_factory=dict)
     """What a module gave at the last full step: a tensor or a tuple."""
     y: dict[tuple[Place, int], list[Tensor]] = field(default_factory=dict)
-    keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    keys: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def call(
         self, inputs: dict[str, Any], *, full: bool, x: int = 0, d: int = 1, fulls: int = 0, rows: Any = None
@@ -100,6 +112,7 @@ class Hooked:
                     self._part(place, i, part, full, x, d, fulls, rows) if isinstance(part, Tensor) else part
                     for i, part in enumerate(parts)
                 )
+                mode.path = f"behind {path}"
                 return new if isinstance(given, tuple) else new[0]
 
             module.forward = forward
@@ -136,18 +149,19 @@ class Hooked:
         """Where the sampled image tokens are in a sequence; None if it holds none."""
         if length < self.image:
             return None
-        return rows + (0 if self.image_first else length - self.image)
+        return rows + (self.past if self.image_first else max(0, length - self.image - self.behind))
 
 
 class _Keys(TorchFunctionMode):
     """Keys and values of image tokens that are not sampled, and of text, are those of when they last were computed.
 
-    The calls of attention are counted: what cached steps leave out comes behind what they refresh.
+    The calls of attention are counted, in each module and behind it: cached steps leave out whole modules.
     """
 
     def __init__(self, owner: Hooked, rows: Any) -> None:
         super().__init__()
-        self.owner, self.rows, self.number, self.path = owner, rows, 0, ""
+        self.owner, self.rows, self.path = owner, rows, ""
+        self.numbers = Counter[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -155,10 +169,10 @@ class _Keys(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value")
         given = dict(zip(names, args, strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
-        self.number += 1
+        self.numbers[self.path] += 1
         index = None if self.rows is None else self.owner.places(given["key"].shape[-2], self.rows)
         for number, name in enumerate(names[1:]):
-            place, fresh = (self.number, number), given[name]
+            place, fresh = (self.path, self.numbers[self.path], number), given[name]
             if self.rows is not None and re.search(self.owner.stale, self.path):
                 fresh = self.owner.keys[place]
             elif index is not None and not self.owner.full(self.path):

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models import embeddings
+from diffusers.models.transformers import transformer_sana_wm_refiner
 from torch import Tensor
 
 from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, shares, steps
@@ -61,6 +62,35 @@ def wan_vace() -> Sample:
 
 
 @entry
+def wan_animate() -> Sample:
+    """A face adapter after every second layer: the tokens of each frame attend to those of that frame's face."""
+    model = _wan(
+        "WanAnimateTransformer3DModel", in_channels=12, latent_channels=4, image_dim=14, added_kv_proj_dim=24,
+        num_layers=4, motion_encoder_channel_sizes={"4": 6, "8": 5}, motion_encoder_size=8, motion_style_dim=10,
+        motion_dim=3, motion_encoder_dim=9, face_encoder_hidden_dim=11, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2, motion_encoder_batch_size=4,
+    )  # fmt: skip
+    character = {
+        "encoder_hidden_states_image": normal(BATCH, 9, 14), "pose_hidden_states": normal(BATCH, 4, FRAMES - 1, HEIGHT, WIDTH),
+        "face_pixel_values": normal(BATCH, 3, 5, 8, 8),
+    }  # fmt: skip
+    return Sample(model, _wan_inputs(12, 512, **character))
+
+
+@entry
+def anyflow() -> Sample:
+    """From one timestep to another, each a timestep for every frame; frames in front of channels."""
+    return Sample(
+        diffusers.AnyFlowTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
+            ffn_dim=40, num_layers=3, rope_max_seq_len=32,
+        ),
+        {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "encoder_hidden_states": normal(BATCH, TEXT, 18),
+         "timestep": torch.full((BATCH, FRAMES), 900.0), "r_timestep": torch.full((BATCH, FRAMES), 800.0)},
+    )  # fmt: skip
+
+
+@entry
 def chronoedit() -> Sample:
     return Sample(_wan("ChronoEditTransformer3DModel"), _wan_inputs())
 
@@ -84,6 +114,25 @@ def ltx() -> Sample:
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(), "num_frames": FRAMES,
          "height": GRID[1], "width": GRID[2], "rope_interpolation_scale": (8 / 25, 32, 32)},
         grid=GRID,
+    )  # fmt: skip
+
+
+@entry
+def helios() -> Sample:
+    """Tokens of past frames in front of the image's, at timestep 0; only the image's attend to the text."""
+    return Sample(
+        diffusers.HeliosTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
+            ffn_dim=40, num_layers=3, rope_dim=(4, 4, 4), is_amplify_history=True,
+        ),
+        {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 18), "latents_history_short": normal(BATCH, 4, 2, HEIGHT, WIDTH),
+         "latents_history_mid": normal(BATCH, 4, 2, HEIGHT, WIDTH),
+         "latents_history_long": normal(BATCH, 4, 4, HEIGHT, WIDTH),
+         "indices_latents_history_long": torch.arange(4).expand(BATCH, -1),
+         "indices_latents_history_mid": torch.arange(4, 6).expand(BATCH, -1),
+         "indices_latents_history_short": torch.tensor([0, 6]).expand(BATCH, -1),
+         "indices_hidden_states": torch.arange(7, 10).expand(BATCH, -1)},
     )  # fmt: skip
 
 
@@ -175,6 +224,35 @@ def kandinsky5() -> Sample:
     )  # fmt: skip
 
 
+def _kandinsky6(audio: bool) -> Sample:
+    inputs = {
+        "hidden_states": normal(BATCH, FRAMES, HEIGHT, WIDTH, 9), "timestep": steps().float(),
+        "encoder_hidden_states": normal(BATCH, TEXT, 20), "pooled_projections": normal(BATCH, 12),
+        "visual_rope_pos": (torch.tensor([0, 1, 0]), *(torch.arange(n) for n in GRID[1:])),
+        "visual_token_type_ids": torch.tensor([[0, 0, 1]] * BATCH), "encoder_attention_mask": mask().bool(),
+    }  # fmt: skip
+    if audio:
+        inputs["audio_hidden_states"] = normal(BATCH, 5, 6)
+    model = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=20, in_text_dim2=12, time_dim=16, model_dim=32, ff_dim=40,
+        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6), in_audio_dim=6, out_audio_dim=6, model_dim_a=48,
+        time_dim_a=14, ff_dim_a=28, axes_dims_a=(4, 6, 6), text_token_padding=True, ca_rope=True, cross_gates=True,
+        fix_modulation=True, visual_token_type_num_embeddings=2,
+    )  # fmt: skip
+    return Sample(model, inputs)
+
+
+@entry
+def kandinsky6() -> Sample:
+    """Video and audio that attend to each other; the last frame is a reference."""
+    return _kandinsky6(audio=True)
+
+
+@entry
+def kandinsky6_silent() -> Sample:
+    return _kandinsky6(audio=False)
+
+
 @entry
 def sana() -> Sample:
     """Linear attention, and an FFN with convolutions over neighbours."""
@@ -203,6 +281,51 @@ def sana_video() -> Sample:
 
 
 @entry
+def sana_wm() -> Sample:
+    """A world model: cameras in the attention, softmax attention in every second layer, a timestep for each frame."""
+    places = normal(BATCH, FRAMES, 3)
+    cameras = torch.eye(4).repeat(BATCH, FRAMES, 1, 1)
+    cameras[..., :3, 3] = places
+    optics = torch.tensor([5.0, 5.5, 3.0, 2.0]).expand(BATCH, FRAMES, 4)
+    return Sample(
+        diffusers.SanaWMTransformer3DModel(
+            in_channels=4, num_layers=4, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+            chunk_plucker_channels=5, caption_channels=20,
+        ),
+        {"hidden_states": normal(BATCH, 4, FRAMES, 4, 6), "timestep": torch.tensor([[[0, 900, 900]]] * BATCH),
+         "encoder_hidden_states": normal(BATCH, 1, TEXT, 20), "encoder_attention_mask": mask(),
+         "camera_conditions": torch.cat([cameras.flatten(2), optics], dim=2),
+         "chunk_plucker": normal(BATCH, 5, FRAMES, 4, 6)},
+    )  # fmt: skip
+
+
+@entry
+def sana_wm_refiner() -> Sample:
+    """A block of frames that attends to cached keys of the first frame and of those before it."""
+    model = diffusers.SanaWMLTX2RefinerTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=3, caption_channels=20, rope_type="split",
+    )  # fmt: skip
+    cache = transformer_sana_wm_refiner.SanaWMRefinerKVCache(3)
+    for layer in range(3):
+        cache.get(layer).store_sink(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
+        cache.get(layer).store_history(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
+
+    def places(*frames: int) -> Any:
+        return model.build_rotary_emb_for_absolute_positions(BATCH, list(frames), *GRID[1:], torch.device("cpu"), 24.0)
+
+    cache.sink_pe = places(3)
+    return Sample(
+        model,
+        {"hidden_states": normal(BATCH, prod(GRID), 8), "encoder_hidden_states": normal(BATCH, TEXT, 20),
+         "timestep": torch.full((BATCH, prod(GRID)), 900.0), "video_rotary_emb": places(5, 6, 7),
+         "encoder_attention_mask": mask(), "kv_cache": cache, "kv_cache_mode": "inject"},
+        grid=GRID,
+    )  # fmt: skip
+
+
+@entry
 def stable_audio() -> Sample:
     return Sample(
         diffusers.StableAudioDiTModel(
@@ -214,4 +337,18 @@ def stable_audio() -> Sample:
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "global_hidden_states": normal(BATCH, 1, 12),
          "rotary_embedding": embeddings.get_1d_rotary_pos_embed(8, 25, use_real=True, repeat_interleave_real=False)},
         grid=(1, 1, 24),
+    )  # fmt: skip
+
+
+@entry
+def dreamlite() -> Sample:
+    """The transformer of a U-Net, with time in its norms: convolutions and a skip connection around it."""
+    return Sample(
+        diffusers.DreamLiteTransformer2DModel(
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
+            cross_attention_dim=20, norm_type="ada_norm_zero", num_embeds_ada_norm=10, norm_elementwise_affine=False,
+            qk_norm="rms_norm", ff_mult=2,
+        ),
+        {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(), "class_labels": torch.tensor([3, 5]),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
     )  # fmt: skip

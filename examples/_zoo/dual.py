@@ -197,3 +197,48 @@ def ltx2() -> Sample:
          "encoder_attention_mask": mask(), "audio_encoder_attention_mask": mask()},
         grid=GRID,
     )  # fmt: skip
+
+
+@entry
+def glm_image() -> Sample:
+    """A token of a prior in each place of the image, dropped in the second element."""
+    drop = torch.zeros(BATCH, 24, dtype=torch.bool)
+    drop[1] = True
+    return Sample(
+        diffusers.GlmImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4, text_embed_dim=20,
+            time_embed_dim=16, condition_dim=4, prior_vq_quantizer_codebook_size=50,
+        ),
+        {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
+         "encoder_hidden_states": normal(BATCH, TEXT, 20), "prior_token_id": torch.randint(50, (BATCH, 24)),
+         "prior_token_drop": drop, "target_size": torch.tensor([[64.0, 96.0]] * BATCH),
+         "crop_coords": torch.zeros(BATCH, 2), "attention_mask": mask()},
+    )  # fmt: skip
+
+
+def _joyimage(kind: str) -> Any:
+    return getattr(diffusers, kind)(
+        patch_size=[1, 2, 2], in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=20, mlp_width_ratio=2.0,
+        num_layers=3, rope_dim_list=[4, 6, 6],
+    )  # fmt: skip
+
+
+@entry
+def joyimage_edit() -> Sample:
+    """The image behind the one to edit, as items of one input; the model puts it in front."""
+    inputs = {
+        "hidden_states": normal(BATCH, 2, 4, 1, HEIGHT, WIDTH), "timestep": steps(),
+        "encoder_hidden_states": normal(BATCH, TEXT, 20),
+    }  # fmt: skip
+    return Sample(_joyimage("JoyImageEditTransformer3DModel"), inputs)
+
+
+@entry
+def joyimage_edit_plus() -> Sample:
+    """Patches of an image and of one or two references of other sizes, padded; a rotary table for each element."""
+    inputs = {
+        "hidden_states": normal(BATCH, 41, 4, 1, 2, 2), "timestep": steps(),
+        "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_hidden_states_mask": mask(),
+        "shape_list": [[(1, 4, 6), (1, 3, 5)], [(1, 4, 6), (1, 2, 3), (1, 3, 3)]],
+    }  # fmt: skip
+    return Sample(_joyimage("JoyImageEditPlusTransformer3DModel"), inputs, grid=(1, 1, 41))
