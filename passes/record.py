@@ -198,12 +198,17 @@ def key_slots(
     base = f"{branch.label}_{role}{number or ''}"
     if keys.keys == "all":
         return [(StateSlot(base), 0, tokens.length, 1)]
-    slots, offset = [], 0
+    slots, offset, names = [], 0, list[str]()
     for segment in tokens.segments:
         image = segment.source == "image" or segment.source.startswith("%")
         if not image or keys.keys == "landmarks":
             name = "landmarks" if image else segment.source
-            slots.append((StateSlot(f"{base}_{name}"), offset, offset + segment.length, keys.stride if image else 1))
+            names.append(name)
+            # A sequence may hold the same tokens twice, each with keys of its own.
+            again = f"_{names.count(name) - 1}" if names.count(name) > 1 else ""
+            slots.append(
+                (StateSlot(f"{base}_{name}{again}"), offset, offset + segment.length, keys.stride if image else 1)
+            )
         offset += segment.length
     return slots
 

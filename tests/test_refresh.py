@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hero_fx.graphs import graph_diff
+from hero_fx.passes.axis import Segment, Tokens
 from hero_fx.passes.plan import CachePoint, Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy, Text, Unsampled
+from hero_fx.passes.record import key_slots
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored, best_tokens
 from hero_fx.steps import copy_graph
 
@@ -312,3 +314,16 @@ def test_scored_tokens_are_fresh_and_stamped() -> None:
     again = best_tokens(toy.state["l0_ffn_score"], 3.0 - stamp, 3, GRID, 2)
     toy.run(gm, toy.inputs(seed=9), x=3.0)
     assert torch.equal(toy.state["l0_ffn_stamp"], stamp.scatter(1, again, 3.0))
+
+
+def test_keys_of_tokens_that_are_there_twice_have_state_of_their_own() -> None:
+    """Where a sequence holds the image's tokens again, projected otherwise, one tensor cannot hold both."""
+    toy = Toy(joint, text=True)
+    (branch, *_) = [b for b in toy.structure.branches if b.attention]
+    segments = (Segment("text", 0, 2), Segment("image", 0, 6), Segment("image", 0, 6))
+    kept = key_slots(branch, 0, "k", Tokens(2, segments), Refresh(keys="landmarks", stride=3))
+    assert [(slot.name, *place) for slot, *place in kept] == [
+        ("l0_attention_k_text", 0, 2, 1),
+        ("l0_attention_k_landmarks", 2, 8, 3),
+        ("l0_attention_k_landmarks_1", 8, 14, 3),
+    ]

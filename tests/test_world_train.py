@@ -114,3 +114,28 @@ def test_losses_by_modality_start_at_the_velocitys_size_and_fall(tmp_path: Path)
     for _ in range(60):
         last = training.advance()
     assert last["loss"] < 0.8 * first["loss"]
+
+
+def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
+    """On scenes of its own; a resumption needs neither the weights nor the number of the first step again."""
+    train.main(options(tmp_path / "a", "--steps", "3", "--decay", "0", "--export", str(tmp_path / "out")))
+    more = ["--weights", str(tmp_path / "out"), "--first", "3"]
+    begun = train.Training(train.parse(options(tmp_path / "b", "--steps", "9", "--decay", "0", *more)))
+    exported = train.WorldModelPipeline.from_pretrained(tmp_path / "out").transformer.state_dict()
+    for model in (begun.model, begun.average):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, exported[name], rtol=0, atol=0, msg=name)
+    assert (begun.step, begun.rate()) == (3, 0.5)  # it warms up anew
+    parts = ["--steps", "6", "--decay", "2"]
+    whole = train.main(options(tmp_path / "b", *parts, *more))
+    train.main(options(tmp_path / "c", *parts, *more, "--until", "0"))
+    resumed = train.main(options(tmp_path / "c", *parts))
+    assert whole.step == resumed.step == 6
+    for name, value in whole.average.state_dict().items():
+        torch.testing.assert_close(value, resumed.average.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_first_step_beyond_the_last_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(options(tmp_path, "--first", "9", "--steps", "9"))
+    assert "--first 9: it must be at least 0 and below --steps 9" in capsys.readouterr().err

@@ -61,7 +61,7 @@ class Training:
         self.called: Any = torch.compile(self.model) if options.compile else self.model
         self.rotary = rotary(self.model, FRAMES, options.size // FOLD, options.size // FOLD)
         self.alphas = world_scheduler().alphas_cumprod.float().to(self.device)
-        self.step = options.first
+        self.step = self.first = options.first
         # Muon is for the matrices between the residual streams; all else, and the two ends, go by AdamW.
         named = list(self.model.named_parameters())
         inner = [p for name, p in named if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name]
@@ -120,7 +120,7 @@ class Training:
     def rate(self) -> float:
         """Share of the full learning rate at this step."""
         left = (self.options.steps - self.step) / max(1, self.options.decay)
-        return min(1.0, (self.step - self.options.first + 1) / self.options.warmup, left)
+        return min(1.0, (self.step - self.first + 1) / self.options.warmup, left)
 
     def advance(self) -> dict[str, float]:
         """One step; its losses."""
@@ -135,7 +135,7 @@ class Training:
             optimiser.zero_grad()
         self.step += 1
         # A moving average over a tenth of what was trained so far, at most over `--average` steps.
-        keep = min(1 - 1 / self.options.average, 1 - 10 / (self.step - self.options.first + 10))
+        keep = min(1 - 1 / self.options.average, 1 - 10 / (self.step - self.first + 10))
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - keep)
         return {"loss": float(total.detach()), "norm": float(norm), **{k: float(v.detach()) for k, v in losses.items()}}
@@ -144,6 +144,7 @@ class Training:
         """Writes a checkpoint, whole or not at all."""
         state = {
             "step": self.step,
+            "first": self.first,
             "sizes": {"layers": self.options.layers, "heads": self.options.heads},
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -155,7 +156,7 @@ class Training:
     def load(self, path: Path) -> None:
         """Takes up a checkpoint."""
         state = torch.load(path, map_location=self.device)
-        self.step = state["step"]
+        self.step, self.first = state["step"], state.get("first", 0)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimiser, of in zip(self.optimisers, state["optimisers"], strict=True):
@@ -195,7 +196,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--export", type=Path, help="folder for the moving average as a pipeline, in float16")
     parser.add_argument("--until", type=float, help="stop (and save) at this Unix time")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not 0 <= options.first < options.steps:
+        parser.error(
+            f"--first {options.first}: it must be at least 0 and below --steps {options.steps}, which counts from 0 too"
+        )
+    return options
 
 
 def main(argv: list[str] | None = None) -> Training:
