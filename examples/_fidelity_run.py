@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import hero_fx
 from _fidelity_settings import Setting
+from hero_fx import passes
 from hero_fx.analysis import Features, Recorder, Stability
 from hero_fx.checks import find_timestep
 from hero_fx.passes.emit import slots_of
@@ -124,7 +125,9 @@ class Runner:
         self.depth = int(self.pipeline.transformer.config.num_layers)
         self.batch, self.cache = batch, cache
         self.weights = _digest(sorted(weights.rglob("*.safetensors")))
-        self.code = _digest(sorted(Path(hero_fx.__file__).parent.rglob("*.py")))
+        self.code = _digest(
+            [f for package in (hero_fx, passes) for f in sorted(Path(package.__path__[0]).glob("*.py"))]
+        )
         self.switch = Switch()
         self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
         # The pipeline passes a view of its table of timesteps, and Dynamo would compile anew for every length of the table.

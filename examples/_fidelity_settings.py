@@ -41,9 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ToCa": {"policy": "toca"},
     "DuCa": {"policy": "duca"},
     HERO: {},
+    "HERO reuse": {"unsampled": "reuse"},
     "HERO lean": {"policy": "lean"},
 }
-"""Options of `hero_fx.backend` by name."""
+"""Options of `hero_fx.backend` by name; "HERO reuse" is the paper's, where tokens that are not sampled reuse their features."""
 
 
 def full() -> Setting:
@@ -73,9 +74,15 @@ def boundaries(depth: int) -> list[Setting]:
 
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {"(default)": {}},
+    "tokens not sampled": {
+        "reuse (the paper)": {"unsampled": "reuse"},
+        "reuse, post and post": {"unsampled": "reuse", "cache_point": "post_gate"},
+        "gate": {"unsampled": "gate"},
+        "gate, landmarks": {"unsampled": "gate", "keys": "landmarks"},
+    },
     "cache points": {
+        "pre and post": {"cache_point": ("pre_gate", "post_gate")},
         "pre and pre": {"cache_point": "pre_gate"},
-        "post and post": {"cache_point": "post_gate"},
         "post and pre": {"cache_point": ("post_gate", "pre_gate")},
     },
     "selection": {"per layer": {"selection": "per_layer"}},
@@ -84,30 +91,20 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "sampled and text": {"keys": "sampled+text"},
         "landmarks": {"keys": "landmarks"},
     },
-    "tokens not sampled": {
-        "extrapolate": {"unsampled": "extrapolate"},
-        "extrapolate, post": {"unsampled": "extrapolate", "cache_point": "post_gate"},
-        "extrapolate, pre and pre": {"unsampled": "extrapolate", "cache_point": "pre_gate"},
-        "extrapolate, α 1/2": {"unsampled": "extrapolate", "refresh_ratio": 1 / 2},
-        "gate": {"unsampled": "gate"},
-        "gate, landmarks": {"unsampled": "gate", "keys": "landmarks"},
-        "gate, sampled": {"unsampled": "gate", "keys": "sampled"},
-    },
     "text": {"live": {"text": "live"}},
     "schedule": {"toca": {"schedule": "toca"}},
     "patch": {
-        "1 x 2 x 2": {"patch": (1, 2, 2)},
-        "2 x 2 x 2": {"patch": (2, 2, 2)},
         "6 x 1 x 1": {"patch": (6, 1, 1)},
         "1 x 4 x 4": {"patch": (1, 4, 4)},
         "whole clip": {"patch": (6, 8, 8)},
     },
     "age weighting": {"off": {"age_weighting": False}},
-    "order of deep layers": {"0": {"order": 0}, "2": {"order": 2}},
+    "order": {"0": {"order": 0}, "2": {"order": 2}},
     "M": {
         "0": {"refresh_layers": 0.0},
         "a quarter": {"refresh_layers": 0.25},
         "three quarters": {"refresh_layers": 0.75},
+        "all": {"refresh_layers": 1.0},
     },
     "α": {"1/12": {"refresh_ratio": 1 / 12}, "1/3": {"refresh_ratio": 1 / 3}, "1/2": {"refresh_ratio": 1 / 2}},
     "dtype of the state": {
@@ -117,9 +114,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "preset": {
         "lean": {"policy": "lean"},
-        "lean, extrapolate": {"policy": "lean", "unsampled": "extrapolate"},
         "TaylorSeer 1": {"policy": "taylorseer"},
-        "TaylorSeer 1, post": {"policy": "taylorseer", "cache_point": "post_gate"},
     },
 }
 """By choice and value: options of `hero_fx.backend` that differ from the defaults."""

@@ -231,7 +231,7 @@ def backend(
     keys: Literal["sampled", "sampled+text", "landmarks", "all"] | None = None,
     text: Literal["skip", "live"] = "skip",
     cache_point: str | tuple[str, str] | None = None,
-    unsampled: Literal["reuse", "extrapolate", "gate"] = "reuse",
+    unsampled: Literal["reuse", "extrapolate", "gate"] | None = None,
     age_weighting: bool = True,
     state_dtype: torch.dtype | None = None,
     form: Literal["collapsed", "literal"] = "collapsed",
@@ -273,10 +273,12 @@ def backend(
             sampled. Default: hero `"all"`, lean `"sampled"`.
         text: text tokens reuse cached features in shallow layers, or are recomputed.
         cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
-            (shallow, deep). Default: hero `("pre_gate", "post_gate")`, others `"pre_gate"`.
-        unsampled: shallow tokens that are not sampled reuse their cached features, extrapolate them (Eq. 6), or follow the
-            change of the adaLN gate to first order (`"gate"`: caches behind the gate, which then merge into two tensors per
-            stream however many layers are refreshed).
+            (shallow, deep). Default: hero `"post_gate"` (with `unsampled="reuse"` `("pre_gate", "post_gate")`), others
+            `"pre_gate"`.
+        unsampled: shallow tokens that are not sampled reuse their cached features (`"reuse"`, the paper), extrapolate them as
+            deep layers do (`"extrapolate"`, Eq. 6), or follow the change of the adaLN gate to first order (`"gate"`). With
+            the last two, caches behind the gate merge into two tensors per stream however many layers are refreshed.
+            Default: hero `"extrapolate"`, which is nearer to full compute (see the README); lean `"reuse"`.
         age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
         state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
             and values: per token and head); None keeps their own.

@@ -70,10 +70,11 @@ class Config:
     text: Text = "skip"
     """`"skip"`: text reuses its cached features; `"live"`: text tokens are recomputed with the sampled ones."""
     cache_point: str | tuple[str, str] | None = None
-    """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero `("pre_gate", "post_gate")`, with
-    `unsampled="gate"` post-gate in both, others pre."""
-    unsampled: Unsampled = "reuse"
-    """What shallow tokens that are not sampled do: `"reuse"` (the paper), `"extrapolate"`, or follow the `"gate"`."""
+    """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero post-gate in both, with `unsampled="reuse"`
+    `("pre_gate", "post_gate")`, others pre."""
+    unsampled: Unsampled | None = None
+    """What shallow tokens that are not sampled do: `"reuse"` (the paper), `"extrapolate"`, or follow the `"gate"`; None:
+    hero `"extrapolate"`, lean `"reuse"`."""
     age_weighting: bool = True
     """Sample tokens with a probability that grows with their age; false: uniformly."""
     state_dtype: torch.dtype | None = None
@@ -126,7 +127,8 @@ class Config:
         if self.keys is not None:
             _one_of("keys", self.keys, get_args(Keys))
         _one_of("text", self.text, get_args(Text))
-        _one_of("unsampled", self.unsampled, get_args(Unsampled))
+        if self.unsampled is not None:
+            _one_of("unsampled", self.unsampled, get_args(Unsampled))
         _one_of("form", self.form, ("collapsed", "literal"))
         points = self.cache_point if isinstance(self.cache_point, tuple) else (self.cache_point,)
         if isinstance(self.cache_point, tuple) and len(points) != 2:
@@ -197,7 +199,8 @@ class Config:
     def make_policy(self) -> Policy | None:
         """The policy object; None for `"full"`, which rewrites nothing."""
         point: Any = self.cache_point
-        first = "post_gate" if self.unsampled == "gate" else "pre_gate"
+        unsampled = self.unsampled or ("extrapolate" if self.policy == "hero" else "reuse")
+        first = "pre_gate" if unsampled == "reuse" else "post_gate"
         shallow, deep = point if isinstance(point, tuple) else (point or first, point or "post_gate")
         match self.policy:
             case "hero":
@@ -208,7 +211,7 @@ class Config:
                     stride=math.prod(self.patch),
                     text=self.text,
                     cache_point=(shallow, deep),
-                    unsampled=self.unsampled,
+                    unsampled=unsampled,
                     per_layer=self.selection == "per_layer",
                 )
             case "lean":
@@ -218,7 +221,7 @@ class Config:
                     keys="sampled",
                     text=self.text,
                     cache_point=("post_gate", "post_gate"),
-                    unsampled=self.unsampled,
+                    unsampled=unsampled,
                     name="lean",
                 )
             case "fora":

@@ -66,7 +66,10 @@ def check(
     return backend
 
 
-HERO: dict[str, Any] = {"policy": "hero", "refresh_layers": 2, "cache_point": ("pre_gate", "post_gate")}
+HERO: dict[str, Any] = {
+    "policy": "hero", "refresh_layers": 2, "cache_point": ("post_gate", "post_gate"), "unsampled": "extrapolate",
+}  # fmt: skip
+PAPER = HERO | {"cache_point": ("pre_gate", "post_gate"), "unsampled": "reuse"}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -74,6 +77,13 @@ HERO: dict[str, Any] = {"policy": "hero", "refresh_layers": 2, "cache_point": ("
 @pytest.mark.parametrize("form", ["literal", "collapsed"])
 def test_hero_as_it_is_by_default(batch: int, rotary: bool, form: str) -> None:
     check(HERO, batch=batch, rotary=rotary, form=form)
+
+
+@pytest.mark.parametrize("form", ["literal", "collapsed"])
+@pytest.mark.parametrize("interval", [2, 4])
+def test_hero_as_in_the_paper(interval: int, form: str) -> None:
+    """`unsampled="reuse"` alone gives Eq. 4, on features before the gate."""
+    check(PAPER, form=form, interval=interval, unsampled="reuse")
 
 
 UNSAMPLED = [(how, point) for how in ("reuse", "extrapolate") for point in ("pre_gate", "post_gate")]

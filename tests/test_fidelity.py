@@ -103,11 +103,11 @@ def test_a_setting_runs_what_torch_compile_would(bench: Any, weights: Path) -> N
 
 def test_every_method_at_equal_full_steps(results: Path) -> None:
     found = rows(results)
-    methods = ("FORA", "TaylorSeer 1", "TaylorSeer 2", "ToCa", "DuCa", "HERO", "HERO lean")
+    methods = ("FORA", "TaylorSeer 1", "TaylorSeer 2", "ToCa", "DuCa", "HERO", "HERO reuse", "HERO lean")
     cached = [f"{method}, N={n}" for n in (2, 4) for method in methods]
     assert [name for name in found if not name.startswith("plain")] == ["full compute", *cached]
-    assert {found[name]["full_steps"] for name in cached[:7]} == {5}  # 0 1 2 4 6
-    assert {found[name]["full_steps"] for name in cached[7:]} == {4}  # 0 1 2 6
+    assert {found[name]["full_steps"] for name in cached[:8]} == {5}  # 0 1 2 4 6
+    assert {found[name]["full_steps"] for name in cached[8:]} == {4}  # 0 1 2 6
     for name, row in found.items():
         assert row["speed_gemm"] >= 1.0
         assert ("rgb_l2" in row["metrics"]) == (name != "full compute")

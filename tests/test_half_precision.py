@@ -16,16 +16,14 @@ from .reference import Config
 from .test_exactness import reference_outputs
 
 STEPS, LAYERS = 12, 4
-POINTS = ("pre_gate", "post_gate")
+PRE, POST = ("pre_gate", "post_gate"), ("post_gate", "post_gate")
 HERO: dict[str, Any] = {"policy": "hero", "refresh_layers": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({}, HERO | {"cache_point": POINTS}),
-    "lean": ({"policy": "lean"}, HERO | {"cache_point": ("post_gate", "post_gate"), "keys": "sampled"}),
-    "fora": ({"policy": "fora", "cache_point": "post_gate"}, {"policy": "fora", "cache_point": ("post_gate",) * 2}),
-    "taylorseer": (
-        {"policy": "taylorseer", "cache_point": "post_gate"},
-        {"policy": "taylorseer", "cache_point": ("post_gate",) * 2},
-    ),
+    "default": ({}, HERO | {"cache_point": POST, "unsampled": "extrapolate"}),
+    "reuse": ({"unsampled": "reuse"}, HERO | {"cache_point": PRE}),
+    "lean": ({"policy": "lean"}, HERO | {"cache_point": POST, "keys": "sampled"}),
+    "fora": ({"policy": "fora", "cache_point": "post_gate"}, {"policy": "fora", "cache_point": POST}),
+    "taylorseer": ({"policy": "taylorseer", "cache_point": "post_gate"}, {"policy": "taylorseer", "cache_point": POST}),
 }
 
 

@@ -67,9 +67,9 @@ token grid (frames, height, width): (3, 4, 6)
 a cached step refreshes 12 of 72 image tokens, sampled in patches of (1, 2, 3); no token waits longer than 10 cached steps in a row
 
 layers    branch     updates     first module                 cached step
---------  ---------  ----------  ---------------------------  ---------------------------------------------------------------
-0-1       attention  image+text  transformer_blocks.0.attn1   refresh 12 tokens, keys all, text skip, others reuse (pre_gate)
-0-1       ffn        image+text  transformer_blocks.0.ff.net  refresh 12 tokens, keys all, text skip, others reuse (pre_gate)
+--------  ---------  ----------  ---------------------------  ----------------------------------------------------------------------
+0-1       attention  image+text  transformer_blocks.0.attn1   refresh 12 tokens, keys all, text skip, others extrapolate (post_gate)
+0-1       ffn        image+text  transformer_blocks.0.ff.net  refresh 12 tokens, keys all, text skip, others extrapolate (post_gate)
 2         attention  image+text  transformer_blocks.2.attn1   extrapolate, order 1 (post_gate)
 2         ffn        image+text  transformer_blocks.2.ff.net  extrapolate, order 1 (post_gate)
 3         attention  image+text  transformer_blocks.3.attn1   extrapolate, order 1 (post_gate)
@@ -84,9 +84,9 @@ cached step                0.002             0.002              0.092
 state                                 tensors     MB
 ----------------------------------  ---------  -----
 features Y_0                               15  0.160
+features Y_1                               15  0.160
 keys and values                             4  0.081
-features Y_1                                7  0.079
-feature state per lane and session         26  0.320""",
+feature state per lane and session         34  0.401""",
     )
 
 
@@ -130,8 +130,8 @@ note: num_steps is not given, so the end of a trajectory is not known and cooldo
             "refresh the best 50% by attention, text skip (pre_gate)",
             {"policy": "toca", "refresh_ratio": 0.5},
         ),
-        ("keys sampled, text skip, others extrapolate (pre_gate)", {"keys": "sampled", "unsampled": "extrapolate"}),
-        ("keys all, text live, others reuse (post_gate)", {"text": "live", "cache_point": "post_gate"}),
+        ("keys sampled, text skip, others extrapolate (post_gate)", {"keys": "sampled"}),
+        ("keys all, text live, others reuse (pre_gate)", {"text": "live", "unsampled": "reuse"}),
         ("token grid (frames, height, width): (2, 3, 5)", {}),
         (
             "refreshes 12 of 30 image tokens, sampled in patches of (1, 1, 5)",
