@@ -9,7 +9,7 @@
 Held-out scenes, one noise per scene. Three distances say different things. To *full compute* of as many steps: what caching
 changes. To *converged* sampling (200 steps from the same noise): whether the change is for the worse, for full compute is no
 truth. To the *rendered truth*: whether anyone would notice; in planning the truth is one of many possible futures. Beside the
-methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included.
+methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included, and with timesteps that are not rounded.
 
 Depth is aligned by the median of the ratios, one scale per clip; camera trajectories by Sim(3). ± is half of the 95 % bootstrap
 interval over scenes; ▲ and ▼ mark what is surely better or worse than HERO at the same N: the interval of the difference,

@@ -127,6 +127,26 @@ def test_the_rival_has_equal_flops(results: Path) -> None:
     assert all(row["steps"] == row["full_steps"] for row in plain)
 
 
+@pytest.mark.parametrize(("steps", "equal"), [(8, True), (20, True), (7, False)])
+def test_the_rival_steps_along_its_table(bench: Any, steps: int, equal: bool) -> None:
+    """diffusers' sampler where the steps divide 1000; elsewhere a clean sample and its noise stay on their path."""
+    from world.model import world_scheduler
+
+    usual = world_scheduler()
+    exact = example("_fidelity_run").ExactSteps.from_config(usual.config)
+    clean, noise = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).double()
+    ends = []
+    for scheduler in (usual, exact):
+        scheduler.set_timesteps(steps)
+        sample = noise
+        for t in scheduler.timesteps:
+            share = scheduler.alphas_cumprod[int(t)].double()
+            sample = scheduler.step(share.sqrt() * noise - (1 - share).sqrt() * clean, t, sample, return_dict=False)[0]
+        ends.append(sample)
+    assert torch.allclose(ends[0], ends[1], atol=1e-6) == equal
+    torch.testing.assert_close(ends[1], clean, rtol=0, atol=1e-3)
+
+
 def test_differences_are_paired(results: Path) -> None:
     found = rows(results)
     hero, fora = (found[f"{name}, N=2"]["metrics"]["raymap_l2"] for name in ("HERO", "FORA"))
