@@ -208,8 +208,8 @@ def test_stats_count_steps_and_bytes() -> None:
     per_lane = backend.graphs[0].state_bytes
     assert backend.stats() == hero_fx.Stats(graphs=1, full_steps=5, cached_steps=4, state_bytes=per_lane, sessions=1)
     feature = 2 * toys.TOKENS * toys.WIDTH * 4
-    # One layer refreshes (two features, keys and values), the other extrapolates (two terms of two features).
-    assert per_lane == 4 * feature + 4 * feature
+    # One layer refreshes (two terms of two features, keys and values), the other extrapolates (two terms of two features).
+    assert per_lane == 6 * feature + 4 * feature
 
 
 @pytest.mark.parametrize("reset", ["backend", "module"])
