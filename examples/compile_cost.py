@@ -5,7 +5,8 @@
 Every measurement is a process of its own, systems in turn: first with an empty Inductor cache (cold), then again with
 what that left (warm: Inductor's FX graph cache and its compiled kernels). Seconds are those of the first call alone:
 Dynamo, our passes, Inductor for each graph, one full step. Beside the wall clock stands the processor time of the process
-and of the compilers it started, which a busy machine does not stretch as much.
+and of the compilers it started, which a busy machine does not stretch as much, and that of our passes alone: from Dynamo's
+graph to the step graphs, none of which is Inductor's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+import hero_fx
 from benchmark import PRESETS, SYSTEMS, Bench
 
 
@@ -34,14 +37,30 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+def watched(backend: hero_fx.Backend) -> Callable[[], float]:
+    """The processor seconds that a backend has spent on making step graphs, to be asked for later."""
+    make, spent = backend._steps, [0.0]
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        made = make(*arguments)
+        spent[0] += time.process_time() - start
+        return made
+
+    backend._steps = timed
+    return lambda: spent[0]
+
+
 def first_output(preset: str, system: str) -> dict[str, float]:
     """Seconds of the first call of a system in this process, and how many Inductor graphs came from its cache."""
     bench = Bench(PRESETS[preset], [system], rounds=1, inner="inductor")
+    backend = bench.systems[0].backend
+    passes = watched(backend) if backend is not None else lambda: 0.0
     clock, used = time.perf_counter(), processor_seconds()
     bench.step(bench.systems[0])
     result = {"wall_s": time.perf_counter() - clock, "processor_s": processor_seconds() - used}
     hits: int = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
-    return result | {"graphs_from_cache": float(hits)}
+    return result | {"passes_s": passes(), "graphs_from_cache": float(hits)}
 
 
 def in_process(preset: str, system: str, threads: int, cache: str) -> dict[str, float]:
@@ -75,6 +94,9 @@ def measure(preset: str, systems: list[str], rounds: int, threads: int) -> dict[
             cell = {key: median(run[key] for run in measured) for key in measured[0]}
             for key in ("wall_s", "processor_s"):
                 cell[f"{key}_ratio"] = median(run[key] / b[key] for run, b in zip(measured, base, strict=True))
+            cell["passes_share"] = median(
+                run["passes_s"] / b["processor_s"] for run, b in zip(measured, base, strict=True)
+            )
             report[system][state] = cell
     return report
 
@@ -87,6 +109,8 @@ def table(report: dict[str, Any]) -> str:
             state,
             *(f"{of[key]:.1f}" for key in ("wall_s", "processor_s")),
             *(f"{of[f'{key}_ratio']:.2f}" for key in ("wall_s", "processor_s")),
+            f"{of['passes_s']:.2f}",
+            f"{of['passes_share']:.3f}",
             f"{of['graphs_from_cache']:.0f}",
         ]
         for system, states in report.items()
@@ -100,6 +124,8 @@ def table(report: dict[str, Any]) -> str:
         "processor, s",
         f"over\n{first}",
         f"processor\nover {first}",
+        "our\npasses, s",
+        f"of {first}'s\nprocessor",
         "from\ncache",
     ]
     return tabulate(rows, headers=heads, disable_numparse=True)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 __all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode"]
@@ -30,6 +31,16 @@ def new_fake_mode() -> FakeTensorMode:
     """A fake mode with static shapes that lets real constants of a graph pass."""
     # Inductor's FX cache wants a shape environment, even where no size is symbolic.
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module of a graph whose code is written when it is first run: Inductor reads the graph alone, and never asks for it."""
+    return _LazyGraphModule(root, graph)
+
+
+def lazy_code() -> AbstractContextManager[None]:
+    """Within it `make_fx` makes modules whose code is written when they are first run, as Dynamo's are."""
+    return _use_lazy_graph_module(True)
 
 
 def to_fake(mode: FakeTensorMode, value: Any) -> Any:

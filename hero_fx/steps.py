@@ -26,6 +26,7 @@ from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
 from hero_fx.passes.unflatten import UnflattenProducts
 
+from . import _compat
 from .config import Config
 from .policy import Policy
 from .selection import PatchSampler
@@ -114,7 +115,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(output)
     for old, new in env.items():
         new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
+    return _compat.graph_module(gm, graph)
 
 
 def build_steps(

@@ -28,12 +28,14 @@ aten = torch.ops.aten
 
 
 def body_of(
-    gm: fx.GraphModule, branch: Branch, *, to_update: bool
+    nodes: Mapping[str, fx.Node], branch: Branch, *, to_update: bool
 ) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
-    """(sources, body, targets) of a branch in `gm`: its targets are the updates, or the features before their gates."""
-    by_name = {node.name: node for node in gm.graph.nodes}
-    sources = [by_name[name] for name, _ in branch.reads]
-    targets = [by_name[u.update if to_update else u.feature] for u in branch.updates]
+    """(sources, body, targets) of a branch in a graph: its targets are the updates, or the features before their gates.
+
+    `nodes` are the graph's by name.
+    """
+    sources = [nodes[name] for name, _ in branch.reads]
+    targets = [nodes[u.update if to_update else u.feature] for u in branch.updates]
     return sources, _below(sources, targets), targets
 
 
@@ -122,7 +124,8 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     adds = [found for found in adds if sources[found.stream] & attended]
     outputs = {segment.source for segment in find_outputs(graph, adds, streams)}
     owners = {f.add: sources[f.stream] for f in adds} | {f.residual: sources[f.stream] for f in adds}
-    roots = [f.residual for f in adds if f.residual not in {f.add for f in adds}]
+    made = {f.add for f in adds}
+    roots = [f.residual for f in adds if f.residual not in made]
     for root in reversed(roots):
         if owners[root] & outputs:
             # Where no rule follows the tokens (frames fold into the batch), it is still the same values that come in,

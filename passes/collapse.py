@@ -121,6 +121,8 @@ class SinkScatters:
         emitter = Emitter(gm)
         sites = 0
         for node in list(gm.graph.nodes):
+            if not any(map(is_scatter, node.args)):
+                continue
             with emitter.before(node):
                 moved = self._move(emitter, node)
             if moved is not None:
@@ -133,7 +135,7 @@ class SinkScatters:
         """The scatter that `node` becomes, or None."""
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         scatters = [a for a in operands if is_scatter(a)]
-        if not scatters or node.kwargs:
+        if node.kwargs:
             return None
         if node.target in _CASTS and len(operands) == 1:
             return self._scatter(emitter, node, scatters[0])
@@ -238,9 +240,8 @@ class WriteRows:
             base, dim, index, rows = scatter.args
             readers = [user for user in scatter.users if user is not copy]
             if readers:
-                order = {node: i for i, node in enumerate(gm.graph.nodes)}
                 others = [user for user in state.users if user not in (scatter, copy)]
-                if base is not state or any(order[user] > order[scatter] for user in others):
+                if base is not state or any(user > scatter for user in others):
                     continue
             with emitter.before(scatter if readers else copy):
                 narrow = value_of(state).dtype

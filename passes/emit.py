@@ -23,7 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx._compat import FakeTensor, FakeTensorMode
 
-__all__ = ["Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "drop_dead_code", "slots_of", "value_of"]
+__all__ = [
+    "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "by_name", "drop_dead_code", "slots_of", "value_of",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -64,6 +66,11 @@ def slots_of(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Slot]]:
             yield node, node.meta["slot"]
 
 
+def by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """The nodes of a graph by their names. A pass makes it once: made anew for every branch, it costs depth squared."""
+    return {node.name: node for node in gm.graph.nodes}
+
+
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     for node in gm.graph.nodes:
         value = node.meta.get("val")
@@ -81,6 +88,7 @@ class Emitter:
         self.mode = fake_mode_of(gm)
         self.output: fx.Node = self.graph.output_node()
         self._slots = {slot: node for node, slot in slots_of(gm)}
+        self._last_input: fx.Node | None = None
         self._stack: dict[str, Any] = {}
 
     @contextmanager
@@ -150,6 +158,12 @@ class Emitter:
             like = torch.empty(count, dtype=torch.int64, device=device)
         return self._input(IndexSlot(layer), "idx" if layer is None else f"idx_{layer}", like)
 
+    def erase_input(self, node: fx.Node) -> None:
+        """Removes an extra input that nothing reads."""
+        self._last_input = None
+        del self._slots[node.meta["slot"]]
+        self.graph.erase_node(node)
+
     def write_back(self, state: fx.Node, value: fx.Node) -> None:
         """`state` becomes `value` at the end of the graph, after everything that reads it."""
         with self.before(self.output):
@@ -166,8 +180,9 @@ class Emitter:
     ) -> fx.Node:
         if slot in self._slots:
             return self._slots[slot]
-        last: fx.Node = list(self.graph.find_nodes(op="placeholder"))[-1]
-        with self.graph.inserting_after(last):
+        if self._last_input is None:
+            self._last_input = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(self._last_input):
             node = self.graph.create_node("placeholder", name, name=name)
         node.target = node.name
         with self.mode:
@@ -175,7 +190,7 @@ class Emitter:
         node.meta["slot"] = slot
         if static:
             node.meta["static_address"] = True
-        self._slots[slot] = node
+        self._slots[slot] = self._last_input = node
         return node
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .branches import Structure
-from .emit import Emitter, StateSlot, value_of
+from .emit import Emitter, StateSlot, by_name, value_of
 from .plan import Extrapolate, Reuse, StepPlan, cached_node, term_slot
 
 __all__ = ["ExtrapolateBranches", "ReuseBranches", "taylor"]
@@ -88,7 +88,7 @@ class ReuseBranches:
 
 def _replace(gm: fx.GraphModule, structure: Structure, sites: tuple, dtype: torch.dtype | None) -> int:  # type: ignore[type-arg]
     emitter = Emitter(gm)
-    nodes = {node.name: node for node in gm.graph.nodes}
+    nodes = by_name(gm)
     count = 0
     for branch, order, cache_point in sites:
         for update in branch.updates:

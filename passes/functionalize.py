@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -64,7 +65,12 @@ class Functionalize:
     def apply(self, gm: fx.GraphModule) -> int:
         emitter = Emitter(gm)
         sites = 0
-        for node in list(gm.graph.nodes):
+        nodes = list(gm.graph.nodes)
+        sharing: dict[int | None, list[fx.Node]] = defaultdict(list)  # the calls whose values lie in one memory
+        for node in nodes:
+            if node.op == "call_function":
+                sharing[storage_of(node)].append(node)
+        for node in nodes:
             if not is_in_place(node) or _functional_twin(node.target) is None:
                 continue
             written: Any = node.args[0]
@@ -80,17 +86,22 @@ class Functionalize:
                     value = _written_value(emitter, node, written, chain)
                     for view in chain:
                         value = _scatter(emitter, view, value)
-                self._redirect(gm, emitter, node, base, value)
+                self._redirect(gm, emitter, node, base, value, sharing)
             sites += 1
         if sites:
             drop_dead_code(gm.graph)
         return sites
 
     @staticmethod
-    def _redirect(gm: fx.GraphModule, emitter: Emitter, node: fx.Node, base: fx.Node, new_base: fx.Node) -> None:
+    def _redirect(
+        gm: fx.GraphModule,
+        emitter: Emitter,
+        node: fx.Node,
+        base: fx.Node,
+        new_base: fx.Node,
+        sharing: dict[int | None, list[fx.Node]],
+    ) -> None:
         """Later users of the base, and of every view of it, see the new value."""
-        order = {n: i for i, n in enumerate(gm.graph.nodes)}
-        here = order[node]
         fresh = {base: new_base}
 
         def again(alias: fx.Node) -> fx.Node:
@@ -107,18 +118,18 @@ class Functionalize:
         aliases = [base]
         for alias in aliases:
             for user in alias.users:
-                before = order.get(user, here) <= here and user is not new_base
+                before = not user > node and user is not new_base
                 if before and user.args[0] is alias and (_is_view(user) or is_in_place(user)):
                     aliases.append(user)
         for alias in aliases:
-            if any(order.get(user, -1) > here for user in alias.users):
-                alias.replace_all_uses_with(again(alias), delete_user_cb=lambda user: order.get(user, -1) > here)
+            if any(user > node for user in alias.users):
+                alias.replace_all_uses_with(again(alias), delete_user_cb=lambda user: user > node)
+        later = sorted(n for n in sharing.pop(storage_of(base), ()) if n > node)
         gm.graph.erase_node(node)
         # Views behind the write now alias the new base: their fake values must say so too.
-        storage = storage_of(base)
-        for later in list(gm.graph.nodes)[here:]:
-            if later.op == "call_function" and storage_of(later) == storage:
-                emitter.revalue(later)
+        for view in later:
+            emitter.revalue(view)
+            sharing[storage_of(view)].append(view)
 
 
 def _functional_twin(op: Any) -> Any:

@@ -93,7 +93,7 @@ class _Summand:
 def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
     """The state tensors whose value is used for nothing but one sum (and whose rows may be written at the end)."""
     result = {}
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    roots: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         slot = node.meta.get("slot")
         if not isinstance(slot, StateSlot):
@@ -108,7 +108,7 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
         if len(readers) != 1 or len(gathers) > 1 or len(writes) > 1 or (writes and writes[0].users):
             continue
         # A reader behind the write sees fresh rows; the merged write comes behind all readers.
-        if writes and order[writes[0]] < order[readers[0]]:
+        if writes and writes[0] < readers[0]:
             continue
         reader = readers[0]
         if reader.target is aten.mul.Tensor and len(reader.users) == 1:
@@ -129,7 +129,7 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
             rows = (dim, str(index))
         value = value_of(node)
         result[slot] = _Summand(
-            root=_root(reader).name,
+            root=_root(reader, roots).name,
             weight=weight,
             rows=rows,
             shape=tuple(value.shape),
@@ -143,6 +143,8 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
 
 def _gather(reader: fx.Node) -> _Gather | None:
     """The chain index_select -> * scalar -> fresh - . -> rows of a state tensor, if nothing else reads a part of it."""
+    if reader.target is not aten.index_select.default:
+        return None
     chain = [reader]
     while len(chain[-1].users) == 1 and chain[-1].target is not aten.index_copy_.default:
         chain.append(next(iter(chain[-1].users)))
@@ -174,11 +176,14 @@ def _is_sum(node: fx.Node) -> bool:
     )
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The last sum of a tree of sums in which nothing else reads the sums in between."""
-    while len(node.users) == 1 and _is_sum(user := next(iter(node.users))):
-        node = user
-    return node
+def _root(node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The last sum of a tree of sums in which nothing else reads the sums in between; `known` holds those found so far."""
+    path = [node]
+    while path[-1] not in known and len(path[-1].users) == 1 and _is_sum(user := next(iter(path[-1].users))):
+        path.append(user)
+    root = known.get(path[-1], path[-1])
+    known.update(dict.fromkeys(path, root))
+    return root
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +236,7 @@ class MergeCaches:
             for family in families:
                 for node in family:
                     _drop_readers(gm.graph, node)
-                    gm.graph.erase_node(node)
+                    emitter.erase_input(node)
             sites += 1
         return sites
 

@@ -45,7 +45,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """
     mode = _compat.new_fake_mode()
     fakes = [_compat.to_fake(mode, value) for value in inputs]
-    with mode, torch.no_grad(), fx.traceback.preserve_node_meta():
+    with mode, torch.no_grad(), fx.traceback.preserve_node_meta(), _compat.lazy_code():
         traced = make_fx(_WithModuleNames(gm).run, pre_dispatch=True)(*fakes)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):

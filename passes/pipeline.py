@@ -100,7 +100,7 @@ class Pipeline:
                 if debug:
                     log.debug("%s:\n%s", title, graph_diff(before, text()))
         if any(record.sites for record in records):
-            gm.recompile()  # once: passes read the graph alone, and code of a deep model takes a second to write
+            gm.recompile()  # once: passes read the graph alone, and code of a deep model takes a while to write
         return tuple(records)
 
     def _run(self, number: int, gm: GraphModule, ops_before: Counter[str]) -> tuple[PassRecord, Counter[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from .attention import argument_of
 from .branches import Branch, Stream, Structure, Update, body_of
-from .emit import StateSlot, value_of
+from .emit import StateSlot, by_name, value_of
 from .subset import check_whole
 from .tokens import ATTENTION, Info, NoRule, Tokens, follow
 
@@ -103,12 +103,12 @@ class Recording:
     """Keep the scores that select tokens for this branch."""
 
 
-def cached_node(gm_nodes: dict[str, fx.Node], update: Update, cache_point: CachePoint) -> fx.Node:
+def cached_node(gm_nodes: Mapping[str, fx.Node], update: Update, cache_point: CachePoint) -> fx.Node:
     """The node whose value is cached: the feature, or the gated update."""
     return gm_nodes[update.feature if cache_point == "pre_gate" else update.update]
 
 
-def gate_of(gm_nodes: dict[str, fx.Node], update: Update, tokens: Tokens) -> tuple[fx.Node, fx.Node] | None:
+def gate_of(gm_nodes: Mapping[str, fx.Node], update: Update, tokens: Tokens) -> tuple[fx.Node, fx.Node] | None:
     """(gate, what it scales) if the update of tokens [.., L, D] is their product with one gate for all tokens."""
     node = gm_nodes[update.update]
     if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
@@ -145,13 +145,13 @@ class Analysis:
         return tokens
 
 
-def analyse(gm: fx.GraphModule, structure: Structure, branch: Branch, cache_point: CachePoint) -> Analysis:
-    """Follows the token axis from the streams a branch reads to what is cached of it.
+def analyse(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch, cache_point: CachePoint) -> Analysis:
+    """Follows the token axis from the streams a branch reads to what is cached of it; `nodes` are the graph's by name.
 
     Raises:
         NoRule: the branch cannot be computed for a part of its tokens.
     """
-    sources, body, targets = body_of(gm, branch, to_update=cache_point == "post_gate")
+    sources, body, targets = body_of(nodes, branch, to_update=cache_point == "post_gate")
     seeds = {node: structure.streams[stream].tokens for node, (_, stream) in zip(sources, branch.reads, strict=True)}
     if any(_only_masks(node, body, targets) for node in sources):
         sources = [node for node in sources if not _only_masks(node, body, targets)]
@@ -185,7 +185,7 @@ def _moved(sources: Iterable[fx.Node], body: Sequence[fx.Node]) -> list[fx.Node]
     return [node for node in body if node in moved]
 
 
-def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> fx.Node:
+def self_attention(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch) -> fx.Node:
     """The attention node in the branch's layer that image tokens both query and are keys of.
 
     Raises:
@@ -194,9 +194,9 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
     for other in structure.branches:
         if other.layer != branch.layer or not other.attention:
             continue
-        infos = analyse(gm, structure, other, "pre_gate").infos
+        infos = analyse(nodes, structure, other, "pre_gate").infos
         for name in other.attention:
-            node: fx.Node = next(n for n in gm.graph.nodes if n.name == name)
+            node = nodes[name]
             op = ATTENTION[node.target]
             query, key = node.args[op.query], node.args[op.key]
             assert isinstance(query, fx.Node)
@@ -204,8 +204,7 @@ def self_attention(gm: fx.GraphModule, structure: Structure, branch: Branch) -> 
             tokens, rank = infos.get(key), value_of(query).dim()
             if rank == 4 and isinstance(tokens, Tokens) and tokens.dim == op.dim + 4 and infos.get(query) is not None:
                 return node
-    last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
-    raise NoRule(last, "its layer has no self-attention to score tokens by")
+    raise NoRule(nodes[branch.updates[0].add], "its layer has no self-attention to score tokens by")
 
 
 def resolve(
@@ -217,7 +216,7 @@ def resolve(
         ValueError: gates are to be followed, and no branch has one.
     """
     reasons: dict[str, str] = {}
-    nodes = {node.name: node for node in gm.graph.nodes}
+    nodes = by_name(gm)
 
     def gated(branch: Branch) -> bool:
         return all(gate_of(nodes, u, structure.streams[u.stream].tokens) is not None for u in branch.updates)
@@ -234,12 +233,12 @@ def resolve(
             if not isinstance(strategy, (Refresh, ScoredRefresh)) or branch.label in reasons:
                 continue
             try:
-                body = analyse(gm, structure, branch, strategy.cache_point).body
+                body = analyse(nodes, structure, branch, strategy.cache_point).body
                 if isinstance(strategy, Refresh) and strategy.keys == "landmarks":
                     _no_mask(body)
                 if isinstance(strategy, ScoredRefresh):
-                    _batch_in_front(gm, structure, branch)
-                    self_attention(gm, structure, branch)
+                    _batch_in_front(nodes, structure, branch)
+                    self_attention(nodes, structure, branch)
             except NoRule as error:
                 reasons[branch.label] = str(error)
     follow_gate = [b for plan in steps for b, s in plan if isinstance(s, Refresh) and s.unsampled == "gate"]
@@ -252,11 +251,12 @@ def resolve(
     return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
 
 
-def _batch_in_front(gm: fx.GraphModule, structure: Structure, branch: Branch) -> None:
+def _batch_in_front(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch) -> None:
     tokens = [structure.streams[update.stream].tokens for update in branch.updates]
     if any(t.dim != 1 or t.folded for t in tokens):
-        last = next(n for n in gm.graph.nodes if n.name == branch.updates[0].add)
-        raise NoRule(last, "tokens by score are chosen where the stream is [batch, tokens, width]")
+        raise NoRule(
+            nodes[branch.updates[0].add], "tokens by score are chosen where the stream is [batch, tokens, width]"
+        )
 
 
 def _no_mask(body: Sequence[fx.Node]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from .attention import argument_of
 from .branches import Branch, Structure
-from .emit import Emitter, StateSlot, value_of
+from .emit import Emitter, StateSlot, by_name, value_of
 from .plan import Recording, Refresh, ScoredRefresh, analyse, cached_node, gate_of, self_attention, term_slot
 from .tokens import ATTENTION, Tokens, normal_dim
 
@@ -47,7 +48,7 @@ class RecordFeatures:
 
     def apply(self, gm: fx.GraphModule) -> int:
         emitter = Emitter(gm)
-        nodes = {node.name: node for node in gm.graph.nodes}
+        nodes = by_name(gm)
         sites = 0
         scores: dict[fx.Node, fx.Node] = {}
         for recording in self.recordings:
@@ -63,9 +64,9 @@ class RecordFeatures:
                     self._terms(emitter, feature, slots)
                 sites += 1
             if recording.keys is not None:
-                sites += self._keys(emitter, gm, recording)
+                sites += self._keys(emitter, nodes, recording)
             if recording.score is not None:
-                self._score(emitter, gm, branch, recording.score, scores)
+                self._score(emitter, nodes, branch, recording.score, scores)
                 sites += 1
         return sites
 
@@ -95,12 +96,12 @@ class RecordFeatures:
                 emitter.write_back(emitter.state(slot, value_of(value), self.state_dtype), value)
             emitter.write_back(before, gate)
 
-    def _keys(self, emitter: Emitter, gm: fx.GraphModule, recording: Recording) -> int:
+    def _keys(self, emitter: Emitter, nodes: Mapping[str, fx.Node], recording: Recording) -> int:
         """Keys and values, as attention gets them: of all tokens, or of those that cached steps see without computing them."""
         sites = 0
-        analysis = analyse(gm, self.structure, recording.branch, recording.cache_point)
+        analysis = analyse(nodes, self.structure, recording.branch, recording.cache_point)
         for number, name in enumerate(recording.branch.attention):
-            node = next(n for n in analysis.body if n.name == name)
+            node = nodes[name]
             op = ATTENTION[node.target]
             for role, argument in (("k", op.key), ("v", op.value)):
                 source = node.args[argument]
@@ -121,15 +122,15 @@ class RecordFeatures:
     def _score(
         self,
         emitter: Emitter,
-        gm: fx.GraphModule,
+        nodes: Mapping[str, fx.Node],
         branch: Branch,
         strategy: ScoredRefresh,
         known: dict[fx.Node, fx.Node],
     ) -> None:
         """The part of a token's score that full steps measure, and its age, which they reset."""
-        attention = self_attention(gm, self.structure, branch)
+        attention = self_attention(nodes, self.structure, branch)
         op = ATTENTION[attention.target]
-        start, stop = image_range(gm, self.structure, attention)
+        start, stop = image_range(nodes, self.structure, attention)
 
         def heads_first(x: torch.Tensor) -> torch.Tensor:
             return x if op.dim == -2 else x.transpose(1, 2)
@@ -177,11 +178,11 @@ def small_values(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return 1.0 - norm / norm.amax(dim=1, keepdim=True)
 
 
-def image_range(gm: fx.GraphModule, structure: Structure, attention: fx.Node) -> tuple[int, int]:
+def image_range(nodes: Mapping[str, fx.Node], structure: Structure, attention: fx.Node) -> tuple[int, int]:
     """Where the image tokens are among the keys of an attention node."""
     branch = next(b for b in structure.branches if attention.name in b.attention)
     key = attention.args[ATTENTION[attention.target].key]
-    tokens = analyse(gm, structure, branch, "pre_gate").infos[key]  # type: ignore[index]
+    tokens = analyse(nodes, structure, branch, "pre_gate").infos[key]  # type: ignore[index]
     assert isinstance(tokens, Tokens)
     offset = 0
     for segment in tokens.segments:

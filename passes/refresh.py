@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx
 
 from .attention import argument_of, with_arguments
 from .branches import Branch, Structure
-from .emit import Emitter, value_of
+from .emit import Emitter, by_name, value_of
 from .extrapolate import taylor
 from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, analyse, term_slot
 from .record import key_slots, score_slots
@@ -57,28 +57,26 @@ class RefreshBranches:
     name: str = "refresh"
 
     def apply(self, gm: fx.GraphModule) -> int:
+        emitter, nodes = Emitter(gm), by_name(gm)
         sites = 0
         for branch, strategy in self.plan:
             if isinstance(strategy, Refresh):
-                self._branch(gm, branch, strategy)
+                self._branch(emitter, nodes, branch, strategy)
                 sites += 1
         return sites
 
-    def _branch(self, gm: fx.GraphModule, branch: Branch, strategy: Refresh) -> None:
-        emitter = Emitter(gm)
-        analysis = analyse(gm, self.structure, branch, strategy.cache_point)
+    def _branch(self, emitter: Emitter, nodes: Mapping[str, fx.Node], branch: Branch, strategy: Refresh) -> None:
+        analysis = analyse(nodes, self.structure, branch, strategy.cache_point)
         device = value_of(analysis.targets[0]).device
         index = emitter.indices(branch.layer if strategy.per_layer else None, self.count, device)
         keep = _keep(self.structure, Rows(index), strategy.text)
 
         def attend(subset: Subset, node: fx.Node) -> fx.Node:
-            return self._attend(gm, branch, strategy, analysis, subset, node)
+            return self._attend(branch, strategy, analysis, subset, node)
 
-        _recompute(gm, self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+        _recompute(self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
 
-    def _attend(
-        self, gm: fx.GraphModule, branch: Branch, strategy: Refresh, analysis: Analysis, subset: Subset, node: fx.Node
-    ) -> fx.Node:
+    def _attend(self, branch: Branch, strategy: Refresh, analysis: Analysis, subset: Subset, node: fx.Node) -> fx.Node:
         op, emitter = ATTENTION[node.target], subset.emitter
         tokens = subset.tokens(node.args[op.key])  # type: ignore[arg-type]
         number = branch.attention.index(node.name)
@@ -111,7 +109,7 @@ class RefreshBranches:
                 args[argument], seen = _beside(
                     subset, tokens, fresh, {s: v for s, (_, v) in cached.items()}, self.structure.image
                 )
-        return _attention_call(gm, node, args, analysis, subset, None if strategy.keys == "all" else seen)
+        return _attention_call(node, args, analysis, subset, None if strategy.keys == "all" else seen)
 
 
 def _keep(structure: Structure, rows: Rows, text: str) -> dict[str, Keep]:
@@ -150,7 +148,6 @@ def _beside(
 
 
 def _attention_call(
-    gm: fx.GraphModule,
     node: fx.Node,
     args: list,  # type: ignore[type-arg]
     analysis: Analysis,
@@ -180,7 +177,6 @@ def _attention_call(
 
 
 def _recompute(
-    gm: fx.GraphModule,
     structure: Structure,
     branch: Branch,
     strategy: Refresh | ScoredRefresh,
@@ -191,7 +187,7 @@ def _recompute(
     dtype: torch.dtype | None,
 ) -> None:
     """Emits the branch for the kept tokens, merges each stream's part into its cache and puts it in the feature's place."""
-    anchor = _anchor(gm, analysis)
+    anchor = _anchor(analysis)
     terms = 2 if _extrapolates(strategy) else 1
     with emitter.before(anchor):
         subset = Subset(emitter, analysis.infos, keep, attend)
@@ -225,18 +221,16 @@ def _extrapolates(strategy: Strategy) -> bool:
     return isinstance(strategy, Refresh) and strategy.unsampled != "reuse"
 
 
-def _anchor(gm: fx.GraphModule, analysis: Analysis) -> fx.Node:
+def _anchor(analysis: Analysis) -> fx.Node:
     """The first reader of a target; what the emitted nodes need (gates, tables) is moved in front of it."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    anchor = min((user for t in analysis.targets for user in t.users), key=order.__getitem__)
+    anchor = min(user for t in analysis.targets for user in t.users)
     inside = set(analysis.body)
 
     def hoist(node: fx.Node) -> None:
-        if order[node] >= order[anchor] and node.op in ("call_function", "get_attr"):
+        if node >= anchor and node.op in ("call_function", "get_attr"):
             for source in node.all_input_nodes:
                 hoist(source)
             anchor.prepend(node)
-            order[node] = order[anchor] - 1
 
     for node in analysis.body:
         for source in node.all_input_nodes:
@@ -273,19 +267,19 @@ class RefreshScored:
     name: str = "refresh_scored"
 
     def apply(self, gm: fx.GraphModule) -> int:
+        emitter, nodes = Emitter(gm), by_name(gm)
         sites = 0
         for branch, strategy in self.plan:
             if isinstance(strategy, ScoredRefresh):
-                self._branch(gm, branch, strategy)
+                self._branch(emitter, nodes, branch, strategy)
                 sites += 1
         return sites
 
-    def _branch(self, gm: fx.GraphModule, branch: Branch, strategy: ScoredRefresh) -> None:
-        emitter = Emitter(gm)
-        analysis = analyse(gm, self.structure, branch, strategy.cache_point)
+    def _branch(self, emitter: Emitter, nodes: Mapping[str, fx.Node], branch: Branch, strategy: ScoredRefresh) -> None:
+        analysis = analyse(nodes, self.structure, branch, strategy.cache_point)
         count = max(1, round(strategy.ratio * self.structure.image_tokens))
         target = value_of(analysis.targets[0])
-        with emitter.before(_anchor(gm, analysis)):
+        with emitter.before(_anchor(analysis)):
             with emitter.mode:
                 like = torch.empty(target.shape[0], self.structure.image_tokens, device=target.device)
             score, stamp = (emitter.state(slot, like) for slot in score_slots(branch))
@@ -302,7 +296,7 @@ class RefreshScored:
         def attend(subset: Subset, node: fx.Node) -> fx.Node:
             raise AssertionError("a branch with self-attention is not refreshed by score")
 
-        _recompute(gm, self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+        _recompute(self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
 
 
 def best_tokens(

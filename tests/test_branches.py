@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hero_fx.passes.branches import Structure, body_of, find_branches, find_grid
+from hero_fx.passes.emit import by_name
 from hero_fx.steps import normalized
 
 from . import tiny
@@ -354,7 +355,7 @@ def test_body_lies_between_what_a_branch_reads_and_its_updates() -> None:
 
     gm = normal_form(Model(layer).eval(), torch.ones(2, 5, D), torch.ones(D))
     (branch, _) = find_branches(gm).branches
-    names = {point: [n.name for n in body_of(gm, branch, to_update=point)[1]] for point in (False, True)}
+    names = {point: [n.name for n in body_of(by_name(gm), branch, to_update=point)[1]] for point in (False, True)}
     assert names == {
         False: ["layer_norm", "linear", "gelu", "linear_1"],
         True: ["layer_norm", "linear", "gelu", "linear_1", "mul"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import expecttest
@@ -364,10 +365,17 @@ def test_collapsed_equals_literal_over_fifty_steps(options: dict[str, Any]) -> N
     assert tiny.worst(results[1], results[0]) < (1e-5 if "state_dtype" not in options else 1e-2)
 
 
-def steps_of(layers: int, **options: Any) -> hero_fx.StepGraphs:
+@cache
+def traced(layers: int) -> hero_fx.StepGraphs:
     captured = tiny.captured(layers=layers)
     with torch.no_grad():
-        return hero_fx.backend(**options).trace(captured.gm, captured.inputs)
+        return hero_fx.backend().trace(captured.gm, captured.inputs)
+
+
+@cache
+def steps_of(layers: int, **options: Any) -> hero_fx.StepGraphs:
+    """The step graphs of a tiny model, which tests share and none of them changes."""
+    return hero_fx.backend(**options).rewrite(traced(layers))
 
 
 @pytest.mark.parametrize("layers", [6, 12])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_compile_cost_divides_by_the_first_system_of_the_round(
     def measured(preset: str, system: str, threads: int, cache: str) -> dict[str, float]:
         caches.setdefault(system, []).append(cache)
         wall = next(seconds[system])
-        return {"wall_s": wall, "processor_s": 2 * wall, "graphs_from_cache": 0.0}
+        return {"wall_s": wall, "processor_s": 2 * wall, "passes_s": wall / 10, "graphs_from_cache": 0.0}
 
     monkeypatch.setattr(module, "in_process", measured)
     module.main(["--systems", "inductor,hero", "--rounds", "2", "--json"])
@@ -153,10 +154,24 @@ def test_compile_cost_divides_by_the_first_system_of_the_round(
     assert hero["cold"]["wall_s_ratio"] == pytest.approx((1.5 + 2.0) / 2)
     assert hero["warm"]["processor_s_ratio"] == pytest.approx((2.0 + 1.5) / 2)
     assert hero["cold"]["wall_s"] == 37.5
+    assert hero["cold"]["passes_share"] == pytest.approx((1.5 / 20 + 6.0 / 60) / 2)
     # Warm runs find what the cold run of the same round left, and nobody else's.
     for used in caches.values():
         assert used[0] == used[1] != used[2] == used[3]
     assert not set(caches["inductor"]) & set(caches["hero"])
+
+
+def test_compile_cost_tells_our_passes_from_the_rest() -> None:
+    module = example("compile_cost")
+    bench = module.Bench(module.PRESETS["tiny"], ["hero"], rounds=1, inner="eager")
+    passes = module.watched(bench.systems[0].backend)
+    before, start = passes(), time.process_time()
+    bench.step(bench.systems[0])
+    assert before == 0 < passes() < time.process_time() - start
+    report = {"hero": {"cold": dict.fromkeys(("wall_s", "processor_s", "wall_s_ratio", "processor_s_ratio"), 1.0)}}
+    report["hero"]["cold"] |= {"passes_s": 4.25, "passes_share": 0.0625, "graphs_from_cache": 0.0}
+    assert "4.25" in (line := module.table(report).splitlines()[-1])
+    assert "0.062" in line
 
 
 def test_compile_cost_runs_a_system_in_a_process_of_its_own(tmp_path: Path) -> None:
