@@ -64,7 +64,8 @@ def check_graph(gm: fx.GraphModule) -> None:
     if reason is not None:
         raise UnsupportedModel(
             f"a graph break ends this graph early ({reason.strip().splitlines()[0]}), so the model's layers may be split "
-            f"over several graphs; find it with torch.compile(..., fullgraph=True) and remove it{_offload_hint()}"
+            "over several graphs; find it with torch.compile(..., fullgraph=True) and remove it, or, if only the first call "
+            f"breaks (one that makes tables), call the model once before torch.compile{_offload_hint()}"
         )
 
 

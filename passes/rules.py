@@ -87,6 +87,15 @@ def _select_scatter(node: fx.Node, look: Lookup) -> Tokens:
     return base
 
 
+def _pad_sequence(node: fx.Node, look: Lookup) -> Tokens:
+    """Sequences put side by side, if they are of one length and hold the same tokens."""
+    sequences: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    infos = [look(sequence) for sequence in sequences]
+    if infos[0] is None or any(info != infos[0] for info in infos):
+        raise NoRule(node, "its inputs carry different tokens")
+    return infos[0].at(infos[0].dim + (infos[0].dim > 0 or bool(argument(node, 1, "batch_first", False))))
+
+
 def _index(node: fx.Node, look: Lookup) -> Tokens:
     """x[..., i, j]: the token axis must lie in front of all that is indexed."""
     _source, tokens = one_input(node, look)
@@ -187,6 +196,7 @@ OTHER_AXES: dict[Any, Callable[[fx.Node, Lookup], Any]] = {
     aten.narrow: _narrow,
     aten.select_scatter: _select_scatter,
     aten.index: _index,
+    aten.pad_sequence: _pad_sequence,
     **dict.fromkeys((aten.gather, aten.scatter), _gather),
     aten.einsum: _einsum,
     **dict.fromkeys((aten.bmm, aten.baddbmm), _bmm),

@@ -116,4 +116,4 @@ def _written_out(
         if node.op == "call_function":
             new[node] = graph.node_copy(node, new.__getitem__)
     (outputs,) = traced.graph.output_node().args
-    return {node: new[out] for node, out in zip(results, outputs, strict=True)}  # type: ignore[arg-type, index]
+    return {node: new[out] for node, out in zip(results, outputs, strict=True)}  # type: ignore[arg-type]

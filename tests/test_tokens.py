@@ -93,6 +93,9 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "cat of channels with a table": (lambda x, t: torch.cat([t, x, t * 2], -1), (table(2, N, 3),)),
     "cat with tokens of its own": (lambda x, r: torch.cat([r, x[:, TEXT:], r * 2, x[:, :TEXT]], 1), (table(2, 7, 4),)),
     "stack": (lambda x: torch.stack([torch.stack([x, -x], dim=-1).flatten(-2)] * 2, 1), ()),
+    "sequences side by side": (
+        lambda x: aten.pad_sequence([x[0] * 2, x[0]], True) + aten.pad_sequence([x[0], -x[0]]).transpose(0, 1), ()
+    ),
     "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
     "bits": (lambda x: aten.bitwise_or(aten.bitwise_and(x > 0, x < 1), aten.bitwise_not(x > 2)), ()),
     "fill": (lambda x: x * aten.fill(x, 2.0) + aten.full_like(x, 3.0), ()),

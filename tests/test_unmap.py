@@ -24,14 +24,16 @@ def counts(x: Tensor, rows: Tensor) -> Tensor:
     def one(values: Tensor, row: Tensor) -> Tensor:
         return values.new_zeros(5).index_put((row,), values, accumulate=True)
 
-    return torch.vmap(one)(x.sin(), rows).cos()
+    mapped: Tensor = torch.vmap(one)(x.sin(), rows)
+    return mapped.cos()
 
 
 def nested(x: Tensor, y: Tensor) -> Tensor:
     """All pairs of two axes, and what comes in from outside of both maps."""
     scale = x.mean()
     pairs = torch.vmap(lambda a: torch.vmap(lambda b: (a - b).abs().sum() * scale)(y))(x)
-    return pairs + torch.vmap(torch.sum)(y)
+    sums: Tensor = pairs + torch.vmap(torch.sum)(y)
+    return sums
 
 
 def plain(x: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Blocks(nn.Module):
         x = x * 2
         for qkv, up in zip(self.qkv, self.up, strict=True):
             q, k, v = qkv(x * timestep.cos()).unsqueeze(1).chunk(3, dim=-1)
-            x = x + flex_attention(q, k, v, block_mask=mask).squeeze(1)  # type: ignore[union-attr]
+            x = x + flex_attention(q, k, v, block_mask=mask).squeeze(1)
             x = x + up(x.sin())
         return x * 2
 
