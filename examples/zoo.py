@@ -5,7 +5,8 @@
 Tiny models with random weights (examples/_zoo) are compiled with `fullgraph=True` and `policy="hero"`, all layers
 shallow, and run once. "refreshable" counts the branches that can be computed for sampled tokens only; the others are
 computed in full at every step, and a note says why. "cached" is the FLOPs of a cached step, attention's included, as a share
-of a full step's, with half of the layers shallow. "full step" says whether it gives what the model itself gives.
+of a full step's, with half of the layers shallow. "full step" says whether it gives what the model itself gives. Tokens that
+the output is made of are called "image", be they audio, all others "text", be they a reference or the time.
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """The first line of an error, and the code that Dynamo says is its cause."""
+    cause = re.search(
+        r"^Caused by: (.*?) in \w+ |^ *# File .*?/(\w+\.py\", line \d+).*, code: (.*)$", str(error), re.MULTILINE
+    )
+    where = " in ".join(part.replace('"', "") for part in reversed(cause.groups()) if part) if cause else ""
+    return str(error).strip().splitlines()[0] + (f" ({where})" if where else "")
 
 
 def _breaks(model: Any) -> bool:

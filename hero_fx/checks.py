@@ -64,13 +64,8 @@ def check_graph(gm: fx.GraphModule) -> None:
     if reason is not None:
         raise UnsupportedModel(
             f"a graph break ends this graph early ({reason.strip().splitlines()[0]}), so the model's layers may be split "
-            f"over several graphs; find it with torch.compile(..., fullgraph=True) and remove it{_offload_hint()}"
-        )
-    if any(getattr(node.target, "__module__", "") == "torch._functorch.predispatch" for node in gm.graph.nodes):
-        raise UnsupportedModel(
-            "the graph maps over a batch of its own (vmap), as flex_attention does where it makes its block mask within the "
-            "model: make the mask outside, with torch.nn.attention.flex_attention.create_block_mask, and pass it as "
-            "block_mask, or use torch.nn.functional.scaled_dot_product_attention"
+            "over several graphs; find it with torch.compile(..., fullgraph=True) and remove it, or, if only the first call "
+            f"breaks (one that makes tables), call the model once before torch.compile{_offload_hint()}"
         )
 
 

@@ -17,6 +17,7 @@ from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkSc
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.groups import JoinGroups
 from hero_fx.passes.merge import MergeCaches, find_merges
 from hero_fx.passes.narrow import QuantizeState, WriteBytes
 from hero_fx.passes.normalize import DropIdentities, normalize
@@ -104,8 +105,8 @@ class StepGraphs:
 def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """The normalised form of a Dynamo graph."""
     normal = normalize(gm, inputs)
-    pipeline = Pipeline(label="normal", passes=(Functionalize(), DropIdentities(), UnflattenProducts(), DropDeadCode()))
-    return normal, pipeline(normal)
+    passes = (Functionalize(), DropIdentities(), UnflattenProducts(), JoinGroups(), DropDeadCode())
+    return normal, Pipeline(label="normal", passes=passes)(normal)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

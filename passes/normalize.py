@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hero_fx import _compat
 
 from .functionalize import is_in_place, storage_of
+from .unmap import without_maps
 
 __all__ = ["DropIdentities", "normalize"]
 
@@ -46,7 +47,8 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mode = _compat.new_fake_mode()
     fakes = [_compat.to_fake(mode, value) for value in inputs]
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta(), _compat.lazy_code():
-        traced = make_fx(_WithModuleNames(gm).run, pre_dispatch=True)(*fakes)
+        plain = without_maps(gm, fakes)
+        traced = make_fx(_WithModuleNames(plain).run, pre_dispatch=True)(*fakes)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
         new._rename(_readable(old.name))

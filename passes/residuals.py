@@ -205,31 +205,9 @@ def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> 
             feature = node
         elif _is_cast(node):
             node = node.args[0]  # type: ignore[assignment]
-        elif (grouped := _gated_in_groups(node, moves)) is not None:
-            node = feature = grouped
         else:
             break
     return _projection_of(feature, moves) or feature
-
-
-_RESHAPES = (
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
-)  # fmt: skip
-
-
-def _gated_in_groups(node: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:
-    """f of reshape(gate * reshape(f)): a gate for each frame, where frames have an axis of their own for it."""
-    if node.target not in _RESHAPES:
-        return None
-    product = beneath_casts(node.args[0])  # type: ignore[arg-type]
-    if product.target is not aten.mul.Tensor or moves(product.args[0]) == moves(product.args[1]):
-        return None
-    split = beneath_casts(product.args[0] if moves(product.args[0]) else product.args[1])  # type: ignore[arg-type]
-    if split.target not in _RESHAPES:
-        return None
-    whole = split.args[0]
-    assert isinstance(whole, fx.Node)
-    return whole if value_of(whole).shape == value_of(node).shape else None
 
 
 def _projection_of(feature: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:

@@ -11,7 +11,7 @@ from torch import fx
 from .axis import Lookup, NoRule, Tokens, normal_dim, one_input, rank_of
 from .emit import value_of
 
-__all__ = ["OTHER_AXES", "argument", "narrow_bounds"]
+__all__ = ["OTHER_AXES", "argument", "letter_axes", "narrow_bounds"]
 
 aten = torch.ops.aten
 
@@ -87,6 +87,15 @@ def _select_scatter(node: fx.Node, look: Lookup) -> Tokens:
     return base
 
 
+def _pad_sequence(node: fx.Node, look: Lookup) -> Tokens:
+    """Sequences put side by side, if they are of one length and hold the same tokens."""
+    sequences: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
+    infos = [look(sequence) for sequence in sequences]
+    if infos[0] is None or any(info != infos[0] for info in infos):
+        raise NoRule(node, "its inputs carry different tokens")
+    return infos[0].at(infos[0].dim + (infos[0].dim > 0 or bool(argument(node, 1, "batch_first", False))))
+
+
 def _index(node: fx.Node, look: Lookup) -> Tokens:
     """x[..., i, j]: the token axis must lie in front of all that is indexed."""
     _source, tokens = one_input(node, look)
@@ -109,27 +118,37 @@ def _gather(node: fx.Node, look: Lookup) -> Tokens:
 
 
 def _einsum(node: fx.Node, look: Lookup) -> Tokens:
-    """The letter of the token axis is in the result, and in no input from outside."""
-    equation: str = node.args[0]  # type: ignore[assignment]
+    """The letter of the token axis is in the result; an input from outside that has it is a table, behind the batch."""
+    left, _, right = str(node.args[0]).replace(" ", "").partition("->")
     inputs: Sequence[fx.Node] = node.args[1]  # type: ignore[assignment]
-    left, _, right = equation.replace(" ", "").partition("->")
-    if "." in equation or not right:
+    if "." in left + right or not right:
         raise NoRule(node, "an einsum with `...` or without `->` has no rule")
-    letter, found = "", None
-    for letters, source in zip(left.split(","), inputs, strict=True):
+    terms = list(zip(left.split(","), inputs, strict=True))
+    first, found = next((letters, info) for letters, source in terms if (info := look(source)) is not None)
+    letter = first[found.dim]
+    for letters, source in terms:
         info = look(source)
-        if info is not None and (found is None or letters[info.dim] == letter):
-            letter, found = letters[info.dim], info if found is None else found
-        elif info is not None:
+        if info is not None and letters[info.dim] != letter:
             raise NoRule(node, "a product over or between token axes has no rule")
-    assert found is not None
-    for letters, source in zip(left.split(","), inputs, strict=True):
-        info = look(source)
-        if (info is None and letter in letters) or (info is not None and info.segments != found.segments):
+        table = info is None and letter in letters
+        if (info is not None and info.segments != found.segments) or (
+            table and not _behind_batch(letters, letter, first)
+        ):
             raise NoRule(node, "its inputs carry different tokens")
     if letter not in right:
         raise NoRule(node, "a product over or between token axes has no rule")
     return found.at(right.index(letter))
+
+
+def _behind_batch(letters: str, letter: str, first: str) -> bool:
+    """Whether a table has its token axis once, and in front of it what the tokens have in front: the batch."""
+    return letters.count(letter) == 1 and letters[0] == first[0] != letter
+
+
+def letter_axes(node: fx.Node, dim: int) -> list[int | None]:
+    """Where an einsum's inputs have the letter of axis `dim` of the result; None where they have not."""
+    left, _, right = str(node.args[0]).replace(" ", "").partition("->")
+    return [letters.index(right[dim]) if right[dim] in letters else None for letters in left.split(",")]
 
 
 def _bmm(node: fx.Node, look: Lookup) -> Tokens:
@@ -177,6 +196,7 @@ OTHER_AXES: dict[Any, Callable[[fx.Node, Lookup], Any]] = {
     aten.narrow: _narrow,
     aten.select_scatter: _select_scatter,
     aten.index: _index,
+    aten.pad_sequence: _pad_sequence,
     **dict.fromkeys((aten.gather, aten.scatter), _gather),
     aten.einsum: _einsum,
     **dict.fromkeys((aten.bmm, aten.baddbmm), _bmm),

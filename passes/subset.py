@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter, value_of
+from .rules import letter_axes
 from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, attends_within, normal_dim, slice_bounds
 
 __all__ = ["Keep", "Rows", "Subset", "check_whole"]
@@ -242,6 +243,8 @@ class Subset:
                 return self._slice_scatter(node, tokens)
             case aten.cat | aten.concat | aten.concatenate:
                 return self._cat(node, tokens)
+            case aten.einsum:
+                return self._einsum(node, tokens)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._operand(node, n, tokens, len(shape)))
         return call(node.target, *args, **kwargs)
 
@@ -303,6 +306,15 @@ class Subset:
             new = [self.env[n] if self.infos.get(n) is not None else n for n in inputs]
             new = [n for n in new if n is not None]
         return new[0] if len(new) == 1 else self.emitter.call(aten.cat.default, new, dim)
+
+    def _einsum(self, node: fx.Node, tokens: Tokens) -> fx.Node:
+        """A product by letters: tables from outside that have the tokens' letter are gathered."""
+        inputs: list[fx.Node] = node.args[1]  # type: ignore[assignment]
+        new = []
+        for source, axis in zip(inputs, letter_axes(node, tokens.dim), strict=True):
+            table = self.infos.get(source) is None and axis is not None and value_of(source).shape[axis] == tokens.size
+            new.append(self.gather(source, tokens.at(axis)) if table and axis else self.env.get(source, source))
+        return self.emitter.call(node.target, node.args[0], new)
 
     def _splits_tokens(self, node: fx.Node) -> bool:
         if getattr(node.target, "overloadpacket", None) not in _SPLITS:

@@ -206,12 +206,16 @@ def flex_model(mask: BlockMask | None) -> Any:
     return toy
 
 
+@pytest.mark.parametrize("made", ["outside", "within"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_cached_but_not_refreshed() -> None:
+def test_flex_attention_is_cached_but_not_refreshed(made: str) -> None:
+    """With a block mask that the model is given, or one that it makes, of all keys."""
+
     def nearby(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (query - key).abs() < 9
 
-    model = flex_model(create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu"))
+    mask = create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu")
+    model = flex_model(mask if made == "outside" else None)
     for options in ({"policy": "taylorseer"}, {"grid": toys.GRID, "refresh_layers": 2}):
         backend = hero_fx.backend(inner="eager", warmup=2, **options)
         torch._dynamo.reset()
@@ -222,11 +226,3 @@ def test_flex_attention_is_cached_but_not_refreshed() -> None:
         assert backend.stats().cached_steps == 1
     assert {f.branch for f in backend.graphs[0].fallbacks} == {"l0_attention", "l1_attention"}
     assert all("score_mod, block_mask" in f.reason for f in backend.graphs[0].fallbacks)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_block_mask_made_within_the_model_is_refused() -> None:
-    torch._dynamo.reset()
-    call = toys.torch_compile(flex_model(None), hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
-    with torch.no_grad(), pytest.raises(Exception, match="create_block_mask, and pass it as block_mask"):
-        call(toys.latents(), toys.times(1)[0])

@@ -80,7 +80,7 @@ def test_a_gate_for_each_frame() -> None:
         return x + (part.ffn(x).unflatten(1, (2, 3)) * gate).flatten(1, 2)
 
     (first, _) = found(layer, (2, 6, D), (2, 2, 1, D)).branches
-    assert (first.updates[0].update, first.updates[0].feature) == ("flatten", "linear_1")
+    assert (first.updates[0].update, first.updates[0].feature) == ("mul_tensor", "linear_1")
 
 
 def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:

@@ -93,6 +93,9 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "cat of channels with a table": (lambda x, t: torch.cat([t, x, t * 2], -1), (table(2, N, 3),)),
     "cat with tokens of its own": (lambda x, r: torch.cat([r, x[:, TEXT:], r * 2, x[:, :TEXT]], 1), (table(2, 7, 4),)),
     "stack": (lambda x: torch.stack([torch.stack([x, -x], dim=-1).flatten(-2)] * 2, 1), ()),
+    "sequences side by side": (
+        lambda x: aten.pad_sequence([x[0] * 2, x[0]], True) + aten.pad_sequence([x[0], -x[0]]).transpose(0, 1), ()
+    ),
     "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
     "bits": (lambda x: aten.bitwise_or(aten.bitwise_and(x > 0, x < 1), aten.bitwise_not(x > 2)), ()),
     "fill": (lambda x: x * aten.fill(x, 2.0) + aten.full_like(x, 3.0), ()),
@@ -108,6 +111,10 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "select_scatter": (lambda x: aten.select_scatter(x, x[:, :, 2] * 2, 2, 1), ()),
     "gather": (lambda x: x.gather(2, x.argsort(-1)).scatter(-1, x.argsort(2), x * 2), ()),
     "gather by a table": (lambda x, i: x.gather(2, i.long()), ((table(2, N, 2) > 0).float(),)),
+    "einsum with matrices for each token": (
+        lambda x, t: torch.einsum("bnij, bnj -> nbi", t, torch.einsum("bnj,bnji->bni", x, t[:1])),
+        (table(2, N, WIDTH, WIDTH),),
+    ),
     "einsum": (lambda x, w: torch.einsum("bnd,de,bnd->bne", x, w, x * 2), (table(WIDTH, 3),)),
     "bmm": (lambda x, w: aten.baddbmm(w[:, :1, :3], x, w) + torch.bmm(x, w), (table(2, WIDTH, 3),)),
     "product onto a table": (
@@ -218,6 +225,7 @@ REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "einsum over tokens": (lambda x: torch.einsum("bnd,bne->bde", x, x), ()),
     "einsum between tokens": (lambda x: torch.einsum("bnd,bmd->bnm", x, x), ()),
     "einsum with a table": (lambda x, t: torch.einsum("bnd,n->bnd", x, t), (table(N),)),
+    "einsum with a table in another order": (lambda x, t: torch.einsum("bnd,nb->bnd", x, t), (table(N, 2),)),
     "einsum with dots": (lambda x, w: torch.einsum("...d,de->...e", x, w), (table(WIDTH, 3),)),
     "bmm of tokens": (lambda x: torch.bmm(x, x.transpose(1, 2)), ()),
     "addmm over tokens": (lambda x, w: torch.addmm(w[0, 0], w, x.select(0, 1)), (table(3, N),)),
@@ -292,6 +300,7 @@ scatter by another index: scatter = aten.scatter.value: it picks tokens by an in
 einsum over tokens: einsum = aten.einsum.default: a product over or between token axes has no rule
 einsum between tokens: einsum = aten.einsum.default: a product over or between token axes has no rule
 einsum with a table: einsum = aten.einsum.default: its inputs carry different tokens
+einsum with a table in another order: einsum = aten.einsum.default: its inputs carry different tokens
 einsum with dots: einsum = aten.einsum.default: an einsum with `...` or without `->` has no rule
 bmm of tokens: bmm = aten.bmm.default: a product over or between token axes has no rule
 addmm over tokens: addmm = aten.addmm.default: a product over or between token axes has no rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -29,17 +29,14 @@ STEPS = 10
 FULL = [True, True, False, False, True, False, False, True, False, False]
 
 # These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
-# The experts of nucleus_moe are one graph in bfloat16 alone.
-BROKEN = (
-    "hunyuan_video_15", "lumina2", "z_image", "omnigen", "wan_animate_2", "qwen_image_21", "hidream_image", "nucleus_moe",
-)  # fmt: skip
-# One graph, but not for hero_fx: attention's block mask is made within the model, and that maps over a batch (vmap).
-REFUSED = ("kandinsky6_sr",)
-# Not yet held against hooks.
-OPEN = ("anyflow_far", "sana_wm")
+BROKEN = ("hunyuan_video_15", "lumina2", "omnigen", "wan_animate_2", "qwen_image_21", "hidream_image")
 # Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
-TWINS = ("cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit")
-NAMES = [name for name in zoo.ZOO if name not in BROKEN + REFUSED + OPEN + TWINS]
+TWINS = (
+    "cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit", "flux_controlnet",
+    "sd3_controlled", "sd3_controlnet", "qwen_image_controlled", "qwen_image_controlnet", "hunyuan_dit_controlnet",
+    "sana_controlnet", "transformer_2d_patches",
+)  # fmt: skip
+NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
 
 
 @dataclass
@@ -152,12 +149,14 @@ def test_baselines(name: str, order: int) -> None:
     close(trajectory(model, model.stepper(**options)[0]), hooked(model, reference))
 
 
-SHALLOW = 1
-"""Layers that hero refreshes; the rest is extrapolated."""
+SHALLOW = {"sana_wm": 2}
+"""Layers that hero refreshes, if not one; the rest is extrapolated."""
 
 IMAGE_FIRST = (
     "sd3",
     "sd3_5",
+    "sd3_controlled",
+    "sd3_controlnet",
     "hunyuan_video",
     "hunyuan_image",
     "framepack",
@@ -167,6 +166,8 @@ IMAGE_FIRST = (
     "joyimage_edit",
     "joyimage_edit_plus",
     "nucleus_dense",
+    "nucleus_moe",
+    "z_image",
 )
 """Joint sequences that begin with the image; the others end with it."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -190,13 +191,14 @@ def within(modules: set[str]) -> Callable[[str], bool]:
 def test_hero(name: str) -> None:
     """Against modules that run on all tokens, of which only the sampled rows count."""
     model = found(name)
-    run, steps = model.stepper(policy="hero", refresh_layers=SHALLOW, cache_point="pre_gate")
+    shallow = SHALLOW.get(name, 1)
+    run, steps = model.stepper(policy="hero", refresh_layers=shallow, cache_point="pre_gate")
     structure, fallen = steps.structure, {f.branch for f in steps.fallbacks}
     reference = Hooked(
         model.sample.model,
         feature_modules(model.sample.model, name),
         order=1,
-        shallow=within({b.module for b in structure.branches if b.layer < SHALLOW}),
+        shallow=within({b.module for b in structure.branches if b.layer < shallow}),
         full=within({b.module for b in structure.branches if b.label in fallen}),
         image=structure.image_tokens,
         image_first=name in IMAGE_FIRST,
@@ -221,6 +223,42 @@ def test_collapsed_is_literal(name: str) -> None:
     close(trajectory(model, collapsed), trajectory(model, literal), 1e-5)
 
 
+FEW = ("ltx", "flux", "latte")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_tokens_chosen_by_score(name: str) -> None:
+    """ToCa and DuCa keep full steps as they are; with all tokens chosen, ToCa computes FFNs and reuses attention."""
+    model = found(name)
+    plain = trajectory(model, model.gm)
+    for policy in ("toca", "duca"):
+        ours = trajectory(model, model.stepper(policy=policy, grid=model.sample.grid)[0])
+        assert all(torch.equal(a, b) == full for a, b, full in zip(ours, plain, FULL, strict=True))
+    run, steps = model.stepper(policy="toca", refresh_ratio=1.0, text="live", grid=model.sample.grid)
+    ffns = within({branch.module for branch in steps.structure.branches if branch.kind == "ffn"})
+    reference = Hooked(model.sample.model, feature_modules(model.sample.model, name), full=ffns)
+    close(trajectory(model, run), hooked(model, reference))
+
+
+@pytest.mark.parametrize("name", ["ltx", "flux"])
+def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full steps bit for bit, and both forms of a cached one within the dtype's rounding."""
+    sample = zoo.sample(name)
+    floats = {
+        name: value.bfloat16()
+        for name, value in sample.inputs.items()
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and name != sample.time
+    }
+    half = replace(sample, model=sample.model.bfloat16(), inputs=sample.inputs | floats)
+    monkeypatch.setattr(zoo, "sample", lambda _: half)
+    model = found.__wrapped__(name)
+    plain = trajectory(model, model.gm)
+    for policy in ("hero", "taylorseer"):
+        ours, literal = (trajectory(model, model.stepper(policy=policy, form=f)[0]) for f in ("collapsed", "literal"))
+        assert all(torch.equal(a, b) == full for a, b, full in zip(ours, plain, FULL, strict=True))
+        close(ours, literal, 0.05)
+
+
 def test_explain_where_sizes_depend_on_the_input() -> None:
     model = found("mochi")
     assert "varies" in str(Explanation(model.steps, _backend(model.sample, policy="fora").config))
@@ -228,15 +266,16 @@ def test_explain_where_sizes_depend_on_the_input() -> None:
 
 def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
     survey = example("zoo")
-    survey.main(["--models", "dit,sana,z_image", "--json"])
-    dit, sana, z_image = json.loads(capsys.readouterr().out)
+    survey.main(["--models", "dit,sana,lumina2", "--json"])
+    dit, sana, lumina2 = json.loads(capsys.readouterr().out)
     assert (dit["layers"], dit["branches"], dit["grid"]) == (3, {"attention": 3, "ffn": 3}, [1, 4, 4])
     assert (dit["refreshable"], dit["of"], dit["full_step_error"], dit["fell_back"]) == (6, 6, 0.0, {})
     assert (sana["refreshable"], sana["of"]) == (3, 9)
     assert sana["fell_back"]["aten.unflatten.int: it merges or splits the token axis ([2, 24, 32] -> [2, 4, 6, 32])"] == [
         "l0_ffn", "l1_ffn", "l2_ffn",
     ]  # fmt: skip
-    assert z_image["plain_fails"]
-    text = survey.as_table([dit, sana, z_image])
+    assert lumina2["plain_fails"]
+    text = survey.as_table([dit, sana, lumina2])
     assert "sana: l0_ffn and 2 more: aten.unflatten.int" in text
-    assert "z_image: no single graph, nor without hero_fx" in text
+    assert "lumina2: no single graph, nor without hero_fx: Consider" in text
+    assert "(use_mask = len(set(seq_lengths)) > 1  # diffusers/models/transformers/transformer_lumina2.py" in text

@@ -36,6 +36,7 @@ _OUTPUTS = {
     "ace_step": r"layers\.\d+\.(self_attn|cross_attn|mlp)",
     "minimax_music_3": r"transformer_blocks\.\d+\.(attn|ff_out)",
     "proteina": r"transformer_layers\.\d+\.(mhba\.mha|transition\.transition)",
+    "nucleus_moe": r"transformer_blocks\.\d+\.(attn|img_mlp)",
     "t5_film": r"decoders\.\d+\.layer\.\d+\.(attention|DenseReluDense)",
     "lumina_next": r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)",
 }

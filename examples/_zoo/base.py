@@ -35,7 +35,7 @@ class Sample:
         def moved(value: Any) -> Any:
             if isinstance(value, list):
                 return [moved(v) for v in value]
-            return (1 - share) * value + share * torch.randn(value.shape, generator=seeded)
+            return ((1 - share) * value + share * torch.randn(value.shape, generator=seeded)).to(value.dtype)
 
         time = self.inputs[self.time]
         later = time * (1 - 0.8 * share)

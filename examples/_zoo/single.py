@@ -40,11 +40,14 @@ def lumina2() -> Sample:
 
 @entry
 def z_image() -> Sample:
+    """Image and text, each padded to 32 tokens and refined on its own, then in one sequence."""
+    model = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=3, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2, cap_feat_dim=20, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
+    )  # fmt: skip
+    model.rope_embedder(torch.zeros(1, 3, dtype=torch.int32))  # as in bria_fibo2
     return Sample(
-        diffusers.ZImageTransformer2DModel(
-            all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=3, n_refiner_layers=1,
-            n_heads=2, n_kv_heads=2, cap_feat_dim=20, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
-        ),
+        model,
         {"x": [normal(4, 1, HEIGHT, WIDTH)], "t": shares(1), "cap_feats": [normal(TEXT, 20)]},
         time="t",
         latents="x",
@@ -231,12 +234,16 @@ def ideogram4() -> Sample:
 
 
 def _nucleus(**options: Any) -> Sample:
+    model = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=8, out_channels=2, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, joint_attention_dim=20, axes_dims_rope=(4, 6, 6), mlp_ratio=6.0, num_experts=3,
+        moe_intermediate_dim=24, capacity_factors=1.0, **options,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "experts" in name and parameter.dim() == 3:  # diffusers leaves them to the checkpoint: torch.empty
+            torch.nn.init.normal_(parameter, std=0.2)
     return Sample(
-        diffusers.NucleusMoEImageTransformer2DModel(
-            in_channels=8, out_channels=2, num_layers=3, attention_head_dim=16, num_attention_heads=2,
-            num_key_value_heads=1, joint_attention_dim=20, axes_dims_rope=(4, 6, 6), mlp_ratio=6.0, num_experts=3,
-            moe_intermediate_dim=24, capacity_factors=1.0, **options,
-        ),
+        model,
         {"hidden_states": normal(BATCH, 24, 8), "timestep": shares(), "img_shapes": [(1, 4, 6)] * BATCH,
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_hidden_states_mask": mask().bool()},
         grid=(1, 4, 6),
