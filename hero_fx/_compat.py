@@ -43,6 +43,13 @@ def lazy_code() -> AbstractContextManager[None]:
     return _use_lazy_graph_module(True)
 
 
+def unbound_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Within it sizes that only values tell (as of `nonzero`) are made outside of any trace: the next trace of that mode
+    would look for them among its own outputs."""
+    assert mode.shape_env is not None
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def to_fake(mode: FakeTensorMode, value: Any) -> Any:
     """`value` with real (or other-mode) tensors replaced by static fake ones of `mode`; symbolic ints become ints."""
     if isinstance(value, torch.SymInt):

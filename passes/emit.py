@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx._compat import FakeTensor, FakeTensorMode
+from hero_fx._compat import FakeTensor, FakeTensorMode, unbound_sizes
 
 __all__ = [
     "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "by_name", "drop_dead_code", "slots_of", "value_of",
@@ -116,7 +116,7 @@ class Emitter:
     def revalue(self, node: fx.Node) -> None:
         """Computes the fake value of a node from those of its arguments."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), unbound_sizes(self.mode):
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def inline(self, function: Callable[..., torch.Tensor], *args: fx.Node) -> fx.Node:

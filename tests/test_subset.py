@@ -313,3 +313,18 @@ def test_what_lies_in_no_segment_that_is_kept_is_not_computed() -> None:
     gm = trace(lambda x: torch.cat([x[:, :TEXT].sin(), x[:, TEXT:].cos()], 1), stream())
     emit_subset(gm, torch.tensor([4, 1]), "none")
     assert op_count(gm, "aten.sin", "aten.cos", "aten.cat") == {"aten.sin": 1, "aten.cos": 2, "aten.cat": 1}
+
+
+def test_inlining_behind_an_op_whose_size_only_values_tell() -> None:
+    """The size that `nonzero` makes is not the inlined trace's to account for."""
+    x = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    gm = trace(lambda x: x, x)
+    (given,) = gm.graph.find_nodes(op="placeholder")
+    emitter = Emitter(gm)
+    with emitter.before(emitter.output):
+        places = emitter.call(torch.ops.aten.nonzero.default, given)
+        emitter.output.args = ((places, emitter.inline(lambda t: t.repeat_interleave(2, dim=0).sin(), given)),)
+    gm.recompile()
+    found, twice = gm(x)
+    assert found.tolist() == [[0, 1], [1, 0]]
+    assert torch.equal(twice, x.repeat_interleave(2, dim=0).sin())

@@ -187,17 +187,25 @@ def within(modules: set[str]) -> Callable[[str], bool]:
     return lambda path: any(f"{a}.".startswith(f"{b}.") for m in modules for a, b in ((m, path), (path, m)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_hero(name: str) -> None:
+HERO = [
+    *((name, "extrapolate") for name in NAMES),
+    *((name, "reuse") for name in ("flux", "hunyuan_video", "latte", "qwen_image", "sd3", "wan")),
+]
+
+
+@pytest.mark.parametrize(("name", "unsampled"), HERO)
+def test_hero(name: str, unsampled: str) -> None:
     """Against modules that run on all tokens, of which only the sampled rows count."""
     model = found(name)
     shallow = SHALLOW.get(name, 1)
-    run, steps = model.stepper(policy="hero", refresh_layers=shallow, cache_point="pre_gate")
+    options = {"refresh_layers": shallow, "cache_point": "pre_gate", "unsampled": unsampled}
+    run, steps = model.stepper(policy="hero", **options)
     structure, fallen = steps.structure, {f.branch for f in steps.fallbacks}
     reference = Hooked(
         model.sample.model,
         feature_modules(model.sample.model, name),
         order=1,
+        lines=unsampled == "extrapolate",
         shallow=within({b.module for b in structure.branches if b.layer < shallow}),
         full=within({b.module for b in structure.branches if b.label in fallen}),
         image=structure.image_tokens,

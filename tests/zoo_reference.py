@@ -70,6 +70,8 @@ class Hooked:
     modules: dict[str, nn.Module]
     order: int = 0
     """Highest Taylor order of the modules that are not refreshed."""
+    lines: bool = False
+    """Tokens of refreshed modules that are not sampled go on along a line; false: they keep their features."""
     shallow: Callable[[str], bool] = lambda path: False
     full: Callable[[str], bool] = lambda path: False
     """Modules that are computed at every step."""
@@ -128,7 +130,7 @@ class Hooked:
         shallow, old = self.shallow(place[0]), self.y.get((place, i), [])
         if full:
             y = [part]
-            for k in range(1, 1 + (0 if shallow else self.order)):
+            for k in range(1, 1 + (int(self.lines) if shallow else self.order)):
                 y.append((y[k - 1] - old[k - 1]) / d if fulls >= k else torch.zeros_like(part))
             self.y[place, i] = y
             return part
@@ -141,9 +143,15 @@ class Hooked:
             if batches > 1:
                 axis, tokens = 0, part.shape[0] // batches
                 index = torch.cat([rows + i * tokens for i in range(batches)])
+            cache = old[0]
             if index is not None:
-                estimate = estimate.index_copy(axis, index, part.index_select(axis, index))
-            self.y[place, i] = [estimate]
+                rows = part.index_select(axis, index)
+                estimate = estimate.index_copy(axis, index, rows)
+                # A sampled token's line has the old slope, and goes through what was computed.
+                for slope in old[1:]:
+                    rows = rows - x * slope.index_select(axis, index)
+                cache = cache.index_copy(axis, index, rows)
+            self.y[place, i] = [cache, *old[1:]]
         return estimate
 
     def places(self, length: int, rows: Tensor) -> Tensor | None:
