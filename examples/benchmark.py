@@ -39,6 +39,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "eager": {},
     "inductor": {},
     "hero": {},
+    "hero-reuse": {"unsampled": "reuse"},
     "hero-sampled": {"keys": "sampled"},
     "lean": {"policy": "lean"},
     "fora": {"policy": "fora"},
