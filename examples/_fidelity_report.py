@@ -204,7 +204,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Errors against speed-up by FLOPs: a line per method over N, one for fewer steps, full compute as a level."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure = Figure(figsize=(14.2, 7.2), layout="constrained")
     figure.suptitle(title)
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in (*METHODS, "fewer steps")}
     for row in rows:
@@ -235,5 +235,5 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             axis.axhline(level["mean"], color="grey", lw=0.8, ls=":", label="full compute")
         axis.set(xlabel="speed-up by FLOPs, attention's in", ylabel=COLUMNS[metric][0])
         axis.set_yscale("log" if metric.endswith(("l2", "converged")) else "linear")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
