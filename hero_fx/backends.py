@@ -250,8 +250,9 @@ def backend(
         model = torch.compile(model, backend=hero_fx.backend(interval=2, num_steps=50))
 
     Between full steps, layers 0..M-1 recompute a sampled share of the image tokens and take cached features for the
-    rest (paper Eq. 4-5); the other layers extrapolate their features and run neither attention nor FFN (Eq. 6). Which
-    step a call belongs to is read from the model's timestep input, so the denoising loop stays as it is.
+    rest (paper Eq. 4-5; by default they go on along a line, see `unsampled`); the other layers extrapolate their features
+    and run neither attention nor FFN (Eq. 6). Which step a call belongs to is read from the model's timestep input, so
+    the denoising loop stays as it is.
 
     Args:
         policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
@@ -271,7 +272,7 @@ def backend(
         keys: keys and values that refreshed tokens attend to: those of the sampled tokens, these and the text's from the
             last full step, these and one cached image token per patch (`"landmarks"`), or a cache of all, updated where
             sampled. Default: hero `"all"`, lean `"sampled"`.
-        text: text tokens reuse cached features in shallow layers, or are recomputed.
+        text: in shallow layers text tokens do what tokens that are not sampled do (`"skip"`), or are recomputed (`"live"`).
         cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
             (shallow, deep). Default: hero `"post_gate"` (with `unsampled="reuse"` `("pre_gate", "post_gate")`), others
             `"pre_gate"`.

@@ -68,7 +68,7 @@ class Config:
     """What refreshed tokens attend to: `"sampled"`, `"sampled+text"`, `"landmarks"` (also one cached token per patch),
     `"all"`; None: hero `"all"`, lean `"sampled"`."""
     text: Text = "skip"
-    """`"skip"`: text reuses its cached features; `"live"`: text tokens are recomputed with the sampled ones."""
+    """`"skip"`: text does what tokens that are not sampled do; `"live"`: text tokens are recomputed with the sampled ones."""
     cache_point: str | tuple[str, str] | None = None
     """`"pre_gate"`, `"post_gate"`, or a pair for (shallow, deep); None: hero post-gate in both, with `unsampled="reuse"`
     `("pre_gate", "post_gate")`, others pre."""

@@ -74,7 +74,10 @@ class _OneKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hero(_OneKind):
-    """HERO: patch-wise refresh in layers 0..M-1 (Eq. 4-5), linear extrapolation in the rest (Eq. 6)."""
+    """HERO: patch-wise refresh in layers 0..M-1 (Eq. 4-5), linear extrapolation in the rest (Eq. 6).
+
+    By default tokens that a refresh leaves out are extrapolated as well; Eq. 4 is `unsampled="reuse"`.
+    """
 
     refresh_layers: int | float = 0.5
     order: int = 1
@@ -82,9 +85,9 @@ class Hero(_OneKind):
     stride: int = 6
     """With keys "landmarks": one image token in so many is one."""
     text: Text = "skip"
-    cache_point: tuple[CachePoint, CachePoint] = ("pre_gate", "post_gate")
+    cache_point: tuple[CachePoint, CachePoint] = ("post_gate", "post_gate")
     """Of shallow and of deep layers."""
-    unsampled: Unsampled = "reuse"
+    unsampled: Unsampled = "extrapolate"
     per_layer: bool = False
     """Draw one selection per layer instead of one per step."""
     name: str = "hero"
