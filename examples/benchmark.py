@@ -173,7 +173,8 @@ def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
     idle.full = replace(stepper.full, run=lambda *inputs: None)
     idle.cached = tuple(replace(step, run=lambda *inputs: None) for step in stepper.cached)
     schedule = config.make_schedule()
-    idle.store = StateStore([replace(s, device=torch.device("meta")) for s in stepper.store.specs], schedule)
+    specs = [replace(s, device=torch.device("meta")) for s in stepper.store.specs]
+    idle.store = StateStore(specs, stepper.store.new_tracker)
     if stepper.selections is not None:
         idle.selections = Selections(stepper.selections.sampler, stepper.selections.device)
     seconds = []

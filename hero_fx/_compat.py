@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode"]
 
@@ -112,6 +114,13 @@ def last_recompile() -> int | None:
     current = CompileContext.current_compile_id()
     number = getattr(current, "frame_compile_id", None)
     return limit if number is not None and number + 1 >= limit else None
+
+
+def recompile_reason() -> str | None:
+    """Why Dynamo compiles the present frame again: the guard that failed; None at a first compile (seen in 2.13)."""
+    metrics = getattr(get_metrics_context(), "_metrics", {})
+    reason = metrics.get("recompile_reason")
+    return None if reason is None else str(reason).strip().splitlines()[0]
 
 
 def frame_module() -> torch.nn.Module | None:
@@ -251,3 +260,21 @@ def unlimited_tracing() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(  # type: ignore[no-any-return]
         recompile_limit=2**30, accumulated_recompile_limit=2**30, suppress_errors=False
     )
+
+
+class StorageId:
+    """Which memory a tensor lies in, held weakly: equal for tensors that share it, and for no others as long as this lives.
+
+    The weak reference keeps the storage's record from being given to another one, not its memory.
+    """
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._reference = StorageWeakRef(tensor.untyped_storage())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorageId) and self._reference.cdata == other._reference.cdata
+
+    def __hash__(self) -> int:
+        return hash(self._reference.cdata)

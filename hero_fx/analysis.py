@@ -28,9 +28,11 @@ from hero_fx.passes.pipeline import Pipeline
 
 from .backends import backend, compile_step
 from .checks import find_timestep
-from .guard import TimestepGuard, TimestepReader
+from .evidence import Evidence
 from .schedule import Uniform
 from .steps import copy_graph
+from .timestep import TimestepReader
+from .tracker import Tracker
 
 __all__ = ["Features", "Recorder", "Stability", "split"]
 
@@ -92,11 +94,11 @@ class Recorder:
         position = find_timestep(steps.normal, self._backend.config.timestep)
         run = compile_step(gm, graph, self._backend.config).run
         count = len(steps.normal.graph.output_node().args[0])  # type: ignore[arg-type]
-        guard, reader = TimestepGuard(Uniform(interval=1)), TimestepReader()
+        tracker, reader = Tracker(Uniform(interval=1)), TimestepReader()
         lanes: dict[int | str, _Series] = {}
 
         def call(*values: Any) -> Any:
-            step = guard.advance(reader.read(values[position]))
+            step = tracker.advance(Evidence(timestep=reader.read(values[position])))
             if step.new_trajectory:
                 lanes.clear()
             outputs = run(*values)

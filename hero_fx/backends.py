@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,11 +18,13 @@ from hero_fx.passes.emit import slots_of, value_of
 from . import _compat
 from .checks import UnsupportedModel, check_call, check_graph, check_structure, find_timestep
 from .config import Config
-from .diffusers_context import listen
+from .diffusers_context import entered, listen
+from .evidence import find_roles
 from .policy import Policy
-from .runtime import Step, Stepper
+from .runtime import Inputs, Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
 from .subclasses import Unwrapped, unwrap
+from .watch import Watch
 
 __all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
 
@@ -32,9 +36,16 @@ class Stats:
     """What a backend has compiled and run so far."""
 
     graphs: int
-    """Dynamo graphs compiled (one per model and resolution)."""
+    """Dynamo graphs that are compiled now (one per resolution, and per model of a class of its own)."""
     full_steps: int
+    """Steps of trajectories whose calls computed every layer."""
     cached_steps: int
+    """Steps with a call that used cached features."""
+    full_calls: int
+    """Calls that computed every layer. A step makes several where guidance calls the model twice."""
+    cached_calls: int
+    refused_calls: int
+    """Of the full calls those whose step, lane or request could not be told (`strict=False`; they are errors otherwise)."""
     state_bytes: int
     """Bytes of feature state held now, over all sessions and lanes."""
     sessions: int
@@ -48,9 +59,11 @@ class Backend:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.graphs: list[StepGraphs] = []
-        self.steppers: list[Stepper] = []
+        self._compiled: list[weakref.ref[Stepper]] = []
+        self._counts: Counter[str] = Counter()
+        self._watch = Watch()
         self._warned = False
+        listen()
 
     def __repr__(self) -> str:
         return f"hero_fx.backend({self.config!r})"
@@ -108,14 +121,30 @@ class Backend:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
         return build_steps(steps.normal, steps.structure, policy, self.config)
 
+    @property
+    def steppers(self) -> list[Stepper]:
+        """What was compiled and is still in use, oldest first: code that Dynamo dropped is gone, and its state with it."""
+        alive = [(ref, ref()) for ref in self._compiled]
+        self._compiled = [ref for ref, stepper in alive if stepper is not None]
+        return [stepper for _, stepper in alive if stepper is not None]
+
+    @property
+    def graphs(self) -> list[StepGraphs]:
+        """The step graphs of what was compiled and is still in use, oldest first."""
+        return [stepper.graphs for stepper in self.steppers if stepper.graphs is not None]
+
     def stats(self) -> Stats:
-        """Counts of full and cached steps, and bytes of feature state, over everything this backend compiled."""
+        """Counts of steps and calls over all that this backend ever compiled; graphs and state are what there is now."""
+        steppers, counts = self.steppers, self._counts
         return Stats(
-            graphs=len(self.graphs),
-            full_steps=sum(s.counts["full"] for s in self.steppers),
-            cached_steps=sum(s.counts["cached"] for s in self.steppers),
-            state_bytes=sum(s.store.nbytes for s in self.steppers),
-            sessions=len({name for s in self.steppers for name in s.store.sessions}),
+            graphs=len(steppers),
+            full_steps=counts["full_steps"],
+            cached_steps=counts["cached_steps"],
+            full_calls=counts["full_calls"],
+            cached_calls=counts["cached_calls"],
+            refused_calls=counts["refused_calls"],
+            state_bytes=sum(s.store.nbytes for s in steppers),
+            sessions=len({name for s in steppers for name in s.store.sessions}),
         )
 
     def reset(self) -> None:
@@ -162,15 +191,20 @@ class Backend:
             full=compile_step(gm, steps.full, config),
             cached=[compile_step(gm, cached, config) for cached in steps.cached],
             policy=policy,
-            schedule=config.make_schedule(),
+            schedule=config.schedule_of,
             state=steps.state,
             sampler=steps.sampler,
-            timestep=timestep,
-            context=listen(_compat.frame_module()),
+            inputs=_inputs(steps, timestep),
+            graphs=steps,
+            context=entered(_compat.frame_module()),
+            strict=config.strict,
+            counts=self._counts,
+            watch=self._watch.starts,
+            again=_compat.recompile_reason(),
         )
-        self.graphs.append(steps)
-        self.steppers.append(stepper)
-        self._warn_of_limit(len(self.graphs))
+        self._compiled.append(weakref.ref(stepper))
+        self._watch.add(stepper)
+        self._warn_of_limit(len(self.steppers))
         return stepper
 
     def _warn_of_limit(self, graphs: int) -> None:
@@ -183,6 +217,31 @@ class Backend:
                 "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes",
                 stacklevel=2,
             )
+
+
+def _inputs(steps: StepGraphs, timestep: int) -> Inputs:
+    """What the inputs of a normalised graph are."""
+    nodes = [(i, node) for i, node in enumerate(steps.normal.graph.find_nodes(op="placeholder"))]
+    tensors = [(i, node) for i, node in nodes if isinstance(value_of(node), torch.Tensor)]
+    weights = tuple(i for i, node in tensors if not node.meta.get("model_input", True))
+    values = [(i, node) for i, node in tensors if i not in weights and i != timestep]
+    outputs = [value_of(node).shape for node in steps.normal.graph.output_node().all_input_nodes if _is_tensor(node)]
+    by_name = {node.name: node for node in steps.normal.graph.nodes}
+    roots = [by_name[s.root] for s in steps.structure.streams if s.tokens.dim > 0 and not s.tokens.folded]
+    sizes = [shape[0] for shape in outputs if len(shape)] + [value_of(root).shape[0] for root in roots]
+    batch = frozenset(size for size in sizes if isinstance(size, int))
+    return Inputs(
+        timestep=timestep,
+        weights=weights,
+        values=tuple(i for i, _ in values),
+        roles=find_roles([value_of(node).shape for _, node in values], outputs, max(batch, default=1)),
+        batch=batch,
+        shapes=tuple((node.meta["argument"], value_of(node).shape) for i, node in tensors if i not in weights),
+    )
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
 
 
 def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:

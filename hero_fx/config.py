@@ -188,10 +188,14 @@ class Config:
 
     def make_schedule(self) -> Schedule:
         """Which steps are full."""
+        return self.schedule_of(None)
+
+    def schedule_of(self, num_steps: int | None) -> Schedule:
+        """Which steps of a trajectory of `num_steps` are full; None: as many as the options say."""
         return make_schedule(
             self.schedule,
             interval=self.interval,
-            num_steps=self.num_steps,
+            num_steps=self.num_steps if num_steps is None else num_steps,
             warmup=self.warmup,
             cooldown=self.cooldown,
         )

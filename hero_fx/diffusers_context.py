@@ -1,83 +1,81 @@
 """diffusers' `cache_context(name, step_index=...)`, heard by the backend.
 
-diffusers' pipelines wrap each call of the transformer in `cache_context("cond")` or `cache_context("uncond")`, which
-tells the stateful hooks registered on the module which call this is. The listener below registers as such a hook
-without touching `forward`, so that nothing recompiles and no graph breaks. All of diffusers' private API is used here.
+diffusers' pipelines wrap each call of the transformer in `cache_context("cond")` or `cache_context("uncond")`. diffusers
+keeps what was said in one attribute per module, so that two threads or tasks read each other's. Here the context manager
+itself is listened to, and what it says is kept in a context variable, together with the module it was said of. All of
+diffusers' private API is used here (seen in 0.37 to 0.42).
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
-from types import SimpleNamespace
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["ContextListener", "listen"]
-
-_NAME = "hero_fx_context"
+__all__ = ["Heard", "entered", "heard", "listen"]
 
 
-class ContextListener:
-    """The cache context that a module is called in, if any."""
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What the innermost `cache_context` of this thread or task says."""
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
-
-    def current(self) -> tuple[str | None, int | None]:
-        """(name, step index) of the context; None for what is not given."""
-        context = self._manager.seen
-        if context is None:
-            return None, None
-        if isinstance(context, str):
-            return context, None
-        return context.name, context.step_index
+    module: weakref.ref[torch.nn.Module]
+    name: str
+    step_index: int | None
 
 
-def listen(module: torch.nn.Module | None) -> ContextListener | None:
-    """Listens to the cache contexts of a diffusers model; None if the module has none, or diffusers is not in use."""
-    if module is None or "diffusers" not in sys.modules or not hasattr(module, "cache_context"):
+_HEARD: ContextVar[Heard | None] = ContextVar("hero_fx_cache_context", default=None)
+
+
+def heard(is_of: Callable[[torch.nn.Module], bool]) -> Heard | None:
+    """What is said of a call of the model that `is_of` knows, if anything is."""
+    said = _HEARD.get()
+    module = None if said is None else said.module()
+    return said if module is not None and is_of(module) else None
+
+
+def listen() -> None:
+    """Listens to the cache contexts of all models of diffusers, if it is in use; once is enough."""
+    mixin: Any = getattr(sys.modules.get("diffusers.models.cache_utils"), "CacheMixin", None)
+    original = getattr(mixin, "cache_context", None)
+    if original is None or hasattr(original, "_hero_fx"):
+        return
+
+    @functools.wraps(original)
+    @contextmanager
+    def cache_context(self: torch.nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
+        token = _HEARD.set(Heard(weakref.ref(self), name, kwargs.get("step_index")))
+        try:
+            with original(self, name, **kwargs):
+                yield
+        finally:
+            try:
+                _HEARD.reset(token)
+            except ValueError:  # left in another context than entered: a generator whose pieces ran in several threads
+                _HEARD.set(None)
+
+    cache_context._hero_fx = True  # type: ignore[attr-defined]
+    mixin.cache_context = cache_context
+
+
+def entered(module: torch.nn.Module | None) -> Heard | None:
+    """The context that a module was in before anyone listened: only the suspended generator of its `cache_context` still
+    holds it. Where there are several, none is taken for this thread's."""
+    if module is None or _HEARD.get() is not None:
         return None
-    try:
-        from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
-    except ImportError:
+    found = [
+        frame.f_locals
+        for holder in gc.get_referrers(module)
+        if (frame := getattr(holder, "gi_frame", None)) is not None and frame.f_code.co_name == "cache_context"
+    ]
+    if len(found) != 1:
         return None
-
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if _NAME in registry.hooks:
-        return ContextListener(vars(registry.hooks[_NAME])["manager"])
-
-    class Manager(StateManager):
-        seen: Any = None
-
-        def set_context(self, context: Any) -> None:
-            self.seen = context
-
-    class Listener(ModelHook):
-        _is_stateful = True
-
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.manager: Any = Manager(BaseState)  # type: ignore[arg-type]
-
-        def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-            return module
-
-    # Not `register_hook`: that would wrap the module's forward, which is being compiled at this moment.
-    listener = Listener()
-    registry.hooks[_NAME] = listener
-    registry._hook_order.append(_NAME)
-    listener.manager.seen = _entered(module)
-    return ContextListener(listener.manager)
-
-
-def _entered(module: torch.nn.Module) -> Any:
-    """The context that the module is in already: entered before anyone listened, only the suspended generator of its
-    `cache_context` still holds it."""
-    for holder in gc.get_referrers(module):
-        frame = getattr(holder, "gi_frame", None)
-        if frame is not None and frame.f_code.co_name == "cache_context":
-            index = frame.f_locals.get("kwargs", {}).get("step_index")
-            return SimpleNamespace(name=frame.f_locals["name"], step_index=index)
-    return None
+    return Heard(weakref.ref(module), found[0]["name"], found[0].get("kwargs", {}).get("step_index"))

@@ -1,11 +1,13 @@
-"""What runs at each call of the compiled model: the guard chooses a step graph, and its extra inputs are filled in."""
+"""What runs at each call of the compiled model: the tracker chooses a step graph, and its extra inputs are filled in."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import factorial
 from typing import Any
 
@@ -14,15 +16,21 @@ import torch
 from hero_fx.passes.emit import IndexSlot, ScalarSlot, Slot, StateSlot
 
 from ._compat import Compiled
-from .diffusers_context import ContextListener
-from .guard import Call, TimestepReader
+from .calling import current_calling, current_session
+from .diffusers_context import Heard, heard
+from .evidence import Evidence, Roles, current_owner, marks
 from .policy import Policy
 from .schedule import Schedule
 from .selection import PatchSampler, Selection
-from .state import StateStore, Trajectory, current_session
-from .steps import StateSpec
+from .state import StateStore, Trajectory
+from .steps import StateSpec, StepGraphs
+from .timestep import AmbiguousCall, TimestepReader
+from .tracker import Call, Tracker
+from .weights import Model, Weights
 
-__all__ = ["Selections", "Step", "Stepper", "scalar_value"]
+__all__ = ["Inputs", "Selections", "Step", "Stepper", "scalar_value"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,23 @@ class Step:
     run: Compiled
     slots: tuple[Slot, ...]
     device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What the inputs of a graph are, by position."""
+
+    timestep: int
+    weights: tuple[int, ...] = ()
+    """Parameters and buffers, which Dynamo makes inputs."""
+    values: tuple[int, ...] = ()
+    """Tensors that the caller passes, the timestep left out."""
+    roles: Roles = field(default_factory=Roles)
+    """Of `values`."""
+    batch: frozenset[int] = frozenset()
+    """Sizes that the batch may have."""
+    shapes: tuple[tuple[str, torch.Size], ...] = ()
+    """Name and shape of what the caller passes."""
 
 
 def scalar_value(name: str, call: Call) -> float:
@@ -95,38 +120,96 @@ class Stepper:
         full: Step,
         cached: Sequence[Step],
         policy: Policy,
-        schedule: Schedule,
+        schedule: Callable[[int | None], Schedule],
         state: Sequence[StateSpec],
         sampler: PatchSampler | None,
-        timestep: int,
-        context: ContextListener | None = None,
+        inputs: Inputs,
+        graphs: StepGraphs | None = None,
+        context: Heard | None = None,
+        strict: bool = True,
+        counts: Counter[str] | None = None,
+        watch: Callable[[Stepper, str, Model, Evidence], None] | None = None,
+        again: str | None = None,
     ) -> None:
+        """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
+        steps are counted; `watch` is told where a trajectory starts; `again`: why the model was compiled once more."""
         self.full = full
         self.cached = tuple(cached)
         self.policy = policy
-        self.store = StateStore(state, schedule)
+        self.inputs = inputs
+        self.graphs = graphs
+        self.strict = strict
+        self.again = again
+        self.store = StateStore(state, lambda before: Tracker(schedule, roles=inputs.roles, trajectory=before))
+        self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
-        self.timestep = timestep
         self.reader = TimestepReader()
-        self.context = context
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter() if counts is None else counts
         self.last: Call | None = None
+        self._context = context
+        self._watch = watch
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
         self._lock = threading.Lock()  # for what sessions share: the reader and the counts
 
     def __call__(self, *inputs: Any) -> Any:
-        trajectory = self.store.trajectory(current_session())
-        with trajectory.lock:
-            name, step_index = self.context.current() if self.context is not None else (None, None)
-            with self._lock:
-                timestep = self.reader.read(inputs[self.timestep])
-            call = trajectory.guard.advance(timestep, name=name, step_index=step_index)
-            try:
-                return self._run(call, trajectory, inputs)
-            except BaseException:
-                # The state may be half written, and a call that is made again must not pass for the step's next lane.
-                trajectory.guard.reset()
+        model = self.weights.model(inputs)
+        try:
+            session = current_session()
+            evidence = self._evidence(inputs, model)
+            trajectory, call = self._place(session, model, evidence)
+        except (AmbiguousCall, ValueError) as error:
+            if self.strict:
                 raise
+            return self._alone(inputs, error)
+        try:
+            if call.new_trajectory and self._watch is not None:
+                self._watch(self, session, model, evidence)
+            return self._run(call, trajectory, inputs)
+        except BaseException:
+            # The state may be half written, and a call that is made again must not pass for the step's next lane.
+            trajectory.tracker.reset()
+            raise
+        finally:
+            trajectory.lock.release()
+
+    def _place(self, session: str, model: Model, evidence: Evidence) -> tuple[Trajectory, Call]:
+        """The call in its trajectory, whose lock is then held. Calls of a named session wait for each other."""
+        trajectory = self.store.trajectory(session, model)
+        if not trajectory.lock.acquire(blocking=bool(session)):
+            raise AmbiguousCall(
+                "two calls without a session overlap: they would share one trajectory. Enter hero_fx.session(...) in the "
+                "function that calls the model, or use hero_fx.calling(session=...) around each call"
+            )
+        try:
+            if not session:
+                trajectory.claim(current_owner(), evidence, self.store.new_tracker)
+            return trajectory, trajectory.tracker.advance(evidence)
+        except BaseException:
+            trajectory.lock.release()
+            raise
+
+    def _evidence(self, inputs: Sequence[Any], model: Model) -> Evidence:
+        """What a call is made of."""
+        said, word = heard(model.is_of), current_calling()
+        if said is None:
+            said, self._context = self._context, None
+        name, step_index = (None, None) if said is None else (said.name, said.step_index)
+        told, num_steps = False, None
+        if word is not None:
+            word.use(id(model))
+            told, num_steps = word.lane is not None, word.num_steps
+            name = name if word.lane is None else word.lane
+            step_index = step_index if word.step_index is None else word.step_index
+        with self._lock:
+            timestep = self.reader.read(inputs[self.inputs.timestep], self.inputs.batch)
+        return Evidence(
+            timestep=timestep,
+            marks=marks([inputs[p] for p in self.inputs.values]),
+            name=name,
+            step_index=step_index,
+            told=told,
+            num_steps=num_steps,
+        )
 
     def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any]) -> Any:
         if call.new_trajectory:
@@ -134,12 +217,41 @@ class Stepper:
         pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
         trajectory.patterns[call.lane] = pattern
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
+        self._count(call, trajectory)
+        return self._step(call, state, pattern, inputs)
+
+    def _step(
+        self, call: Call, state: dict[StateSlot, torch.Tensor], pattern: tuple[bool, ...], inputs: Sequence[Any]
+    ) -> Any:
         step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
-        extra = [self._fill(slot, call, state, pattern, step.device) for slot in step.slots]
+        return step.run(*inputs, *(self._fill(slot, call, state, pattern, step.device) for slot in step.slots))
+
+    def _count(self, call: Call, trajectory: Trajectory) -> None:
+        """Counts the call, and its step: as cached where some call of it is."""
         with self._lock:
-            self.counts["full" if call.full else "cached"] += 1
             self.last = call
-        return step.run(*inputs, *extra)
+            self.counts["full_calls" if call.full else "cached_calls"] += 1
+            if call.new_step:
+                trajectory.caches = not call.full
+                self.counts["full_steps" if call.full else "cached_steps"] += 1
+            elif not call.full and not trajectory.caches:
+                trajectory.caches = True
+                self.counts["full_steps"] -= 1
+                self.counts["cached_steps"] += 1
+
+    def _alone(self, inputs: Sequence[Any], error: Exception) -> Any:
+        """Computes a call in full, by itself: right whatever trajectory it is of."""
+        message = f"hero_fx computes a call in full and caches nothing of it: {error}"
+        with self._lock:
+            self.counts["full_calls"] += 1
+            self.counts["refused_calls"] += 1
+            first = self.counts["refused_calls"] == 1
+        if first:
+            warnings.warn(message, stacklevel=2)
+        else:
+            log.info("%s", message)
+        call = Call(0, 0, True, 0, 0, 0, True, 0)
+        return self._step(call, self.store.new_lane(), (True,), inputs)
 
     def _fill(
         self,

@@ -1,60 +1,97 @@
-"""Feature state: one set of tensors per (compiled graph, session, lane), allocated once, updated in place by the graphs."""
+"""Feature state: one set of tensors per (compiled graph, model, session, lane), allocated once, updated in place."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Sequence
-from contextvars import ContextVar
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from hero_fx.passes.emit import StateSlot
 
-from .guard import TimestepGuard
-from .schedule import Schedule
+from .calling import watch_state
+from .evidence import Evidence, Owner
 from .steps import StateSpec
+from .timestep import AmbiguousCall
+from .tracker import Tracker
+from .weights import Model
 
-__all__ = ["Session", "StateStore", "Trajectory", "current_session", "reset", "session"]
+__all__ = ["StateStore", "Trajectory"]
 
-_CURRENT: ContextVar[str] = ContextVar("hero_fx_session", default="")
-# Every store that is alive, so that reset() and Session.drop() reach the state of all compiled graphs.
-_STORES: weakref.WeakSet[StateStore] = weakref.WeakSet()
+_MOST_OWNERS = 16
 
 
 @dataclass(slots=True)
 class Trajectory:
-    """Where one session's denoising loop stands in one compiled graph, and its feature state by lane."""
+    """Where one session's denoising loop stands in one model, and its feature state by lane."""
 
-    guard: TimestepGuard
+    tracker: Tracker
     lanes: dict[int | str, dict[StateSlot, torch.Tensor]] = field(default_factory=dict)
     patterns: dict[int | str, tuple[bool, ...]] = field(default_factory=dict)
     """Per lane, which calls of the trajectory were full so far: what the selections depend on."""
+    caches: bool = False
+    """Whether a call of the present step was cached."""
     lock: threading.RLock = field(default_factory=threading.RLock)
+    owner: Owner | None = None
+    """Where its calls come from; kept for the default session alone."""
+    others: OrderedDict[Owner, Tracker] = field(default_factory=OrderedDict)
+    """Trajectories of other threads or tasks that this one took the place of."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of feature state held."""
         return sum(t.nbytes for lane in list(self.lanes.values()) for t in lane.values())
 
+    def claim(self, owner: Owner, evidence: Evidence, new: Callable[[int], Tracker]) -> None:
+        """Notes where a call without a session comes from.
+
+        Raises:
+            AmbiguousCall: it would go on with a trajectory whose calls come from elsewhere.
+        """
+        if self.owner is None or self.owner == owner:
+            self.owner = owner
+            return
+        own = self.others.get(owner)
+        if not self.tracker.starts(evidence) or not (own is None or own.starts(evidence)):
+            raise AmbiguousCall(
+                f"calls without a session come from {owner} and from {self.owner} in turns: if they are of several requests, "
+                "each mixes with the others' trajectory. Enter hero_fx.session(...) in the function that calls the model, or "
+                "use hero_fx.calling(session=...) around each call, also for one request whose calls run on several threads; "
+                "after a warm-up on another thread call hero_fx.reset()"
+            )
+        self.others.pop(owner, None)
+        self.others[self.owner] = self.tracker
+        if len(self.others) > _MOST_OWNERS:
+            self.others.popitem(last=False)
+        self.owner, self.tracker = owner, new(self.tracker.trajectory)
+
 
 class StateStore:
-    """The trajectories of one compiled graph, by session."""
+    """The trajectories of one compiled graph, by session and model."""
 
-    def __init__(self, specs: Sequence[StateSpec], schedule: Schedule) -> None:
+    def __init__(self, specs: Sequence[StateSpec], new_tracker: Callable[[int], Tracker]) -> None:
+        """`new_tracker` makes a tracker, given how many trajectories there were before."""
         self.specs = tuple(specs)
-        self.schedule = schedule
-        self._trajectories: dict[str, Trajectory] = {}
-        self._lock = threading.Lock()
-        _STORES.add(self)
+        self.new_tracker = new_tracker
+        self._trajectories: dict[tuple[str, Model], Trajectory] = {}
+        self._lock = threading.RLock()  # freeing tensors may call back into it
+        watch_state(self)
 
-    def trajectory(self, session: str) -> Trajectory:
-        """The session's trajectory, new if it has none."""
+    def trajectory(self, session: str, model: Model) -> Trajectory:
+        """A session's trajectory of a model, new if it has none."""
         with self._lock:
-            if session not in self._trajectories:
-                self._trajectories[session] = Trajectory(TimestepGuard(self.schedule))
-            return self._trajectories[session]
+            key = session, model
+            if key not in self._trajectories:
+                self._trajectories[key] = Trajectory(self.new_tracker(0))
+            return self._trajectories[key]
+
+    def of_session(self, session: str) -> Iterator[tuple[Model, Trajectory]]:
+        """The trajectories of one session."""
+        with self._lock:
+            found = [(model, t) for (name, model), t in self._trajectories.items() if name == session]
+        yield from found
 
     def lane(self, trajectory: Trajectory, lane: int | str, *, fresh: bool) -> dict[StateSlot, torch.Tensor]:
         """The state of a lane; `fresh` zeroes it in place, so that addresses stay what compiled graphs know."""
@@ -62,23 +99,30 @@ class StateStore:
             # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
             for old in trajectory.lanes.keys() - trajectory.patterns.keys():
                 del trajectory.lanes[old]
-            # Plain tensors even under torch.inference_mode: a later call outside of it must be able to update them.
-            with torch.inference_mode(False):
-                trajectory.lanes[lane] = {
-                    spec.slot: torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in self.specs
-                }
+            trajectory.lanes[lane] = self.new_lane()
         elif fresh:
             for tensor in trajectory.lanes[lane].values():
                 tensor.zero_()
         return trajectory.lanes[lane]
 
+    def new_lane(self) -> dict[StateSlot, torch.Tensor]:
+        """State tensors of zeros."""
+        # Plain tensors even under torch.inference_mode: a later call outside of it must be able to update them.
+        with torch.inference_mode(False):
+            return {spec.slot: torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in self.specs}
+
     def drop(self, session: str | None = None) -> None:
         """Forgets one session, or all of them, and frees their state."""
+        self._drop(lambda name, _: session is None or name == session)
+
+    def drop_model(self, model: Model) -> None:
+        """Forgets a model whose weights are gone."""
+        self._drop(lambda _, other: other is model)
+
+    def _drop(self, chosen: Callable[[str, Model], bool]) -> None:
         with self._lock:
-            if session is None:
-                self._trajectories.clear()
-            else:
-                self._trajectories.pop(session, None)
+            for key in [key for key in self._trajectories if chosen(*key)]:
+                del self._trajectories[key]
 
     @property
     def nbytes(self) -> int:
@@ -90,56 +134,4 @@ class StateStore:
     def sessions(self) -> tuple[str, ...]:
         """Sessions that hold state; the empty name is the default one."""
         with self._lock:
-            return tuple(self._trajectories)
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A request with its own trajectory and feature state; see `session`."""
-
-    id: str
-    _tokens: list[object] = field(default_factory=list, repr=False, compare=False)
-
-    def __enter__(self) -> Session:
-        self._tokens.append(_CURRENT.set(self.id))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _CURRENT.reset(self._tokens.pop())  # type: ignore[arg-type]
-
-    def drop(self) -> None:
-        """Forgets the session's trajectory and frees its state in every compiled graph."""
-        for store in list(_STORES):
-            store.drop(self.id)
-
-
-def session(id: str) -> Session:
-    """A context in which calls of compiled models belong to the request `id`.
-
-    Requests that are denoised in turns each need their own trajectory and features::
-
-        with hero_fx.session("request-42"):
-            noise = model(latents, timestep=t)
-        ...
-        hero_fx.session("request-42").drop()  # done: frees its state
-
-    Calls outside of any session share one default trajectory. The current session is a context variable: threads and
-    asyncio tasks each have their own.
-
-    Raises:
-        ValueError: `id` is not a non-empty string.
-    """
-    if not isinstance(id, str) or not id:
-        raise ValueError(f"id={id!r} must be a non-empty string that names the request")
-    return Session(id)
-
-
-def current_session() -> str:
-    """Id of the session of this context; empty outside of any."""
-    return _CURRENT.get()
-
-
-def reset() -> None:
-    """Forgets all trajectories of all sessions in every compiled graph and frees their state; compiled code stays."""
-    for store in list(_STORES):
-        store.drop()
+            return tuple(dict.fromkeys(name for name, _ in self._trajectories))

@@ -84,7 +84,7 @@ class Variants:
 
     def __call__(self, gm: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         runs: dict[str, Callable[..., Any]] = {"plain": gm.forward, "hero": self.hero(gm, inputs)}
-        steps, timestep = self.hero.graphs[-1], self.hero.steppers[-1].timestep
+        steps, timestep = self.hero.graphs[-1], self.hero.steppers[-1].inputs.timestep
         for name, backend in self.others.items():
             policy = backend.config.make_policy()
             assert isinstance(policy, Policy)

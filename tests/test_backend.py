@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,9 @@ from . import tiny, toys
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 IN_PLACE = (aten.copy_.default, aten.index_copy_.default)
+NOTHING = hero_fx.Stats(
+    graphs=0, full_steps=0, cached_steps=0, full_calls=0, cached_calls=0, refused_calls=0, state_bytes=0, sessions=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +167,7 @@ def test_policy_full_is_the_plain_model() -> None:
     backend = toy_backend(policy="full", inner=inner, grid=None)
     assert toys.same(run_toy(backend), toys.loop(toys.toy(), toys.latents(), toys.times(8)))
     assert len(inner.graphs) == 1
-    assert backend.stats() == hero_fx.Stats(graphs=0, full_steps=0, cached_steps=0, state_bytes=0, sessions=0)
+    assert backend.stats() == NOTHING
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,14 @@ def test_a_policy_of_your_own() -> None:
 
 def test_stats_count_steps_and_bytes() -> None:
     backend = toy_backend(num_steps=9, interval=3, warmup=2, cooldown=1, form="literal")
-    assert backend.stats() == hero_fx.Stats(graphs=0, full_steps=0, cached_steps=0, state_bytes=0, sessions=0)
-    run_toy(backend, steps=9)
+    assert backend.stats() == NOTHING
+    model = toys.toy()
+    run_toy(backend, model, steps=9)
     # full: 0 1 4 7 8
     per_lane = backend.graphs[0].state_bytes
-    assert backend.stats() == hero_fx.Stats(graphs=1, full_steps=5, cached_steps=4, state_bytes=per_lane, sessions=1)
+    assert backend.stats() == replace(
+        NOTHING, graphs=1, full_steps=5, cached_steps=4, full_calls=5, cached_calls=4, state_bytes=per_lane, sessions=1
+    )
     feature = 2 * toys.TOKENS * toys.WIDTH * 4
     # One layer refreshes (two terms of two features, keys and values), the other extrapolates (two terms of two features).
     assert per_lane == 6 * feature + 4 * feature
@@ -273,7 +279,8 @@ def test_cuda_graphs_may_record_both_steps(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_state_dtype_halves_the_bytes() -> None:
     own, half = toy_backend(), toy_backend(state_dtype=torch.bfloat16)
-    ours, theirs = run_toy(half), run_toy(own)
+    model = toys.toy()
+    ours, theirs = run_toy(half, model), run_toy(own, model)
     assert 2 * half.stats().state_bytes == own.stats().state_bytes > 0
     assert ours[-1].dtype == torch.float32
     assert 0 < tiny.worst(ours, theirs) < 0.02

@@ -51,7 +51,7 @@ def test_pipelines(name: str) -> None:
     for backend in (exact, hero):
         stats = backend.stats()
         assert stats.graphs == case.graphs
-        assert (stats.full_steps, stats.cached_steps) == (RUNS * case.lanes * FULLS, RUNS * case.lanes * CACHED)
+        assert (stats.full_calls, stats.cached_calls) == (RUNS * case.lanes * FULLS, RUNS * case.lanes * CACHED)
     assert FULLS + CACHED == STEPS
     assert toys.same(latents_of(case), first)
 
@@ -63,14 +63,15 @@ def test_two_experts() -> None:
     exact = hero_fx.backend(**ALL)
     for part in ("transformer", "transformer_2"):
         setattr(case.pipe, part, toys.torch_compile(getattr(case.pipe, part), backend=exact, fullgraph=True))
-    for _ in range(RUNS):
-        assert worst(latents_of(case), plain) < 1e-4
+    with pytest.warns(UserWarning, match="another model takes over in the middle of a trajectory.*full steps"):
+        first = latents_of(case)
+    for run in (first, latents_of(case)):
+        assert worst(run, plain) < 1e-4
     steps = int((case.pipe.scheduler.timesteps >= 875).sum())
     fulls = [
         len({step for step in (0, 3, 6) if step < steps}),
         len({steps} | {step for step in (3, 6) if step > steps}),
     ]
     assert 1 < steps < STEPS - 1
-    first, second = exact.steppers
-    for stepper, full, count in zip((first, second), fulls, (steps, STEPS - steps), strict=True):
-        assert dict(stepper.counts) == {"full": RUNS * case.lanes * full, "cached": RUNS * case.lanes * (count - full)}
+    assert exact.stats().full_calls == RUNS * case.lanes * sum(fulls)
+    assert exact.stats().cached_calls == RUNS * case.lanes * (STEPS - sum(fulls))

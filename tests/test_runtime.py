@@ -31,7 +31,7 @@ def test_two_calls_per_step_are_two_lanes() -> None:
     both = toys.in_turns([call, call], starts, times)
     assert backend.steppers[0].last is not None
     assert backend.steppers[0].last.lane == 1
-    assert backend.stats().cached_steps == 2 * 4
+    assert (backend.stats().cached_steps, backend.stats().cached_calls) == (4, 2 * 4)
     assert backend.stats().state_bytes == 2 * backend.graphs[0].state_bytes
     for outputs, start in zip(both, starts, strict=True):
         assert toys.same(outputs, toys.alone(call, backend, start, times))

@@ -73,17 +73,17 @@ def ledger(interval: int) -> Ledger:
 
 @st.composite
 def sequences(draw: st.DrawFn) -> list[Made]:
-    """Every (session, batch) has its trajectories, of up to 3 lanes a step; they are interleaved at random."""
+    """Every (session, batch) has its trajectories, of 1 to 3 lanes; they are interleaved at random."""
     queues: list[list[Made]] = []
     for session in range(draw(st.integers(1, 3))):
         for batch in draw(st.sampled_from([(1,), (2,), (1, 2)])):
-            trajectories = draw(st.lists(st.lists(st.integers(1, 3), min_size=2, max_size=9), min_size=1, max_size=3))
+            trajectories = draw(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 3)), min_size=1, max_size=3))
             queues.append(
                 [
                     Made(session, batch, number, step, lane)
-                    for number, lanes in enumerate(trajectories)
-                    for step, count in enumerate(lanes)
-                    for lane in range(count)
+                    for number, (steps, lanes) in enumerate(trajectories)
+                    for step in range(steps)
+                    for lane in range(lanes)
                 ]
             )
     order = draw(st.permutations([i for i, queue in enumerate(queues) for _ in queue]))

@@ -69,6 +69,19 @@ class ToyDiT(nn.Module):
         return result
 
 
+class Guided(nn.Module):
+    """A toy that is told by a text [B, S, WIDTH] what to make."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.inner = ToyDiT(layers)
+        self.read = nn.Linear(WIDTH, CHANNELS)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        result: Tensor = self.inner(latents + self.read(text).mean(dim=1, keepdim=True), timestep)
+        return result
+
+
 class Renamed(nn.Module):
     """The same model, its time input under a name that says nothing."""
 

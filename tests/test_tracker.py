@@ -1,27 +1,25 @@
-"""The guard against an oracle that is told what the loop does, and the reader against tensors of every make."""
+"""The tracker against an oracle that is told what the loop does."""
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hero_fx.guard import Call, TimestepGuard, TimestepReader
+from hero_fx.evidence import Evidence
 from hero_fx.schedule import Explicit, Schedule, Toca, Uniform
-
-Timestep = tuple[float, float]
+from hero_fx.timestep import Timestep
+from hero_fx.tracker import Call, Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
     """A call as the loop makes it, and where it stands by construction."""
 
-    timestep: Timestep
+    timestep: tuple[float, ...]
     name: str | None = None
     step_index: int | None = None
     trajectory: int
@@ -52,9 +50,16 @@ def oracle(calls: list[Made], schedule: Schedule) -> list[Call]:
     return expected
 
 
+def advance(
+    tracker: Tracker, timestep: float | tuple[float, ...], name: str | None = None, step_index: int | None = None
+) -> Call:
+    values = tuple(map(float, timestep)) if isinstance(timestep, tuple) else (float(timestep),)
+    return tracker.advance(Evidence(timestep=Timestep(values), name=name, step_index=step_index))
+
+
 def run(calls: list[Made], schedule: Schedule) -> list[Call]:
-    guard = TimestepGuard(schedule)
-    return [guard.advance(c.timestep, name=c.name, step_index=c.step_index) for c in calls]
+    tracker = Tracker(schedule)
+    return [advance(tracker, c.timestep, c.name, c.step_index) for c in calls]
 
 
 @st.composite
@@ -91,9 +96,10 @@ def loops(draw: st.DrawFn) -> tuple[list[Made], Schedule]:
     for trajectory in range(1, draw(st.integers(1, 4)) + 1):
         steps = draw(st.integers(2, num_steps or 12))
         values = draw(timesteps(steps, ascending, last, kind))
+        same = draw(st.integers(1, 3))  # without names, calls that come and go are refused
         for step, value in enumerate(values):
             timestep = (value, value) if still is None else (min(value, still), max(value, still))
-            count = draw(st.integers(1, 3))
+            count = draw(st.integers(1, 3)) if named else same
             names = draw(st.permutations(["cond", "uncond", "third"]))
             for lane in range(count):
                 name = names[lane] if named else None
@@ -203,12 +209,12 @@ def test_step_index_wins(calls: list[Made], interval: int, warmup: int) -> None:
     assert run(calls, schedule) == oracle(calls, schedule)
 
 
-def drive(guard: TimestepGuard, *values: float, name: str | None = None) -> list[Call]:
-    return [guard.advance((value, value), name=name) for value in values]
+def drive(tracker: Tracker, *values: float, name: str | None = None) -> list[Call]:
+    return [advance(tracker, value, name) for value in values]
 
 
 def test_two_calls_a_step() -> None:
-    calls = drive(TimestepGuard(Uniform(interval=2, warmup=1)), 9, 9, 8, 8, 7, 7, 9, 9)
+    calls = drive(Tracker(Uniform(interval=2, warmup=1)), 9, 9, 8, 8, 7, 7, 9, 9)
     assert [(c.step, c.lane) for c in calls] == [
         (0, 0),
         (0, 1),
@@ -225,41 +231,41 @@ def test_two_calls_a_step() -> None:
 
 
 def test_distances_are_real() -> None:
-    calls = drive(TimestepGuard(Explicit(mask=(True, False, True, False, False, True, False))), *range(7))
+    calls = drive(Tracker(Explicit(mask=(True, False, True, False, False, True, False))), *range(7))
     assert [c.since_full for c in calls] == [0, 1, 0, 1, 2, 0, 1]
     assert [c.gap for c in calls] == [0, 0, 2, 2, 2, 3, 3]
     assert [c.fulls for c in calls] == [0, 1, 1, 2, 2, 2, 3]
 
 
 def test_a_lane_makes_up_what_it_missed() -> None:
-    guard = TimestepGuard(Uniform(interval=3, warmup=1))  # full: 0 3 6
+    tracker = Tracker(Uniform(interval=3, warmup=1))  # full: 0 3 6
     calls = {}
     for step in range(8):
-        drive(guard, step, name="cond")
+        drive(tracker, step, name="cond")
         if step in (1, 2, 4, 5, 7):
-            calls[step] = guard.advance((step, step), name="late")
+            calls[step] = advance(tracker, step, "late")
     assert [step for step, call in calls.items() if call.full] == [1, 4, 7]
     assert (calls[5].since_full, calls[5].gap, calls[5].fulls) == (1, 3, 2)
 
 
 def test_conditioning_tokens_stand_still() -> None:
-    guard = TimestepGuard(Uniform(interval=2))
-    steps = [guard.advance(t).step for t in [(0, 900), (0, 900), (0, 500), (0, 100), (0, 900), (0, 500)]]
-    assert steps == [0, 0, 1, 2, 0, 1]
+    tracker = Tracker(Uniform(interval=2))
+    steps = [advance(tracker, t).step for t in [(0, 900), (0, 500), (0, 100), (0, 900), (0, 500)]]
+    assert steps == [0, 1, 2, 0, 1]
 
 
 def test_direction_outlasts_steps_that_do_not_show_it() -> None:
-    guard = TimestepGuard(Uniform(interval=2))
-    repeated = drive(guard, 9, 8, 8, 9, 8, name="cond")
+    tracker = Tracker(Uniform(interval=2))
+    repeated = drive(tracker, 9, 8, 8, 9, 8, name="cond")
     assert [(c.trajectory, c.step) for c in repeated] == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
-    guard.reset()
-    apart = [guard.advance(t) for t in [(2, 4), (1, 4), (0, 5), (1, 5), (0, 5)]]
+    tracker.reset()
+    apart = [advance(tracker, t) for t in [(2, 4), (1, 4), (0, 5), (1, 5), (0, 5)]]
     assert [(c.trajectory, c.step) for c in apart] == [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1)]
 
 
 def test_one_step_trajectories_with_names() -> None:
-    guard = TimestepGuard(Uniform(interval=2, num_steps=1))
-    calls = [guard.advance((5, 5), name=name) for name in ("cond", "uncond", "cond", "uncond")]
+    tracker = Tracker(Uniform(interval=2, num_steps=1))
+    calls = [advance(tracker, 5, name) for name in ("cond", "uncond", "cond", "uncond")]
     assert [(c.trajectory, c.step, c.lane) for c in calls] == [
         (1, 0, "cond"),
         (1, 0, "uncond"),
@@ -269,51 +275,48 @@ def test_one_step_trajectories_with_names() -> None:
 
 
 def test_same_step_index_with_the_same_name_starts_over() -> None:
-    guard = TimestepGuard(Uniform(interval=2))
-    calls = [guard.advance((5, 5), name="cond", step_index=i) for i in (3, 5, 5)]
+    tracker = Tracker(Uniform(interval=2))
+    calls = [advance(tracker, 5, "cond", i) for i in (3, 5, 5)]
     assert [(c.trajectory, c.step) for c in calls] == [(1, 3), (1, 5), (2, 5)]
-    unnamed = [guard.advance((5, 5), step_index=5) for _ in range(2)]
+    unnamed = [advance(tracker, 5, None, 5) for _ in range(2)]
     assert [(c.trajectory, c.step, c.lane) for c in unnamed] == [(2, 5, 0), (2, 5, 1)]
 
 
 def test_reset_forgets_the_trajectory_and_keeps_the_count() -> None:
-    guard = TimestepGuard(Uniform(interval=9, warmup=1))
-    drive(guard, 3, 2, 2)
-    guard.reset()
-    call = guard.advance((1, 1))
+    tracker = Tracker(Uniform(interval=9, warmup=1))
+    drive(tracker, 3, 2)
+    tracker.reset()
+    call = advance(tracker, 1)
     assert call == Call(step=0, lane=0, full=True, since_full=0, gap=0, fulls=0, new_trajectory=True, trajectory=2)
 
 
 def test_calls_that_never_change_the_timestep() -> None:
-    guard = TimestepGuard(Uniform(interval=2), max_lanes=3)
-    drive(guard, 5, 5, 5)
+    tracker = Tracker(Uniform(interval=2), max_lanes=3)
+    drive(tracker, 5, 5, 5)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"4 calls in a row.*hero_fx\.reset.*hero_fx\.session.*cache_context"):
-            guard.advance((5, 5))
-    assert guard.advance((4, 4)).step == 1
+            advance(tracker, 5)
+    assert advance(tracker, 4).step == 1
 
 
 def test_names_that_never_come_again() -> None:
-    guard = TimestepGuard(Uniform(interval=2), max_lanes=3)
+    tracker = Tracker(Uniform(interval=2), max_lanes=3)
     for index in range(3):
-        guard.advance((index, index), name=f"step {index}")
+        advance(tracker, index, f"step {index}")
     with pytest.raises(RuntimeError, match=r"name='step 3' would be lane 4.*the same few names"):
-        guard.advance((3, 3), name="step 3")
+        advance(tracker, 3, "step 3")
 
 
 def test_an_error_leaves_the_guard_as_it_was() -> None:
-    guard = TimestepGuard(Uniform(interval=2, num_steps=3))
-    guard.advance((9, 9), name="cond", step_index=1)
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        with pytest.raises(ValueError, match="is not finite"):
-            guard.advance((0.0, bad))
+    tracker = Tracker(Uniform(interval=2, num_steps=3))
+    advance(tracker, 9, "cond", 1)
     with pytest.raises(ValueError, match="step_index=-1 is negative"):
-        guard.advance((9, 9), step_index=-1)
+        advance(tracker, 9, None, -1)
     with pytest.raises(ValueError, match="step=3, but the schedule has 3 steps"):
-        guard.advance((9, 9), name="cond", step_index=3)
-    assert guard.advance((9, 9), name="uncond").step == 1
+        advance(tracker, 9, "cond", 3)
+    assert advance(tracker, 9, "uncond").step == 1
     with pytest.raises(ValueError, match="max_lanes=0"):
-        TimestepGuard(Uniform(interval=2), max_lanes=0)
+        Tracker(Uniform(interval=2), max_lanes=0)
 
 
 def test_scheduled_steps_are_asked_for_once_a_call() -> None:
@@ -326,106 +329,5 @@ def test_scheduled_steps_are_asked_for_once_a_call() -> None:
             asked[step] += 1
             return step == 0
 
-    drive(TimestepGuard(Counting()), *range(40))
+    drive(Tracker(Counting()), *range(40))
     assert asked == Counter(range(40))
-
-
-DTYPES = [torch.int64, torch.int32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tables", [False, True])
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_reader_values(dtype: torch.dtype, tables: bool, mode: type[torch.no_grad]) -> None:
-    table = torch.tensor([7, 5, 3, 2, 0]).to(dtype)
-    reader = TimestepReader(tables_on_cpu=tables)
-    with mode():
-        for _ in range(2):
-            for index, value in enumerate([7.0, 5.0, 3.0, 2.0, 0.0]):
-                t = table[index]
-                for view in (t, t.expand(3), t[None], table[index : index + 1], t.expand(2, 3), t.clone()):
-                    assert reader.read(view) == (value, value)
-        assert reader.read(table) == (0.0, 7.0)
-        assert reader.read(table[1:4].expand(2, 3)) == (2.0, 5.0)
-        assert reader.read(torch.arange(3)) == (0.0, 2.0)  # an inference tensor in inference mode
-        assert all(isinstance(value, float) for value in reader.read(table))
-
-
-def test_reader_reads_a_table_once() -> None:
-    table = torch.linspace(999, 19, 50)
-    reader = TimestepReader(tables_on_cpu=True)
-    values = [reader.read(t.expand(2))[0] for t in table]
-    assert values == table.tolist()
-    assert reader.reads == 1
-    assert reader.read(table.view(torch.int32)[0]) == (table.view(torch.int32)[0].item(),) * 2
-    assert reader.reads == 2  # another dtype, another table
-    without = TimestepReader()
-    assert [without.read(t)[0] for t in table] == values
-    assert without.reads == 50
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_reader_notices_writes(mode: type[torch.no_grad]) -> None:
-    table = torch.tensor([9.0, 8.0, 7.0])
-    reader = TimestepReader(tables_on_cpu=True)
-    assert reader.read(table[1]) == (8.0, 8.0)
-    with mode():
-        table.mul_(2)
-        assert reader.read(table[1]) == (16.0, 16.0)
-        table[2:].zero_()
-        assert reader.read(table[2].expand(4)) == (0.0, 0.0)
-    assert reader.reads == 3
-
-
-def test_reader_notices_that_a_storage_was_resized() -> None:
-    table = torch.tensor([9.0, 8.0, 7.0])
-    reader = TimestepReader(tables_on_cpu=True)
-    reader.read(table[1])
-    table.untyped_storage().resize_(8)
-    assert reader.read(table[:1]) == (9.0, 9.0)
-    assert reader.reads == 2
-
-
-def test_reader_is_not_fooled_by_a_reused_address() -> None:
-    reader = TimestepReader(tables_on_cpu=True)
-    for value in range(40):
-        table = torch.tensor([float(value), -1.0])
-        assert reader.read(table[0]) == (float(value), float(value))
-        del table
-        gc.collect(0)
-    assert reader.reads == 40
-    assert len(reader._tables) == 4
-
-
-def test_reader_does_without_a_table_where_it_cannot_be_trusted() -> None:
-    reader = TimestepReader(tables_on_cpu=True)
-    with torch.inference_mode():
-        untracked = torch.arange(5)
-        assert reader.read(untracked[3]) == (3.0, 3.0)
-        untracked.add_(1)
-        assert reader.read(untracked[3]) == (4.0, 4.0)
-    assert reader.read(torch.arange(70_000)[3]) == (3.0, 3.0)
-    odd = torch.zeros(17, dtype=torch.uint8)
-    assert reader.read(odd[:8].view(torch.int64)) == (0.0, 0.0)
-    assert reader.read(torch.tensor(5)) == (5.0, 5.0)
-    assert not reader._tables
-
-
-def test_reader_takes_tensors_that_need_gradients() -> None:
-    leaf = torch.tensor([2.0, 1.0], requires_grad=True)
-    for reader in (TimestepReader(), TimestepReader(tables_on_cpu=True)):
-        assert reader.read(leaf[1]) == (1.0, 1.0)
-        assert reader.read(leaf) == (1.0, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("t", "message"),
-    [
-        (torch.tensor(True), r"timestep has dtype torch\.bool; allowed"),
-        (torch.tensor(1j), r"timestep has dtype torch\.complex64"),
-        (torch.empty(0, 3), r"timestep has shape \(0, 3\), so no value"),
-    ],
-)
-def test_reader_errors(t: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TimestepReader().read(t)
