@@ -32,8 +32,10 @@ from tqdm import tqdm
 
 import hero_fx
 from _model import CONDITION, LATENT, Setting, rotary, world_model
+from hero_fx.passes.emit import value_of
 from hero_fx.runtime import Selections, Stepper
 from hero_fx.state import StateStore
+from hero_fx.weights import Weights
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -168,18 +170,22 @@ class Bench:
 
 
 def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
-    """Median seconds of a cached call whose step graphs do nothing, over a trajectory; its state takes no memory."""
+    """Median seconds of a cached call whose step graphs do nothing, over a trajectory; neither state nor inputs take memory."""
+    assert stepper.graphs is not None
     idle = copy.copy(stepper)
     idle.full = replace(stepper.full, run=lambda *inputs: None)
     idle.cached = tuple(replace(step, run=lambda *inputs: None) for step in stepper.cached)
-    schedule = config.make_schedule()
-    specs = [replace(s, device=torch.device("meta")) for s in stepper.store.specs]
-    idle.store = StateStore(specs, stepper.store.new_tracker)
+    idle.store = StateStore(
+        [replace(s, device=torch.device("meta")) for s in stepper.store.specs], stepper.store.new_tracker
+    )
+    idle.weights = Weights(stepper.inputs.weights, idle.store.drop_model)
     if stepper.selections is not None:
         idle.selections = Selections(stepper.selections.sampler, stepper.selections.device)
-    seconds = []
+    schedule, seconds = config.make_schedule(), []
+    values = [value_of(node) for node in stepper.graphs.normal.graph.find_nodes(op="placeholder")]
+    inputs = [torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v for v in values]
     for step, t in enumerate(torch.linspace(999, 19, STEPS).round().long().to(stepper.full.device)):
-        inputs = [*[None] * stepper.timestep, t.expand(2)]
+        inputs[stepper.inputs.timestep] = t.expand(2)
         start = time.perf_counter()
         idle(*inputs)
         if not schedule.is_full(step):

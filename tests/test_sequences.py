@@ -6,13 +6,16 @@ signature it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hero_fx
@@ -40,11 +43,14 @@ class Ledger:
     backend: hero_fx.Backend
     runs: dict[int, Callable[..., Any]]
     book: list[tuple[bool, int]]
+    failing: list[bool] = field(default_factory=list)
+    """Something in it makes the next call fail, half way through."""
 
 
 @cache
 def ledger(interval: int) -> Ledger:
     book: list[tuple[bool, int]] = []
+    failing: list[bool] = []
     compiled: list[Any] = []
 
     def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
@@ -59,6 +65,11 @@ def ledger(interval: int) -> Ledger:
             if full:
                 for i in state:
                     args[i].fill_(number)
+                    if failing:
+                        break
+            if failing:
+                book.append((full, -1))
+                raise MemoryError(failing.pop())
             found = {int(end) for i in state for end in args[i].aminmax()}
             assert len(found) == 1, "the state of several lanes got mixed"
             book.append((full, found.pop()))
@@ -68,7 +79,7 @@ def ledger(interval: int) -> Ledger:
 
     backend = hero_fx.backend(policy="fora", interval=interval, warmup=1, inner=inner)
     runs = {batch: tiny.captured(layers=2, batch=batch).compiled(backend) for batch in (1, 2)}
-    return Ledger(backend, runs, book)
+    return Ledger(backend, runs, book, failing)
 
 
 @st.composite
@@ -121,3 +132,98 @@ def test_every_call_finds_its_own_features(calls: list[Made], interval: int, ris
         assert (last.step, last.lane, last.trajectory) == (call.step, call.lane, call.trajectory + 1)
     assert made.book == meant(calls, made.backend.config.make_schedule())
     assert made.backend.stats().sessions == len({call.session for call in calls})
+
+
+@dataclass(frozen=True)
+class Served:
+    """A call as a server makes it."""
+
+    request: int
+    batch: int
+    trajectory: int
+    step: int
+    lane: int
+    told: bool = False
+    """Its lane and step are said by `hero_fx.calling`."""
+    thread: int = 0
+    fails: bool = False
+
+
+@st.composite
+def served(draw: st.DrawFn) -> list[Served]:
+    """Requests, each of several runs that begin and stop anywhere, with lanes that come and go, interleaved at random."""
+    queues: list[list[Served]] = []
+    for request in range(draw(st.integers(1, 3))):
+        queue: list[Served] = []
+        told = draw(st.booleans())
+        for trajectory in range(draw(st.integers(1, 3))):
+            batch = draw(st.sampled_from([1, 2]))
+            first = draw(st.integers(0, 6))
+            for step in range(first, draw(st.integers(first + 1, 9))):
+                for lane in draw(st.sampled_from([[0], [0, 1], [1, 0], [1], [2, 0, 1]])):
+                    thread, fails = draw(st.integers(0, 1)), draw(st.integers(0, 15)) == 15
+                    queue.append(Served(request, batch, trajectory, step, lane, told, thread, fails))
+        queues.append(queue)
+    order = draw(st.permutations([i for i, queue in enumerate(queues) for _ in queue]))
+    return [queues[i].pop(0) for i in order]
+
+
+@contextmanager
+def word(call: Served) -> Iterator[None]:
+    """What the server says of a call."""
+    name = f"request {call.request}"
+    if call.told:
+        # A run that starts above the step where the last one stopped is another one by its name alone.
+        with hero_fx.calling(session=f"{name}, run {call.trajectory}", lane=call.lane, step_index=call.step):
+            yield
+    else:
+        with hero_fx.session(name):
+            yield
+
+
+@pytest.mark.filterwarnings("ignore:hero_fx. inputs changed their shape")
+@settings(max_examples=60, deadline=None)
+@given(calls=served(), interval=st.sampled_from([2, 3]))
+@example(calls=[Served(0, 1, 0, s, lane) for s in range(4) for lane in ([0, 1] if s != 2 else [1])], interval=3)
+@example(calls=[Served(0, 1, 0, 0, 0), *(Served(0, 1, 1, s, 0) for s in range(3, 7))], interval=3)
+def test_no_call_finds_the_features_of_another(calls: list[Served], interval: int) -> None:
+    """A cached call has features of its own lane of its own run, whatever else is called; or it is refused."""
+    made = ledger(interval)
+    made.backend.reset()
+    made.book.clear()
+    times = tiny.timesteps(9)
+    texts: dict[tuple[int, ...], torch.Tensor] = {}
+    signed: dict[int, Served] = {}
+    refused: set[tuple[int, int]] = set()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for call in calls:
+            run = call.request, call.trajectory
+            if run in refused:
+                continue
+            key = (*run, call.batch, call.lane)
+            inputs = {
+                "hidden_states": torch.zeros(call.batch, 3, tiny.CHANNELS, 8, 12),
+                "encoder_hidden_states": texts.setdefault(key, torch.zeros(call.batch, tiny.TEXT, tiny.WIDTH)),
+                "timestep": times[call.step].clone().expand(call.batch),
+            }
+
+            def serve(call: Served = call, inputs: dict[str, Any] = inputs) -> None:
+                with word(call):
+                    made.runs[call.batch](**inputs)
+
+            made.failing[:] = [True] if call.fails else []
+            number = len(made.book)
+            signed[number] = call
+            try:
+                (first, second)[call.thread].submit(serve).result()
+            except MemoryError:
+                continue
+            except hero_fx.AmbiguousCall:
+                refused.add(run)
+                hero_fx.session(f"request {call.request}").drop()
+                made.failing.clear()
+                continue
+            full, owner = made.book[number]
+            found = signed[owner]
+            assert (found.request, found.trajectory, found.batch, found.lane) == (*run, call.batch, call.lane)
+            assert full == (owner == number)
