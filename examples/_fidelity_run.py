@@ -18,6 +18,7 @@ import hero_fx
 from _fidelity_settings import Setting
 from hero_fx import passes
 from hero_fx.analysis import Features, Recorder, Stability
+from hero_fx.backends import graph_inputs
 from hero_fx.checks import find_timestep
 from hero_fx.passes.emit import slots_of
 from hero_fx.runtime import Step, Stepper
@@ -127,10 +128,10 @@ def stepper(backend: hero_fx.Backend, steps: hero_fx.StepGraphs, timestep: int) 
         full=step(steps.full),
         cached=[step(gm) for gm in steps.cached],
         policy=policy,
-        schedule=backend.config.make_schedule(),
+        schedule=backend.config.schedule_of,
         state=steps.state,
         sampler=steps.sampler,
-        timestep=timestep,
+        inputs=graph_inputs(steps, timestep),
     )
 
 

@@ -26,7 +26,7 @@ from .steps import StepGraphs, build_steps, find_structure, normalized
 from .subclasses import Unwrapped, unwrap
 from .watch import Watch
 
-__all__ = ["Backend", "Stats", "backend", "compile_step", "hero_fx"]
+__all__ = ["Backend", "Stats", "backend", "compile_step", "graph_inputs", "hero_fx"]
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Backend:
             schedule=config.schedule_of,
             state=steps.state,
             sampler=steps.sampler,
-            inputs=_inputs(steps, timestep),
+            inputs=graph_inputs(steps, timestep),
             graphs=steps,
             context=entered(_compat.frame_module()),
             strict=config.strict,
@@ -219,7 +219,7 @@ class Backend:
             )
 
 
-def _inputs(steps: StepGraphs, timestep: int) -> Inputs:
+def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
     """What the inputs of a normalised graph are."""
     nodes = [(i, node) for i, node in enumerate(steps.normal.graph.find_nodes(op="placeholder"))]
     tensors = [(i, node) for i, node in nodes if isinstance(value_of(node), torch.Tensor)]

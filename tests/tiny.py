@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
+from hero_fx import Backend
 from hero_fx._compat import argument_name
 
 TEXT, CHANNELS, WIDTH = 7, 4, 24
@@ -87,6 +89,10 @@ def worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
+# As Dynamo does, which keeps what it compiled: a backend forgets what no one holds.
+_DYNAMO: WeakKeyDictionary[Backend, list[Any]] = WeakKeyDictionary()
+
+
 class Captured:
     """The Dynamo graph of a model, captured once: tests give it to many backends without tracing the model again."""
 
@@ -109,6 +115,8 @@ class Captured:
         """What `torch.compile(model, backend=backend)` would call, with the model's keyword arguments."""
         with torch.no_grad():
             run = backend(self.gm, self.inputs)
+        if isinstance(backend, Backend):
+            _DYNAMO.setdefault(backend, []).append(run)
 
         def call(**kwargs: Any) -> Any:
             kwargs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
