@@ -135,7 +135,7 @@ def scatter_own(s: State) -> None:
 
 @statement
 def scatter_repeated(s: State) -> None:
-    twice = s.block.perm[[0, 0]]
+    twice = torch.cat([s.block.perm[:1]] * 2)
     s.x = s.x + torch.index_copy(s.x, 1, twice, s.x[:, 2:4]).index_select(1, twice)[:, :1]
 
 

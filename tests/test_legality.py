@@ -88,7 +88,7 @@ def own_scatter(block: Block, x: Tensor, time: Tensor) -> Tensor:
 
 def repeated(block: Block, x: Tensor, time: Tensor) -> Tensor:
     """What is gathered is the last of the rows that were scattered to one place."""
-    twice = block.perm[[0, 0]]
+    twice = torch.cat([block.perm[:1]] * 2)
     x = x + torch.index_copy(x, 1, twice, x[:, 2:4]).index_select(1, twice)[:, :1]
     return small.plain(block, x, time)
 
