@@ -101,8 +101,8 @@ class Backend:
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
             warnings.warn(
-                f"hero_fx: {fallback.branch} cannot be refreshed for sampled tokens only and is computed in full at "
-                f"every step: {fallback.reason}",
+                f"hero_fx: {fallback.branch} cannot be cached as planned and is computed in full at every step: "
+                f"{fallback.reason}",
                 stacklevel=2,
             )
         return plain.call(self._compile(plain.gm, plain.inputs, config, policy, steps, timestep))

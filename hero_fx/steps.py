@@ -18,9 +18,11 @@ from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
 from hero_fx.passes.groups import JoinGroups
+from hero_fx.passes.memory import Memory
 from hero_fx.passes.merge import MergeCaches, find_merges
 from hero_fx.passes.narrow import QuantizeState, WriteBytes
 from hero_fx.passes.normalize import DropIdentities, normalize
+from hero_fx.passes.outputs import OwnOutputs, returned_state
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, StepPlan, recordings, resolve, term_slot
 from hero_fx.passes.record import RecordFeatures
@@ -93,7 +95,9 @@ class StepGraphs:
             for node, slot in slots_of(gm):
                 if isinstance(slot, StateSlot):
                     value = value_of(node)
-                    specs[slot] = StateSpec(slot, tuple(value.shape), value.dtype, value.device)
+                    spec = StateSpec(slot, tuple(value.shape), value.dtype, value.device)
+                    known = specs.setdefault(slot, spec)
+                    assert spec == known, f"step graphs disagree about the state {slot.name}: {spec} and {known}"
         return tuple(specs.values())
 
     @property
@@ -149,6 +153,7 @@ def build_steps(
             RefreshScored(structure=structure, plan=plan, grid=grid, state_dtype=dtype),
             ExtrapolateBranches(structure=structure, plan=plan, state_dtype=dtype),
             ReuseBranches(structure=structure, plan=plan, state_dtype=dtype),
+            OwnOutputs(),
             DropDeadCode(),
         )
         label = "cached" if len(plans) == 1 else f"cached{number}"
@@ -166,7 +171,7 @@ def build_steps(
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
-    return StepGraphs(
+    steps = StepGraphs(
         normal=normal,
         structure=structure,
         plans=plans,
@@ -177,6 +182,16 @@ def build_steps(
         sampler=sampler,
         records=tuple(done),
     )
+    check_state(steps)
+    return steps
+
+
+def check_state(steps: StepGraphs) -> None:
+    """Asserts that the step graphs agree about their state, and that none of it gets out of them."""
+    assert steps.state_bytes >= 0
+    for gm in (steps.full, *steps.cached):
+        returned = returned_state(gm, Memory(gm.graph))
+        assert not returned, f"the state {returned[0].name} is an output of a step graph"
 
 
 def _on_all(

@@ -10,6 +10,7 @@ only gives branches names for people.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
@@ -71,16 +72,14 @@ def find_branches(gm: fx.GraphModule) -> Structure:
     streams = find_streams(graph, adds)
     values = {found.residual: found.stream for found in adds} | {found.add: found.stream for found in adds}
     branches: list[Branch] = []
-    numbers = _LayerNumbers(streams)
+    numbers, labels = _LayerNumbers(streams), _Labels()
     for group in _groups(adds):
         sources = list(dict.fromkeys(f.source for f in group))
         body = graph.between(sources, [f.update for f in group])
         attention = [n for n in body if n.target in ATTENTION]
         kind = _kind(graph, body, attention, sources)
         layer = numbers.next(kind, group)
-        label = f"l{layer}_{kind}"
-        if any(b.label == label for b in branches[-8:]):
-            label = f"{label}_{sum(b.layer == layer for b in branches)}"
+        label = labels.next(layer, kind)
         updates = tuple(
             Update(
                 stream=f.stream,
@@ -104,6 +103,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
             )
         )
+    assert len({branch.label for branch in branches}) == len(branches), "every branch has a label of its own"
     image = find_image(graph, adds, streams)
     count = 0 if image is None else image.length
     return Structure(
@@ -152,6 +152,22 @@ def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Nod
                 seen.add(source)
                 todo.append(source)
     return met
+
+
+class _Labels:
+    """Tells the branches of a layer apart: `l0_attention`, `l0_ffn`, and a second FFN by its place there, `l0_ffn_2`."""
+
+    def __init__(self) -> None:
+        self.places: Counter[int] = Counter()
+        self.used: set[str] = set()
+
+    def next(self, layer: int, kind: str) -> str:
+        """A label that no other branch has: no two have one place in a layer, and no kind ends in a number."""
+        label, place = f"l{layer}_{kind}", self.places[layer]
+        label = f"{label}_{place}" if label in self.used else label
+        self.places[layer] += 1
+        self.used.add(label)
+        return label
 
 
 class _LayerNumbers:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .emit import Emitter, value_of
+from .emit import Emitter, IndexSlot, StateSlot, value_of
+from .memory import Memory, is_functional
 
-__all__ = ["CommonSubexpressions", "ForwardGathers", "SinkScatters", "WriteRows"]
+__all__ = ["CommonSubexpressions", "ForwardGathers", "SinkScatters", "WriteRows", "is_selection"]
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -41,35 +42,31 @@ class CommonSubexpressions:
 
         cos_1 = aten.index_select.default(cos, 0, idx)  # both layers
 
-    Legal because both nodes apply the same functional op to the same nodes and constants; ops that write in place, draw
-    random numbers, or return a view of something that is written to are left alone.
+    Legal because both nodes apply the same op, one that writes nothing and draws no random numbers, to the same nodes and
+    constants; because between them nothing writes to the memory of what they read, be it through a view of it, and no region
+    of autocast begins or ends; because nothing ever writes to the memory of their results; and because not both results are
+    returned, which the caller may write to one by one. Operators of higher order are left alone.
     """
 
     name: str = "common_subexpressions"
 
     def apply(self, gm: fx.GraphModule) -> int:
+        memory = Memory(gm.graph)
         seen: dict[Any, fx.Node] = {}
-        written = {n.args[0] for n in gm.graph.nodes if _writes(n)}
         sites = 0
         for node in list(gm.graph.nodes):
-            if node.op != "call_function" or _writes(node) or written.intersection(node.all_input_nodes):
-                continue
-            if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            if not is_functional(node) or memory.written(node):
                 continue
             key = _key((node.target, node.args, tuple(sorted(node.kwargs.items()))))
             if key is None:
                 continue
-            if key in seen:
-                node.replace_all_uses_with(seen[key])
+            key = key, memory.regions(node), tuple(memory.version(source, node) for source in node.all_input_nodes)
+            other = seen.setdefault(key, node)
+            if other is not node and not (memory.returned(node) and memory.returned(other)):
+                node.replace_all_uses_with(other)
                 gm.graph.erase_node(node)
                 sites += 1
-            else:
-                seen[key] = node
         return sites
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _key(value: Any) -> Any:
@@ -86,9 +83,21 @@ def _key(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
+def is_selection(index: object) -> bool:
+    """True for the indices of a step's sampled tokens, also where they are counted from another start: none comes twice."""
+    while isinstance(index, fx.Node) and index.target is aten.add.Tensor and isinstance(index.args[1], int):
+        index = index.args[0]
+    return isinstance(index, fx.Node) and isinstance(index.meta.get("slot"), IndexSlot)
+
+
 def is_scatter(node: object) -> bool:
-    """True for `index_copy` nodes, the scatter of sampled tokens."""
-    return isinstance(node, fx.Node) and node.target is aten.index_copy.default
+    """True for the scatter of sampled tokens; an `index_copy` of the model's own is none."""
+    if not isinstance(node, fx.Node) or node.target is not aten.index_copy.default or not is_selection(node.args[2]):
+        return False
+    dim = node.args[1]
+    assert isinstance(dim, int)
+    assert dim >= 0, "the scatter of sampled tokens names its axis from the left"
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,19 +122,23 @@ class SinkScatters:
     Legal for any selection and gate point, because products with a factor that is constant along the tokens (or gathered
     by idx), sums and casts are pointwise in tokens. Two scatters that are added become one if they use the same idx; a
     scatter plus a whole tensor moves only where the sum is gathered by idx again, which needs one selection for both.
+    Only scatters by a step's selection move, and none whose memory, or whose parts' memory, the model writes to in between.
     """
 
     name: str = "sink_scatters"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        emitter = Emitter(gm)
+        emitter, memory = Emitter(gm), Memory(gm.graph)
+        made: set[fx.Node] = set()  # scatters that were moved: nothing writes to what they are made of
         sites = 0
         for node in list(gm.graph.nodes):
-            if not any(map(is_scatter, node.args)):
+            scatters = [a for a in node.args if isinstance(a, fx.Node) and is_scatter(a)]
+            if not scatters or memory.written(node) or not all(s in made or _lasts(memory, s, node) for s in scatters):
                 continue
             with emitter.before(node):
                 moved = self._move(emitter, node)
             if moved is not None:
+                made.add(moved)
                 node.replace_all_uses_with(moved)
                 gm.graph.erase_node(node)
                 sites += 1
@@ -138,7 +151,8 @@ class SinkScatters:
         if node.kwargs:
             return None
         if node.target in _CASTS and len(operands) == 1:
-            return self._scatter(emitter, node, scatters[0])
+            copies = value_of(node).dtype != value_of(operands[0]).dtype
+            return self._scatter(emitter, node, scatters[0]) if copies else None
         if node.target not in (aten.mul.Tensor, aten.add.Tensor) or len(operands) > 2:
             return None
         first = scatters[0]
@@ -172,6 +186,14 @@ class SinkScatters:
         return emitter.call(aten.index_copy.default, base, dim, index, fresh)
 
 
+def _lasts(memory: Memory, scatter: fx.Node, reader: fx.Node) -> bool:
+    """Whether what a scatter is made of, and its result, is the same when it is read."""
+    base, _, _, rows = scatter.args
+    assert isinstance(base, fx.Node)
+    assert isinstance(rows, fx.Node)
+    return not memory.written(scatter) and not any(memory.written(n, scatter, reader) for n in (base, rows))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardGathers:
     """A gather of what was just scattered is what was scattered.
@@ -186,19 +208,24 @@ class ForwardGathers:
 
         norm = aten.layer_norm.default(v, [D])
 
-    Legal because idx has no repeats (a selection is a set of tokens) and both ops use the same axis and the same idx.
-    With it the shallow layers run on the sampled tokens from end to end: one gather in front, one scatter behind.
+    Legal because idx is a step's selection, a set of tokens without repeats, because both ops use the same axis and the same
+    idx, and because nothing writes to the memory of v, of what it was scattered into, or of what was gathered. With it the
+    shallow layers run on the sampled tokens from end to end: one gather in front, one scatter behind.
     """
 
     name: str = "forward_gathers"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        sites = 0
+        memory, sites = Memory(gm.graph), 0
         for node in list(gm.graph.nodes):
             if node.target is not aten.index_select.default:
                 continue
             source, dim, index = node.args
-            if is_scatter(source) and source.args[1:3] == (dim, index):
+            if (
+                is_scatter(source)
+                and source.args[1:3] == (dim, index)
+                and not any(map(memory.written, (node, source, source.args[3])))
+            ):
                 node.replace_all_uses_with(source.args[3])
                 gm.graph.erase_node(node)
                 sites += 1
@@ -220,30 +247,29 @@ class WriteRows:
         index_copy_ = aten.index_copy_.default(k, 2, idx, k_1)
         sdpa = aten.scaled_dot_product_attention.default(q, k, values)
 
-    Legal where every other reader of the state tensor comes before the write (or the scattered tensor has no reader but
-    the `copy_`: then the write moves to the end), and the state's dtype is no wider than the features': rows that are not
-    written keep their bits.
+    Legal where every other reader of the state tensor, or of a view of it, comes before the write (or the scattered tensor
+    has no reader but the `copy_`: then the write moves to the end), and the state's dtype is no wider than the features':
+    rows that are not written keep their bits. What the model returns, or writes to, stays a tensor of its own.
     """
 
     name: str = "write_rows"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        emitter = Emitter(gm)
+        emitter, memory = Emitter(gm), Memory(gm.graph)
         sites = 0
         for copy in list(gm.graph.nodes):
             if copy.target is not aten.copy_.default:
                 continue
             state, scatter = copy.args[:2]
             assert isinstance(state, fx.Node)
-            if not is_scatter(scatter) or _beneath_cast(scatter.args[0]) is not state:
+            if not isinstance(state.meta.get("slot"), StateSlot) or not is_scatter(scatter):
                 continue
-            base, dim, index, rows = scatter.args
-            readers = [user for user in scatter.users if user is not copy]
-            if readers:
-                others = [user for user in state.users if user not in (scatter, copy)]
-                if base is not state or any(user > scatter for user in others):
-                    continue
-            with emitter.before(scatter if readers else copy):
+            assert isinstance(scatter, fx.Node)
+            if not self._may_write(memory, state, scatter, copy):
+                continue
+            _, dim, index, rows = scatter.args
+            assert isinstance(rows, fx.Node)
+            with emitter.before(scatter if len(scatter.users) > 1 else copy):
                 narrow = value_of(state).dtype
                 if value_of(rows).dtype != narrow:
                     rows = emitter.call(aten.to.dtype, rows, narrow)
@@ -253,6 +279,17 @@ class WriteRows:
             gm.graph.erase_node(scatter)
             sites += 1
         return sites
+
+    @staticmethod
+    def _may_write(memory: Memory, state: fx.Node, scatter: fx.Node, copy: fx.Node) -> bool:
+        base, _, _, rows = scatter.args
+        assert isinstance(rows, fx.Node)
+        if _beneath_cast(base) is not state or memory.written(scatter) or memory.returned(scatter):
+            return False
+        if len(scatter.users) == 1:
+            return not memory.written(rows, scatter, copy)
+        readers = {user for shown in memory.shown(state) for user in shown.users} - {scatter, copy}
+        return base is state and not any(user > scatter for user in readers)
 
 
 def _beneath_cast(node: object) -> object:

@@ -23,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx._compat import FakeTensor, FakeTensorMode, unbound_sizes
 
+from .attention import ATTENTION
+
 __all__ = [
     "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "by_name", "drop_dead_code", "slots_of", "value_of",
 ]  # fmt: skip
@@ -32,9 +34,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class StateSlot:
-    """One tensor of feature state; `name` is unique in a compiled model and the same in all its step graphs."""
+    """One tensor of feature state, the same in all step graphs of a compiled model."""
 
     name: str
+    """For people."""
+    of: tuple[Any, ...] = ()
+    """What it holds: two tensors whose names come out the same are two all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,4 +213,6 @@ def _has_side_effect(node: fx.Node) -> bool:
     # Not `node.is_impure()`: to that attention is impure, because it could draw dropout masks.
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.target not in ATTENTION  # it may write to what it is given (a Triton kernel does)
     return node.op == "call_function" and node.is_impure()

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter, value_of
+from .memory import Memory
 
 __all__ = ["JoinGroups"]
 
@@ -41,7 +42,8 @@ class JoinGroups:
 
     Legal because arithmetic by element gives the same values whatever the shape, as long as all operands are reshaped in
     the same way, and a small operand is first repeated as broadcasting would. It fires only where all that is computed
-    from the groups is joined again: heads that are split off for attention stay. The token axis can then be followed, and
+    from the groups is joined again: heads that are split off for attention stay; and only where nothing writes to the memory of
+    what it reads, and a split that copies is not returned. The token axis can then be followed, and
     what was one value for a group is a table with a value for each token, of which a subset takes its rows.
     """
 
@@ -49,14 +51,22 @@ class JoinGroups:
 
     def apply(self, gm: fx.GraphModule) -> int:
         emitter, sites, gone = Emitter(gm), 0, set[fx.Node]()
+        memory = Memory(gm.graph)
         for node in list(gm.graph.nodes):
             axis = None if node in gone else _split_axis(node)
             region = [] if axis is None else _region(node)
-            if axis is not None and region:
+            if axis is not None and region and _still(memory, node, region):
                 _join(emitter, node, region, axis)
                 gone.update(region)
+                memory = Memory(gm.graph)
                 sites += 1
         return sites
+
+
+def _still(memory: Memory, split: fx.Node, region: list[fx.Node]) -> bool:
+    """Whether what a region reads can be read at any time, and its results can lie in other memory."""
+    read = {split, *(n for node in region for n in (node, *node.all_input_nodes))}
+    return not any(map(memory.written, read)) and not memory.returned(split)
 
 
 def _split_axis(node: fx.Node) -> int | None:

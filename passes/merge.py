@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .collapse import is_selection
 from .emit import Emitter, ScalarSlot, StateSlot, value_of
+from .memory import Memory
 
 __all__ = ["Merge", "MergeCaches", "find_merges"]
 
@@ -58,7 +60,7 @@ def find_merges(cached: Sequence[fx.GraphModule], families: Sequence[tuple[State
         if all(family in keys for keys in groups):
             found.setdefault(tuple(keys[family] for keys in groups), []).append(family)
     return tuple(
-        Merge(tuple(StateSlot(f"sum_{first.name}") for first in members[0]), tuple(members))
+        Merge(tuple(StateSlot(f"sum_{first.name}", ("sum", first)) for first in members[0]), tuple(members))
         for members in found.values()
         if len(members) > 1
     )
@@ -143,7 +145,7 @@ def _summands(gm: fx.GraphModule) -> dict[StateSlot, _Summand]:
 
 def _gather(reader: fx.Node) -> _Gather | None:
     """The chain index_select -> * scalar -> fresh - . -> rows of a state tensor, if nothing else reads a part of it."""
-    if reader.target is not aten.index_select.default:
+    if reader.target is not aten.index_select.default or not is_selection(reader.args[2]):
         return None
     chain = [reader]
     while len(chain[-1].users) == 1 and chain[-1].target is not aten.index_copy_.default:
@@ -221,7 +223,7 @@ class MergeCaches:
     name: str = "merge_caches"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        emitter = Emitter(gm)
+        emitter, memory = Emitter(gm), Memory(gm.graph)
         inputs = {n.meta.get("slot"): n for n in gm.graph.find_nodes(op="placeholder") if "slot" in n.meta}
         sites = 0
         for merge in self.merges:
@@ -230,7 +232,7 @@ class MergeCaches:
                 continue
             families = [[node for node in family if node is not None] for family in members]
             if all(_recorded(node) is not None for family in families for node in family):
-                self._full(emitter, merge, families)
+                self._full(emitter, memory, merge, families)
             else:
                 self._cached(emitter, gm, merge)
             for family in families:
@@ -266,6 +268,9 @@ class MergeCaches:
                 (reader,) = part.leaf.users
                 sibling = reader.args[1] if reader.args[0] is part.leaf else reader.args[0]
                 assert isinstance(sibling, fx.Node)
+                if "slot" in sibling.meta:  # the sum of all is the sum itself: it must not be the state, which changes
+                    with emitter.before(reader):
+                        sibling = emitter.call(aten.clone.default, sibling)
                 reader.replace_all_uses_with(sibling)
                 gm.graph.erase_node(reader)
                 if part.gather is not None:
@@ -274,7 +279,7 @@ class MergeCaches:
                     part.gather.taken.replace_all_uses_with(fresh)
 
     @staticmethod
-    def _full(emitter: Emitter, merge: Merge, families: list[list[fx.Node]]) -> None:
+    def _full(emitter: Emitter, memory: Memory, merge: Merge, families: list[list[fx.Node]]) -> None:
         copies = [[_recorded(node) for node in family] for family in families]
         with emitter.before(emitter.output):
             writes: list[tuple[fx.Node, fx.Node]] = []
@@ -286,7 +291,7 @@ class MergeCaches:
                     value = emitter.call(aten.mul.Tensor, change, gaps[0])
                 else:
                     recorded = [family[term].args[1] for family in copies]  # type: ignore[union-attr]
-                    value = _total(emitter, [node for node in recorded if isinstance(node, fx.Node)])
+                    value = _total(emitter, memory, [node for node in recorded if isinstance(node, fx.Node)])
                 writes.append((emitter.state(slot, value_of(families[0][term])), value))
             for state, new in writes:
                 emitter.write_back(state, new)
@@ -317,8 +322,11 @@ def _gap(copy: fx.Node | None, before: fx.Node) -> fx.Node | None:
     return gap if is_gap and held is before else None  # type: ignore[return-value]
 
 
-def _total(emitter: Emitter, updates: list[fx.Node]) -> fx.Node:
-    """The sum of updates: the difference of the stream behind and in front of them if they follow each other directly."""
+def _total(emitter: Emitter, memory: Memory, updates: list[fx.Node]) -> fx.Node:
+    """The sum of updates: the difference of the stream behind and in front of them if they follow each other directly.
+
+    That reads the stream at the end of the graph; where the model writes to it in place, the updates are summed.
+    """
     adds = [next((u for u in update.users if u.target is aten.add.Tensor), None) for update in updates]
     start = end = None
     for add, update in zip(adds, updates, strict=True):
@@ -326,6 +334,8 @@ def _total(emitter: Emitter, updates: list[fx.Node]) -> fx.Node:
             break
         residual = add.args[0] if add.args[1] is update else add.args[1]
         if end is not None and residual is not end:
+            break
+        if any(isinstance(n, fx.Node) and memory.written(n, after=update) for n in (add, residual)):
             break
         start, end = (residual if start is None else start), add
     else:

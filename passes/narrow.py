@@ -41,7 +41,7 @@ class WriteBytes:
                 continue
             state, dim, index, rows = node.args
             dtype = value_of(state).dtype
-            if not dtype.is_floating_point or dtype.itemsize != 1:
+            if not _is_state(state) or not dtype.is_floating_point or dtype.itemsize != 1:
                 continue
             with emitter.before(node):
                 view, bits = (emitter.call(aten.view.dtype, x, torch.uint8) for x in (state, rows))
@@ -87,7 +87,7 @@ class QuantizeState:
             with emitter.mode:
                 like = torch.empty(*likes[node].shape[:-1], 1, device=likes[node].device)
                 node.meta["val"] = torch.empty(likes[node].shape, dtype=torch.int8, device=likes[node].device)
-            scales[node] = emitter.state(StateSlot(f"{slot.name}_scale"), like)
+            scales[node] = emitter.state(StateSlot(f"{slot.name}_scale", ("scale", slot)), like)
         values: dict[fx.Node, fx.Node] = {}
         for node in list(gm.graph.nodes):
             target = node.args[0] if node.target in (aten.copy_.default, aten.index_copy_.default) else None
@@ -114,6 +114,10 @@ class QuantizeState:
             emitter.call(node.target, state, *where, whole)
             emitter.call(node.target, scale, *where, largest)
         emitter.graph.erase_node(node)
+
+
+def _is_state(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("slot"), StateSlot)
 
 
 def _has_tokens(node: fx.Node) -> bool:

@@ -12,6 +12,8 @@ from torch import fx
 from .attention import argument_of
 from .branches import Branch, Stream, Structure, Update, body_of
 from .emit import StateSlot, by_name, value_of
+from .memory import Memory
+from .model_writes import attended, check_moved, check_recorded
 from .subset import check_whole
 from .tokens import ATTENTION, Info, NoRule, Tokens, follow
 
@@ -125,9 +127,10 @@ def gate_of(gm_nodes: Mapping[str, fx.Node], update: Update, tokens: Tokens) -> 
 
 def term_slot(branch: Branch, streams: Sequence[Stream], update: Update, term: int) -> StateSlot:
     """The state tensor of Taylor term `term` of one stream of a branch."""
-    stream = streams[update.stream].name.replace("+", "_").replace("#", "_")
-    number = [u.add for u in branch.updates if u.stream == update.stream].index(update.add)
-    return StateSlot(f"{branch.label}_{stream}{f'_{number}' if number else ''}_y{term}")
+    stream, name = update.stream, streams[update.stream].name.replace("+", "_").replace("#", "_")
+    number = [u.add for u in branch.updates if u.stream == stream].index(update.add)
+    label = f"{branch.label}_{name}{f'_{number}' if number else ''}_y{term}"
+    return StateSlot(label, (branch.label, stream, number, term))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,9 @@ def self_attention(nodes: Mapping[str, fx.Node], structure: Structure, branch: B
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
             tokens, rank = infos.get(key), value_of(query).dim()
-            if rank == 4 and isinstance(tokens, Tokens) and tokens.dim == op.dim + 4 and infos.get(query) is not None:
+            if not isinstance(tokens, Tokens) or structure.image not in {s.source for s in tokens.segments}:
+                continue
+            if rank == 4 and tokens.dim == op.dim + 4 and infos.get(query) is not None:
                 return node
     raise NoRule(nodes[branch.updates[0].add], "its layer has no self-attention to score tokens by")
 
@@ -210,13 +215,13 @@ def self_attention(nodes: Mapping[str, fx.Node], structure: Structure, branch: B
 def resolve(
     gm: fx.GraphModule, structure: Structure, steps: Sequence[StepPlan]
 ) -> tuple[tuple[StepPlan, ...], tuple[Fallback, ...]]:
-    """Replaces refreshes that cannot be done by `Full`, and says why; a branch without a gate has none to follow and reuses.
+    """Replaces what cannot be done by `Full`, and says why; a branch without a gate has none to follow and reuses.
 
     Raises:
         ValueError: gates are to be followed, and no branch has one.
     """
     reasons: dict[str, str] = {}
-    nodes = by_name(gm)
+    nodes, memory = by_name(gm), Memory(gm.graph)
 
     def gated(branch: Branch) -> bool:
         return all(gate_of(nodes, u, structure.streams[u.stream].tokens) is not None for u in branch.updates)
@@ -230,17 +235,11 @@ def resolve(
 
     for plan in steps:
         for branch, strategy in plan:
-            if not isinstance(strategy, (Refresh, ScoredRefresh)) or branch.label in reasons:
-                continue
-            try:
-                body = analyse(nodes, structure, branch, strategy.cache_point).body
-                if isinstance(strategy, Refresh) and strategy.keys == "landmarks":
-                    _no_mask(body)
-                if isinstance(strategy, ScoredRefresh):
-                    _batch_in_front(nodes, structure, branch)
-                    self_attention(nodes, structure, branch)
-            except NoRule as error:
-                reasons[branch.label] = str(error)
+            if not isinstance(strategy, Full) and branch.label not in reasons:
+                try:
+                    _check(nodes, structure, memory, branch, strategy)
+                except NoRule as error:
+                    reasons[branch.label] = str(error)
     follow_gate = [b for plan in steps for b, s in plan if isinstance(s, Refresh) and s.unsampled == "gate"]
     if follow_gate and not any(gated(branch) for branch in follow_gate):
         raise ValueError(
@@ -249,6 +248,31 @@ def resolve(
         )
     plans = tuple(tuple((branch, resolved(branch, strategy)) for branch, strategy in plan) for plan in steps)
     return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
+
+
+def _check(
+    nodes: Mapping[str, fx.Node],
+    structure: Structure,
+    memory: Memory,
+    branch: Branch,
+    strategy: Reuse | Extrapolate | Refresh | ScoredRefresh,
+) -> None:
+    """Raises NoRule if a cached step cannot do with a branch what is planned."""
+    check_recorded(memory, [cached_node(nodes, update, strategy.cache_point) for update in branch.updates])
+    if isinstance(strategy, Reuse | Extrapolate):
+        return
+    analysis = analyse(nodes, structure, branch, strategy.cache_point)
+    check_moved(memory, analysis.body, analysis.targets)
+    if isinstance(strategy, ScoredRefresh):
+        _batch_in_front(nodes, structure, branch)
+        check_recorded(memory, attended(self_attention(nodes, structure, branch)))
+        return
+    if strategy.keys == "landmarks":
+        _no_mask(analysis.body)
+    check_recorded(memory, [n for name in branch.attention for n in attended(nodes[name])])
+    gates = [gate_of(nodes, u, structure.streams[u.stream].tokens) for u in branch.updates]
+    if strategy.unsampled == "gate":
+        check_recorded(memory, [gate for found in gates if found is not None for gate in found])
 
 
 def _batch_in_front(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch) -> None:

@@ -88,7 +88,9 @@ class RecordFeatures:
         """Y_0 = g F and Y_1 = (g - g of the full step before) F / d: how far the gate alone moves the update per step."""
         gate, scaled = gated
         with emitter.before(emitter.output):
-            before = emitter.state(StateSlot(f"{slots[0].name.removesuffix('_y0')}_gate"), value_of(gate))
+            before = emitter.state(
+                StateSlot(f"{slots[0].name.removesuffix('_y0')}_gate", ("gate", slots[0])), value_of(gate)
+            )
             gap = emitter.scalar("inverse_gap_1", value_of(gate).device)
             change = emitter.call(aten.mul.Tensor, emitter.call(aten.sub.Tensor, gate, before), gap)
             slope = emitter.call(aten.mul.Tensor, change, scaled)
@@ -198,7 +200,7 @@ def key_slots(
     """State for keys (`role` "k") or values ("v") of one attention op: (slot, first token, end, step) of what is kept."""
     base = f"{branch.label}_{role}{number or ''}"
     if keys.keys == "all":
-        return [(StateSlot(base), 0, tokens.length, 1)]
+        return [(StateSlot(base, (branch.label, number, role)), 0, tokens.length, 1)]
     slots, offset, names = [], 0, list[str]()
     for segment in tokens.segments:
         image = segment.source == "image" or segment.source.startswith("%")
@@ -207,13 +209,13 @@ def key_slots(
             names.append(name)
             # A sequence may hold the same tokens twice, each with keys of its own.
             again = f"_{names.count(name) - 1}" if names.count(name) > 1 else ""
-            slots.append(
-                (StateSlot(f"{base}_{name}{again}"), offset, offset + segment.length, keys.stride if image else 1)
-            )
+            slot = StateSlot(f"{base}_{name}{again}", (branch.label, number, role, offset))
+            slots.append((slot, offset, offset + segment.length, keys.stride if image else 1))
         offset += segment.length
     return slots
 
 
 def score_slots(branch: Branch) -> tuple[StateSlot, StateSlot]:
     """(measured score [B, N], step at which each token was last fresh [B, N]) of a branch."""
-    return StateSlot(f"{branch.label}_score"), StateSlot(f"{branch.label}_stamp")
+    score, stamp = (StateSlot(f"{branch.label}_{what}", (branch.label, what)) for what in ("score", "stamp"))
+    return score, stamp

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter, value_of
+from .memory import Memory
 
 __all__ = ["UnflattenProducts"]
 
@@ -36,7 +37,8 @@ class UnflattenProducts:
 
     Legal because a product with a matrix acts on each row by itself, and so does arithmetic with numbers and with
     tensors that have a channel axis alone; only the shape of what lies between both reshapes changes. A reader of the
-    flat result that is none of these gets it flat. The token axis can then be followed, and a subset of tokens taken.
+    flat result that is none of these gets it flat. Nothing writes to the memory of what is flattened, nor to that of the
+    result. The token axis can then be followed, and a subset of tokens taken.
     In a graph with such products, a reshape that undoes the one before goes too: functionalising an in-place addition of
     the bias leaves a pair of them.
     """
@@ -44,7 +46,15 @@ class UnflattenProducts:
     name: str = "unflatten_products"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        found = [node for node in gm.graph.nodes if node.target is aten.mm.default and _is_flat(node.args[0])]
+        memory = Memory(gm.graph)
+        found = [
+            node
+            for node in gm.graph.nodes
+            if node.target is aten.mm.default
+            and _is_flat(node.args[0])
+            and not memory.written(node.args[0])
+            and not memory.written(node)
+        ]
         emitter = Emitter(gm)
         for node in found:
             flat, matrix = node.args
@@ -83,10 +93,10 @@ def _move(emitter: Emitter, flat: fx.Node, kept: fx.Node) -> None:
 
 def _drop_round_trips(graph: fx.Graph) -> int:
     """Reads x in the place of x reshaped twice, to another shape and back."""
-    sites = 0
+    memory, sites = Memory(graph), 0
     for node in [n for n in graph.nodes if n.target in _FLATTEN]:
         (source,) = node.all_input_nodes
-        if source.target not in _FLATTEN:
+        if source.target not in _FLATTEN or memory.written(node) or memory.returned(node):
             continue
         (origin,) = source.all_input_nodes
         if value_of(origin).shape == value_of(node).shape:

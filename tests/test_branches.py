@@ -440,3 +440,15 @@ l1_attention [transformer_blocks.1.attn1] image: add_20 = add_12 + mul_21 of get
 l1_ffn [transformer_blocks.1.ff.net] image: add_26 = add_20 + mul_25 of slice_15; reads add_20 (image), add_21 (text)
 image: image 72 (3, 4, 6)""",
     )
+
+
+def test_labels_are_unique_however_many_branches_a_layer_has() -> None:
+    def layer(part: Part, x: Tensor) -> Any:
+        x = x + part.attention(norm(x))
+        for number in range(14):
+            x = x + part.ffn(norm(x) * number)
+        return x
+
+    labels = [branch.label for branch in found(layer, (2, 5, D)).branches]
+    assert len(labels) == len(set(labels)) == 30
+    assert labels[:4] == ["l0_attention", "l0_ffn", "l0_ffn_2", "l0_ffn_3"]

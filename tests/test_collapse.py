@@ -16,7 +16,7 @@ import hero_fx
 from hero_fx.graphs import graph_diff, op_count, render
 from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState
 from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
-from hero_fx.passes.emit import ScalarSlot, StateSlot, value_of
+from hero_fx.passes.emit import IndexSlot, ScalarSlot, StateSlot, value_of
 from hero_fx.passes.merge import MergeCaches, find_merges
 from hero_fx.passes.pipeline import Pass, Pipeline
 
@@ -27,7 +27,7 @@ B, N, D, K = 2, 5, 3, 2
 
 
 def graph(function: Any, **inputs: Tensor) -> GraphModule:
-    """`function` as a normalised graph; inputs named s* are feature state, w* scalars."""
+    """`function` as a normalised graph; inputs named s* are feature state, w* scalars, idx* selections."""
     gm = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs.values())
     for node, name in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node._rename(name)
@@ -36,6 +36,8 @@ def graph(function: Any, **inputs: Tensor) -> GraphModule:
             node.meta["slot"] = StateSlot(name)
         if name.startswith("w"):
             node.meta["slot"] = ScalarSlot(name)
+        if name.startswith("idx"):
+            node.meta["slot"] = IndexSlot(None if name == "idx" else int(name[3:]))
     gm.recompile()
     return gm
 
@@ -279,11 +281,11 @@ def must_not_fire(function: Any, one: Pass, **inputs: Tensor) -> None:
 
 
 def test_scatter_stays_where_indices_differ() -> None:
-    def two(x: Tensor, s1: Tensor, v: Tensor, idx: Tensor, other: Tensor) -> Tensor:
-        return torch.index_copy(x, 1, idx, v) + torch.index_copy(s1, 1, other, v)
+    def two(x: Tensor, s1: Tensor, v: Tensor, idx: Tensor, idx1: Tensor) -> Tensor:
+        return torch.index_copy(x, 1, idx, v) + torch.index_copy(s1, 1, idx1, v)
 
     values = tensors()
-    inputs = {n: values[n] for n in ("x", "s1", "v", "idx")} | {"other": torch.tensor([0, 2])}
+    inputs = {n: values[n] for n in ("x", "s1", "v", "idx")} | {"idx1": torch.tensor([0, 2])}
     must_not_fire(two, SinkScatters(), **inputs)
 
 
@@ -318,6 +320,143 @@ def test_random_ops_are_not_shared() -> None:
         return x + torch.rand_like(x) + torch.rand_like(x)
 
     must_not_fire(noise, CommonSubexpressions(), x=tensors()["x"])
+
+
+@pytest.mark.parametrize("how", ["slice", "diagonal", "out", "of the view that is read"])
+def test_nothing_is_shared_across_a_write(how: str) -> None:
+    def around(x: Tensor, v: Tensor) -> Tensor:
+        part = x[0] if how == "of the view that is read" else x
+        before = part.sin()
+        if how == "slice":
+            x[:, 1:3].copy_(v)
+        elif how == "diagonal":
+            x[0, :3].diagonal().add_(1)
+        elif how == "out":
+            torch.cos(v, out=x[:, :2])
+        else:
+            x.mul_(2)
+        return before + part.sin()
+
+    inputs = {n: tensors()[n] for n in ("x", "v")}
+    must_not_fire(around, CommonSubexpressions(), **inputs)
+
+
+def test_writes_elsewhere_do_not_matter_and_equals_behind_one_are_shared() -> None:
+    def around(x: Tensor, v: Tensor) -> Tensor:
+        before = x.sin()
+        v[:, 0].zero_()
+        same = x.sin()
+        x[:, 0].zero_()
+        return before + same + x.sin() + x.sin()
+
+    inputs = {n: tensors()[n] for n in ("x", "v")}
+    gm, before = graph(around, **inputs), graph(around, **inputs)
+    assert run(gm, CommonSubexpressions())[0] == 2
+    assert_same(before, gm, inputs)
+
+
+def test_results_that_are_written_or_returned_both_are_not_shared() -> None:
+    def written(x: Tensor) -> Tensor:
+        a, b = x[0].sin(), x[0].sin()
+        a.diagonal().zero_()
+        return a + b
+
+    def returned(x: Tensor) -> Any:
+        a, b = x.sin(), x.sin()
+        return a, b[0]
+
+    for function in (written, returned):
+        gm, inputs = graph(function, x=tensors()["x"]), {"x": tensors()["x"]}
+        run(gm, CommonSubexpressions())
+        assert op_count(gm, "aten.sin")["aten.sin"] == 2
+        assert_same(graph(function, **inputs), gm, inputs)
+
+
+def test_regions_of_autocast_are_not_shared_across() -> None:
+    def mixed(x: Tensor) -> Tensor:
+        a = x @ x.mT
+        with torch.autocast("cpu", torch.bfloat16):
+            b = x @ x.mT
+        return a + b
+
+    gm = graph(mixed, x=tensors()["x"])
+    run(gm, CommonSubexpressions())
+    assert op_count(gm, "aten.matmul")["aten.matmul"] == 2
+
+
+@pytest.mark.parametrize("one", [SinkScatters(), ForwardGathers(), WriteRows()], ids=lambda p: p.name)
+@pytest.mark.parametrize("dim", [1, -2])
+def test_scatters_by_an_index_of_the_models_own_stay(one: Pass, dim: int) -> None:
+    """Its indices may repeat, and its axis may be counted from the right: rows of x would not be those of the table."""
+
+    def own(x: Tensor, s1: Tensor, v: Tensor, gate: Tensor, own: Tensor) -> Tensor:
+        merged = torch.index_copy(s1, dim, own, v)
+        out = x + gate * merged
+        gathered = torch.index_select(merged, dim, own) + torch.index_select(out, dim, own)
+        s1.copy_(merged)
+        return gathered
+
+    values = tensors()
+    inputs = {n: values[n] for n in ("x", "s1", "v", "gate")} | {"own": torch.tensor([2, 2])}
+    must_not_fire(own, one, **inputs)
+
+
+def test_scatters_that_the_model_writes_to_stay() -> None:
+    def written(x: Tensor, s1: Tensor, v: Tensor, gate: Tensor, idx: Tensor) -> Any:
+        merged = torch.index_copy(s1, 1, idx, v)
+        out = x + gate * merged
+        out[0, :3].diagonal().add_(1)  # has no functional form
+        rows = torch.index_select(out, 1, idx)
+        s1.copy_(merged)
+        return rows, out
+
+    inputs = tensors()
+    before, after = graph(written, **inputs), graph(written, **inputs)
+    run(after, SinkScatters(), ForwardGathers(), DropDeadCode(), WriteRows())
+    assert op_count(after, "aten.index_select")["aten.index_select"] == 1
+    assert_same(before, after, inputs)
+
+
+def test_rows_are_not_written_in_front_of_a_reader_of_a_view_nor_into_what_is_returned() -> None:
+    def late_view(s1: Tensor, v: Tensor, idx: Tensor) -> Any:
+        view = s1[:, 1:]
+        merged = torch.index_copy(s1, 1, idx, v)
+        out = merged.sin()[:, 1:] + view.cos()
+        s1.copy_(merged)
+        return out
+
+    def returned(s1: Tensor, v: Tensor, idx: Tensor) -> Any:
+        merged = torch.index_copy(s1, 1, idx, v)
+        s1.copy_(merged)
+        return merged[0]
+
+    inputs = {n: tensors()[n] for n in ("s1", "v", "idx")}
+    for function in (late_view, returned):
+        must_not_fire(function, WriteRows(), **inputs)
+
+
+def test_a_buffer_of_the_models_own_is_not_written_by_rows() -> None:
+    def own(buffer: Tensor, v: Tensor, idx: Tensor) -> Any:
+        merged = torch.index_copy(buffer, 1, idx, v)
+        buffer.copy_(merged)
+        return merged.sin()
+
+    must_not_fire(own, WriteRows(), buffer=tensors()["x"], v=tensors()["v"], idx=tensors()["idx"])
+
+
+def test_a_sum_of_caches_alone_is_not_the_state() -> None:
+    """The sum is returned, and the state it would be is written to at the next step."""
+
+    def cached(s1: Tensor, s2: Tensor) -> Tensor:
+        return s1 + s2
+
+    gm = graph(cached, **{n: merge_inputs()[n] for n in ("s1", "s2")})
+    merges = find_merges([gm], [(StateSlot("s1"),), (StateSlot("s2"),)])
+    assert run(gm, MergeCaches(merges=merges))[0] == 1
+    state = torch.ones(B, N, D)
+    out = gm(state)
+    state.zero_()
+    assert torch.equal(out, torch.ones(B, N, D))
 
 
 @pytest.mark.parametrize("case", ["live gate", "read between", "other weight"])

@@ -312,7 +312,7 @@ def test_a_branch_that_cannot_be_refreshed_is_computed_in_full() -> None:
     model.blocks[1] = frozen(Rolling())
     hero = backend(refresh_layers=2, warmup=1)
     call = toys.torch_compile(model, backend=hero, fullgraph=True)
-    mend = r"l1_ffn\w* cannot be refreshed for sampled tokens only and is computed in full at every step: .*cumsum"
+    mend = r"l1_ffn\w* cannot be cached as planned and is computed in full at every step: .*cumsum"
     with pytest.warns(UserWarning, match=mend) as caught:
         ours = toys.loop(call, toys.latents(), toys.times(2))
     assert len(caught) == 1
