@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +16,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-__all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode"]
+__all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
 
 Compiled = Callable[..., Any]
+
+# What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
+enter_autocast: Callable[..., Any] = _enter_autocast
+exit_autocast: Callable[..., None] = _exit_autocast
 
 # What tracing raises where the graph goes by the values of tensors.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -63,6 +68,51 @@ def to_fake(mode: FakeTensorMode, value: Any) -> Any:
         with mode:
             return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
     return mode.from_tensor(value, static_shapes=True)
+
+
+def no_autocast() -> AbstractContextManager[Any]:
+    """Within it no op casts its inputs by autocast, on whatever device; regions opened within it work."""
+    return torch._C._DisableAutocast()  # type: ignore[no-any-return]
+
+
+def without_autocast(run: Compiled) -> Compiled:
+    """`run` with autocast off, where it is on now: Dynamo sees to it that it then is at every call."""
+    if not torch._C._is_any_autocast_enabled():
+        return run
+
+    def call(*inputs: Any) -> Any:
+        with no_autocast():
+            return run(*inputs)
+
+    return call
+
+
+@contextmanager
+def autocast(regions: Sequence[tuple[str, torch.dtype]]) -> Iterator[None]:
+    """Autocast for each (device type, dtype)."""
+    with ExitStack() as stack:
+        for device, dtype in regions:
+            stack.enter_context(torch.autocast(device, dtype))
+        yield
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+_AUTOCAST_KEYS = tuple(key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+
+
+def has_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """Whether an op has a kernel of its own for autocast."""
+    return any(map(op.has_kernel_for_dispatch_key, _AUTOCAST_KEYS))
+
+
+def may_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """False for an op that does the same with autocast as without: it has no kernel for it, and is not made of other ops."""
+    return has_autocast(op) or op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def specialize(gm: fx.GraphModule) -> bool:

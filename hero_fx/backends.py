@@ -191,15 +191,17 @@ def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> 
     inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     mode = next(value.fake_mode for value in inputs if isinstance(value, _compat.FakeTensor))
     run: _compat.Compiled
-    if config.inner == "eager":
-        run = gm.forward
-    elif config.inner == "aot_eager":
-        run = _compat.compile_with_aot_eager(gm, inputs, mode)
-    elif config.inner == "inductor":
-        run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
-    else:
-        assert callable(config.inner)
-        run = config.inner(gm, inputs)
+    with _compat.no_autocast():
+        if config.inner == "eager":
+            run = gm.forward
+        elif config.inner == "aot_eager":
+            run = _compat.compile_with_aot_eager(gm, inputs, mode)
+        elif config.inner == "inductor":
+            run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
+        else:
+            assert callable(config.inner)
+            run = config.inner(gm, inputs)
+    run = _compat.without_autocast(run)
     slots = list(slots_of(gm))
     device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
     state = [value_of(node).device for node, _ in slots]
