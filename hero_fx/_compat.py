@@ -32,6 +32,11 @@ exit_autocast: Callable[..., None] = _exit_autocast
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
+def is_control_flow(error: Exception) -> bool:
+    """Whether an error is how Dynamo starts a trace anew, or leaves a function alone, and no failure."""
+    return isinstance(error, (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame))
+
+
 def new_fake_mode() -> FakeTensorMode:
     """A fake mode with static shapes that lets real constants of a graph pass."""
     # Inductor's FX cache wants a shape environment, even where no size is symbolic.

@@ -18,6 +18,7 @@ from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkSc
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.fused import FuseUpdates, SplitUpdates
 from hero_fx.passes.groups import JoinGroups
 from hero_fx.passes.merge import MergeCaches, find_merges
 from hero_fx.passes.narrow import QuantizeState, WriteBytes
@@ -114,6 +115,7 @@ def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModul
         DropIdentities(),
         UnflattenProducts(),
         JoinGroups(),
+        SplitUpdates(),
         DropDeadCode(),
     )
     with _compat.no_autocast():
@@ -188,6 +190,7 @@ def _build_steps(
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
+    done += _on_all(full, cached, "fuse", (FuseUpdates(),))
     return StepGraphs(
         normal=normal,
         structure=structure,

@@ -185,16 +185,15 @@ class _LayerNumbers:
 
 def _groups(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
     """Updates that share a matrix product, in order of their first add."""
-    groups: list[tuple[set[fx.Node], list[ResidualAdd]]] = []
+    groups: list[list[ResidualAdd]] = []
+    owner: dict[fx.Node, int] = {}
     for found in adds:
-        for matmuls, members in reversed(groups[-6:]):
-            if matmuls & found.matmuls:
-                matmuls |= found.matmuls
-                members.append(found)
-                break
-        else:
-            groups.append((set(found.matmuls), [found]))
-    return [members for _, members in groups]
+        number = max((owner[n] for n in found.matmuls if n in owner), default=len(groups))
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(found)
+        owner.update(dict.fromkeys(found.matmuls, number))
+    return groups
 
 
 def _reads(targets: list[fx.Node], values: dict[fx.Node, int]) -> list[fx.Node]:

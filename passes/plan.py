@@ -13,7 +13,7 @@ from .attention import argument_of
 from .branches import Branch, Stream, Structure, Update, body_of
 from .emit import StateSlot, by_name, value_of
 from .subset import check_whole
-from .tokens import ATTENTION, Info, NoRule, Tokens, follow
+from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, follow
 
 __all__ = [
     "CachePoint", "Extrapolate", "Fallback", "Full", "Keys", "Recording", "Refresh", "Reuse", "ScoredRefresh",
@@ -233,11 +233,11 @@ def resolve(
             if not isinstance(strategy, (Refresh, ScoredRefresh)) or branch.label in reasons:
                 continue
             try:
-                body = analyse(nodes, structure, branch, strategy.cache_point).body
+                analysis = analyse(nodes, structure, branch, strategy.cache_point)
                 if isinstance(strategy, Refresh) and strategy.keys == "landmarks":
-                    _no_mask(body)
+                    _no_mask(analysis.body)
                 if isinstance(strategy, ScoredRefresh):
-                    _batch_in_front(nodes, structure, branch)
+                    _batch_in_front(analysis)
                     self_attention(nodes, structure, branch)
             except NoRule as error:
                 reasons[branch.label] = str(error)
@@ -251,12 +251,27 @@ def resolve(
     return plans, tuple(Fallback(label, reason) for label, reason in reasons.items())
 
 
-def _batch_in_front(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch) -> None:
-    tokens = [structure.streams[update.stream].tokens for update in branch.updates]
-    if any(t.dim != 1 or t.folded for t in tokens):
-        raise NoRule(
-            nodes[branch.updates[0].add], "tokens by score are chosen where the stream is [batch, tokens, width]"
-        )
+def _batch_in_front(analysis: Analysis) -> None:
+    """Raises NoRule unless all that has tokens is [batch, .., tokens, ..]: each batch element has chosen rows of its own."""
+    reason = "tokens by score are chosen where the stream and all between are [batch, .., tokens, ..]"
+    batch: dict[fx.Node, Info] = {}
+    for source in analysis.sources:
+        tokens = analysis.tokens(source)
+        if tokens.dim != 1 or tokens.folded:
+            raise NoRule(source, reason)
+        batch[source] = Tokens(0, (Segment("batch", 0, int(value_of(source).shape[0])),))
+    for node in analysis.body:
+        if node.target in ATTENTION:
+            batch[node] = batch.get(node.args[ATTENTION[node.target].query])  # type: ignore[arg-type]
+        else:
+            batch = follow([node], batch)  # the batch, as tokens are followed
+        for tokens, place in zip(_parts(analysis.infos.get(node)), _parts(batch.get(node)), strict=False):
+            if tokens is not None and (tokens.folded or place is None or place.dim != 0 or place.folded):
+                raise NoRule(node, reason)
+
+
+def _parts(info: Info) -> tuple[Tokens | None, ...]:
+    return info if isinstance(info, tuple) else (info,)
 
 
 def _no_mask(body: Sequence[fx.Node]) -> None:

@@ -241,7 +241,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_torch_logs_show_passes_and_graph_diffs(logged: tuple[str, str]) -> None:
     lines = [line.split("] ", 2)[-1] for line in logged[0].splitlines() if "passes/pipeline.py" in line]
     passes = [line.split(":")[0] for line in lines if " sites, " in line]
-    assert {"normal 01 functionalize", "full 01 record_features", "cached 01 refresh"} <= set(passes)
+    assert {"normal 01 resolve_autocast", "full 01 record_features", "cached 01 refresh"} <= set(passes)
     diff = lines[lines.index("cached 01 refresh:") + 1 :]
     assert any(line.startswith("- ") for line in diff)
     assert any(line.startswith("+ ") and "aten.index_copy.default(" in line for line in diff)
