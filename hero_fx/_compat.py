@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -21,6 +23,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 __all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
+
+log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 
@@ -77,7 +81,7 @@ def to_fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def no_autocast() -> AbstractContextManager[Any]:
     """Within it no op casts its inputs by autocast, on whatever device; regions opened within it work."""
-    return torch._C._DisableAutocast()  # type: ignore[no-any-return]
+    return torch._C._DisableAutocast()
 
 
 def without_autocast(run: Compiled) -> Compiled:
@@ -278,9 +282,28 @@ def compile_with_inductor(
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
-    wrapper = torch._TorchCompileInductorWrapper(compile_mode, dict(options or {}), False)
-    with _own_tracing_context(mode), torch.no_grad():
-        return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+
+    def compiled(**more: Any) -> Compiled:
+        wrapper = torch._TorchCompileInductorWrapper(compile_mode, {**(options or {}), **more}, False)
+        with _own_tracing_context(mode), torch.no_grad():
+            return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+
+    try:
+        return compiled()
+    except Exception as error:
+        if not _is_fusion_defect(error):
+            raise
+        log.warning("Inductor failed to fuse loops of a step (%s), which is then compiled without fusion", error)
+        return compiled(max_fusion_size=1)
+
+
+def _is_fusion_defect(error: Exception) -> bool:
+    """Whether Inductor's CPU code tripped over its own fusion of outer loops (seen on 2.13).
+
+    A buffer that one step of the loops writes, and before whose reader another may not write (the change of a feature,
+    computed from the state that the new feature then overwrites), is looked up in that other step, where it is not read.
+    """
+    return type(error).__name__ == "InductorError" and re.search(r"KeyError: 'buf\d+'", str(error)) is not None
 
 
 def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Compiled:

@@ -18,6 +18,7 @@ from . import _compat
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep
 from .config import Config
 from .diffusers_context import listen
+from .flops import too_much_outside
 from .policy import Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
@@ -90,6 +91,9 @@ class Backend:
                 f"every step: {fallback.reason}",
                 stacklevel=2,
             )
+        much = too_much_outside(steps.normal, steps.structure)
+        if much is not None:  # to the log: it is no fault of a call, and small models are like that
+            log.warning("%s", much)
         return plain.call(stepper)
 
     def _warn_of_plain(self, error: Exception) -> None:

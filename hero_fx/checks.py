@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hero_fx.passes.branches import Structure
 from hero_fx.passes.axis import is_matmul
+from hero_fx.passes.branches import Structure
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.pipeline import PassError
 

@@ -182,7 +182,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down the ops that run; tensors are named by where they come from."""
 
     def __init__(self, inputs: Iterable[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.casts: Casts = {}
         self.calls: list[str] = []
         self._names: dict[int, str] = {}
@@ -247,7 +247,7 @@ def _write_out(emitter: Emitter, node: fx.Node, call: _Call) -> None:
             if inner.op == "call_function":
                 new[inner] = emitter.graph.node_copy(inner, new.__getitem__)
                 new[inner].meta |= {k: v for k, v in node.meta.items() if k != "val"}
-    results = fx.map_arg(traced.graph.output_node().args[0], new.__getitem__)
+    results: Any = fx.map_arg(traced.graph.output_node().args[0], new.__getitem__)
     if isinstance(results, fx.Node):
         # Views of the result share memory with its value, and passes tell views by that.
         results.meta["val"] = value_of(node)

@@ -22,7 +22,7 @@ from .streams import find_grid, find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
-__all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid"]
+__all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid", "module_path"]
 
 aten = torch.ops.aten
 
@@ -98,7 +98,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 layer,
                 kind,
                 label,
-                _module_path(body),
+                module_path(body),
                 updates,
                 tuple((n.name, values[n]) for n in reads),
                 tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
@@ -258,7 +258,7 @@ def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[
     return met
 
 
-def _module_path(body: list[fx.Node]) -> str:
+def module_path(body: list[fx.Node]) -> str:
     """The module that all matrix products of the branch lie in, as Dynamo names it."""
     paths = []
     for node in body:

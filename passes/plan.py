@@ -265,8 +265,8 @@ def _batch_in_front(analysis: Analysis) -> None:
             batch[node] = batch.get(node.args[ATTENTION[node.target].query])  # type: ignore[arg-type]
         else:
             batch = follow([node], batch)  # the batch, as tokens are followed
-        for tokens, place in zip(_parts(analysis.infos.get(node)), _parts(batch.get(node)), strict=False):
-            if tokens is not None and (tokens.folded or place is None or place.dim != 0 or place.folded):
+        for info, place in zip(_parts(analysis.infos.get(node)), _parts(batch.get(node)), strict=False):
+            if info is not None and (info.folded or place is None or place.dim != 0 or place.folded):
                 raise NoRule(node, reason)
 
 

@@ -219,9 +219,7 @@ def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) 
     return None if any(not _is_part(graph, found, o, source, update) for o in within) else source
 
 
-def _is_part(
-    graph: Ancestry, found: _Found, inner: ResidualAdd, source: fx.Node, update: fx.Node
-) -> bool:
+def _is_part(graph: Ancestry, found: _Found, inner: ResidualAdd, source: fx.Node, update: fx.Node) -> bool:
     """Whether an add lies within the branch from `source` to `update`: its stream begins with what attention gives there.
 
     The stream of layers begins with a value of its own, or with one that no attention has made.
@@ -269,9 +267,7 @@ def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> 
     return _projection_of(feature, moves, sources) or feature
 
 
-def _projection_of(
-    feature: fx.Node, moves: Callable[[object], bool], sources: Sequence[fx.Node]
-) -> fx.Node | None:
+def _projection_of(feature: fx.Node, moves: Callable[[object], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
     """The one projection that all of `feature` is computed from, where no one else reads it: `norm(linear)` -> `linear`."""
     passed, products, todo = {feature}, set[fx.Node](), [feature]
     if is_matmul(feature):

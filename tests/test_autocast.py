@@ -222,7 +222,8 @@ class Autocasting(toys.ToyDiT):
         x = x + gate1 * attended
         normal = F.layer_norm(x, (toys.WIDTH,)) * (1 + scale2) + shift2
         with on():
-            return x + gate2 * block.down(F.gelu(block.up(normal)))
+            result: Tensor = x + gate2 * block.down(F.gelu(block.up(normal)))
+        return result
 
 
 def autocasting(where: str, weights: torch.dtype) -> Any:

@@ -33,7 +33,9 @@ def test_graph() -> None:
     after = copy_graph(before)
     (record,) = run_passes(after, SplitUpdates())
     assert record.sites == 1
-    assert_expected_inline(graph_diff(before, after), """\
+    assert_expected_inline(
+        graph_diff(before, after),
+        """\
   x_1: f32[2, 3, 5] = input
   g_1: f32[2, 1, 5] = input
   f_1: f32[2, 3, 5] = input
@@ -42,7 +44,8 @@ def test_graph() -> None:
 + mul_tensor: f32[2, 1, 5] = aten.mul.Tensor(g_1, 0.5)
 + mul_tensor_1: f32[2, 3, 5] = aten.mul.Tensor(mul_tensor, f_1)
 + add_tensor: f32[2, 3, 5] = aten.add.Tensor(x_1, mul_tensor_1)
-+ return add_tensor""")
++ return add_tensor""",
+    )
     run_passes(after, FuseUpdates())
     assert op_count(after) == op_count(before)
 
