@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,16 +19,28 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode"]
+__all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
+
+log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 
+# What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
+enter_autocast: Callable[..., Any] = _enter_autocast
+exit_autocast: Callable[..., None] = _exit_autocast
+
 # What tracing raises where the graph goes by the values of tensors.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+
+
+def is_control_flow(error: Exception) -> bool:
+    """Whether an error is how Dynamo starts a trace anew, or leaves a function alone, and no failure."""
+    return isinstance(error, (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame))
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -65,6 +79,51 @@ def to_fake(mode: FakeTensorMode, value: Any) -> Any:
         with mode:
             return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
     return mode.from_tensor(value, static_shapes=True)
+
+
+def no_autocast() -> AbstractContextManager[Any]:
+    """Within it no op casts its inputs by autocast, on whatever device; regions opened within it work."""
+    return torch._C._DisableAutocast()
+
+
+def without_autocast(run: Compiled) -> Compiled:
+    """`run` with autocast off, where it is on now: Dynamo sees to it that it then is at every call."""
+    if not torch._C._is_any_autocast_enabled():
+        return run
+
+    def call(*inputs: Any) -> Any:
+        with no_autocast():
+            return run(*inputs)
+
+    return call
+
+
+@contextmanager
+def autocast(regions: Sequence[tuple[str, torch.dtype]]) -> Iterator[None]:
+    """Autocast for each (device type, dtype)."""
+    with ExitStack() as stack:
+        for device, dtype in regions:
+            stack.enter_context(torch.autocast(device, dtype))
+        yield
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+_AUTOCAST_KEYS = tuple(key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+
+
+def has_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """Whether an op has a kernel of its own for autocast."""
+    return any(map(op.has_kernel_for_dispatch_key, _AUTOCAST_KEYS))
+
+
+def may_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """False for an op that does the same with autocast as without: it has no kernel for it, and is not made of other ops."""
+    return has_autocast(op) or op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def specialize(gm: fx.GraphModule) -> bool:
@@ -232,9 +291,28 @@ def compile_with_inductor(
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
-    wrapper = torch._TorchCompileInductorWrapper(compile_mode, dict(options or {}), False)
-    with _own_tracing_context(mode), torch.no_grad():
-        return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+
+    def compiled(**more: Any) -> Compiled:
+        wrapper = torch._TorchCompileInductorWrapper(compile_mode, {**(options or {}), **more}, False)
+        with _own_tracing_context(mode), torch.no_grad():
+            return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+
+    try:
+        return compiled()
+    except Exception as error:
+        if not _is_fusion_defect(error):
+            raise
+        log.warning("Inductor failed to fuse loops of a step (%s), which is then compiled without fusion", error)
+        return compiled(max_fusion_size=1)
+
+
+def _is_fusion_defect(error: Exception) -> bool:
+    """Whether Inductor's CPU code tripped over its own fusion of outer loops (seen on 2.13).
+
+    A buffer that one step of the loops writes, and before whose reader another may not write (the change of a feature,
+    computed from the state that the new feature then overwrites), is looked up in that other step, where it is not read.
+    """
+    return type(error).__name__ == "InductorError" and re.search(r"KeyError: 'buf\d+'", str(error)) is not None
 
 
 def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Compiled:

@@ -14,12 +14,14 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import slots_of, value_of
+from hero_fx.passes.pipeline import PassError
 
 from . import _compat
-from .checks import UnsupportedModel, check_call, check_graph, check_structure, find_timestep
+from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep
 from .config import Config
 from .diffusers_context import entered, listen
 from .evidence import find_roles
+from .flops import too_much_outside
 from .policy import Policy
 from .runtime import Inputs, Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
@@ -85,19 +87,16 @@ class Backend:
         policy = config.make_policy()
         if policy is None:
             return _compile_plain(gm, inputs, config)
-        plain = unwrap(gm, inputs)
         try:
+            plain = unwrap(gm, inputs)
             steps, timestep = self._steps(plain, config, policy)
-        except ValueError as error:
-            if config.strict:
+            stepper = self._compile(plain.gm, plain.inputs, config, policy, steps, timestep)
+        except Exception as error:
+            if _compat.is_control_flow(error):
                 raise
-            message = f"hero_fx compiles this model without step caching: {error}"
-            # A model with graph breaks comes in pieces: one warning, the further pieces go to the log.
-            if self._warned:
-                log.warning("%s", message)
-            else:
-                self._warned = True
-                warnings.warn(message, stacklevel=2)
+            if config.strict:
+                raise as_ours(error) from error
+            self._warn_of_plain(as_ours(error))
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
             warnings.warn(
@@ -105,7 +104,19 @@ class Backend:
                 f"{fallback.reason}",
                 stacklevel=2,
             )
-        return plain.call(self._compile(plain.gm, plain.inputs, config, policy, steps, timestep))
+        much = too_much_outside(steps.normal, steps.structure)
+        if much is not None:  # to the log: it is no fault of a call, and small models are like that
+            log.warning("%s", much)
+        return plain.call(stepper)
+
+    def _warn_of_plain(self, error: Exception) -> None:
+        message = f"hero_fx compiles this model without step caching: {error}"
+        # A model with graph breaks comes in pieces: one warning, the further pieces go to the log.
+        if self._warned:
+            log.warning("%s", message)
+        else:
+            self._warned = True
+            warnings.warn(message, stacklevel=3)
 
     def trace(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> StepGraphs:
         """The step graphs of a Dynamo graph, without compiling them. Raises what compiling would raise."""
@@ -160,12 +171,15 @@ class Backend:
         check_graph(gm)
         try:
             normal, records = normalized(gm, inputs)
-        except _compat.DATA_DEPENDENT as error:
+            structure = find_structure(normal)
+        except (PassError, *_compat.DATA_DEPENDENT) as error:
+            cause = error.__cause__ if isinstance(error, PassError) else error
+            if not isinstance(cause, _compat.DATA_DEPENDENT):
+                raise
             raise UnsupportedModel(
                 "the graph goes by values that only running it tells: by a Python number that changes from call to call, "
-                f"or by .item() or nonzero(); pass such numbers as tensors ({str(error).strip().splitlines()[0]})"
+                f"or by .item() or nonzero(); pass such numbers as tensors ({str(cause).strip().splitlines()[0]})"
             ) from error
-        structure = find_structure(normal)
         try:
             check_structure(normal, structure)
         except UnsupportedModel as error:
@@ -250,15 +264,17 @@ def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> 
     inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     mode = next(value.fake_mode for value in inputs if isinstance(value, _compat.FakeTensor))
     run: _compat.Compiled
-    if config.inner == "eager":
-        run = gm.forward
-    elif config.inner == "aot_eager":
-        run = _compat.compile_with_aot_eager(gm, inputs, mode)
-    elif config.inner == "inductor":
-        run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
-    else:
-        assert callable(config.inner)
-        run = config.inner(gm, inputs)
+    with _compat.no_autocast():
+        if config.inner == "eager":
+            run = gm.forward
+        elif config.inner == "aot_eager":
+            run = _compat.compile_with_aot_eager(gm, inputs, mode)
+        elif config.inner == "inductor":
+            run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
+        else:
+            assert callable(config.inner)
+            run = config.inner(gm, inputs)
+    run = _compat.without_autocast(run)
     slots = list(slots_of(gm))
     device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
     state = [value_of(node).device for node, _ in slots]

@@ -8,18 +8,35 @@ from typing import Any
 import torch
 from torch import fx
 
+from hero_fx.passes.axis import is_matmul
 from hero_fx.passes.branches import Structure
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.pipeline import PassError
 
 from . import _compat
 
-__all__ = ["UnsupportedModel", "check_call", "check_graph", "check_structure", "find_timestep"]
+__all__ = ["BuildError", "UnsupportedModel", "as_ours", "check_call", "check_graph", "check_structure", "find_timestep"]
 
 aten = torch.ops.aten
 
 
 class UnsupportedModel(ValueError):
     """hero_fx cannot accelerate this graph; the message says why and what to do. `strict=False` warns instead."""
+
+
+class BuildError(RuntimeError):
+    """hero_fx failed where it should not; the error is its cause. `strict=False` warns and compiles the model plainly."""
+
+
+def as_ours(error: Exception) -> Exception:
+    """An error of building as a user is to see it: what says what to do as it is, any other as `BuildError`."""
+    if isinstance(error, (ValueError, PassError)):
+        return error
+    return BuildError(
+        f"hero_fx could not build this model's steps ({type(error).__name__}: {str(error).strip() or 'no message'}). This is a "
+        "fault of hero_fx or of the compiler beneath, please report it; hero_fx.backend(strict=False) compiles such a model "
+        "without step caching"
+    )
 
 
 def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -128,11 +145,12 @@ _NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level"
 def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
     """Position of the graph input that carries the diffusion time.
 
-    By argument (`wanted`: a name, or a position among the graph's inputs), by name, then by structure: the model input
-    that feeds a sinusoidal embedding.
+    By argument (`wanted`: a name, or a position among the graph's inputs), else by structure: of the inputs that look like
+    a timestep ([], [batch] or [batch, tokens], real numbers), one that a sinusoidal embedding is taken of; else the one
+    that has a usual name. Names choose between inputs that the structure does not tell apart.
 
     Raises:
-        UnsupportedModel: there is none, or `wanted` does not name one.
+        UnsupportedModel: there is none, or `wanted` names none, or an input that is no timestep.
     """
     inputs = normal.graph.find_nodes(op="placeholder")
     tensors = [
@@ -145,17 +163,59 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
     if wanted is not None:
         for i, node in tensors:
             if wanted in (node.meta["argument"], node.name, i):
+                _check_wanted(node, wanted)
                 return i
         raise UnsupportedModel(
             f"timestep={wanted!r} names no tensor input of the graph; its tensor inputs are {', '.join(names) or 'none'}"
         )
-    for name in _NAMES:
-        for i, node in tensors:
-            if node.meta["argument"] == name:
-                return i
-    for i, node in tensors:
-        if value_of(node).dim() <= 2 and _feeds_sinusoid(node):
-            return i
+    alike = [(i, node) for i, node in tensors if _why_not(node) is None]
+    embedded = [(i, node) for i, node in alike if _feeds_sinusoid(node)]
+    named = [(i, node) for name in _NAMES for i, node in alike if node.meta["argument"] == name]
+    for i, _ in [*(pair for pair in named if pair in embedded), *embedded, *named]:
+        return i
+    raise UnsupportedModel(
+        f"no timestep was found among the graph's inputs {_listed(tensors)}{_numbers(inputs, names)}; name it with "
+        "hero_fx.backend(timestep='...'), and if the model is called with a Python number for it, pass a tensor"
+    )
+
+
+def _why_not(node: fx.Node) -> str | None:
+    """Why an input cannot be a timestep; None if it can."""
+    value = value_of(node)
+    if value.is_complex() or value.dtype == torch.bool:
+        return None  # as far as its shape goes; the first call says what is wrong with its dtype
+    if value.dim() > 2:
+        return "it has more axes than batch and tokens"
+    if value.dim() < 2 or value.shape[-1] == 1:
+        return None
+    for user in _beneath_scales(node):
+        if user.target in _TABLES:
+            return "each of its rows is looked up in a table, as text is"
+        if is_matmul(user) and any(value_of(n).shape[-1:] == value.shape[-1:] for n in user.all_input_nodes[:1]):
+            return "its rows go into a matrix product, as vectors do"
+    return None
+
+
+def _check_wanted(node: fx.Node, wanted: str | int) -> None:
+    reason = _why_not(node)
+    if reason is not None:
+        shape = list(value_of(node).shape)
+        raise UnsupportedModel(
+            f"timestep={wanted!r} is {node.meta['argument']} {shape}, which is no timestep: {reason}; a timestep is [], "
+            "[batch] or [batch, tokens]. Name the input that holds the diffusion time, or leave timestep out"
+        )
+
+
+def _listed(tensors: Sequence[tuple[int, fx.Node]]) -> str:
+    """The tensor inputs, and why those with a timestep's name are none."""
+    words = []
+    for _, node in tensors:
+        name, reason = node.meta["argument"], _why_not(node)
+        words.append(f"{name} ({reason})" if reason and name in _NAMES else name)
+    return ", ".join(words) or "(none are tensors)"
+
+
+def _numbers(inputs: Sequence[fx.Node], names: Sequence[str]) -> str:
     scalars = [
         node.meta["argument"]
         for node in inputs
@@ -163,26 +223,29 @@ def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
         and node.meta["argument"] not in names  # sizes of tensors
         and not (isinstance(value_of(node), torch.Tensor) and node.users)
     ]
-    hint = f" (and the Python numbers {', '.join(scalars)})" if scalars else ""
-    raise UnsupportedModel(
-        f"no timestep was found among the graph's inputs {', '.join(names) or '(none are tensors)'}{hint}; name it with "
-        "hero_fx.backend(timestep='...'), and if the model is called with a Python number for it, pass a tensor"
-    )
+    return f" (and the Python numbers {', '.join(scalars)})" if scalars else ""
 
 
 def _feeds_sinusoid(node: fx.Node) -> bool:
     """True if sin and cos of (a scaled, broadcast copy of) the input are taken."""
-    seen, todo, found = {node}, [node], set()
+    found = {user.target for user in _beneath_scales(node)}
+    return {aten.sin.default, aten.cos.default} <= found
+
+
+def _beneath_scales(node: fx.Node) -> set[fx.Node]:
+    """What reads (a scaled, broadcast copy of) the input, and is more than such a copy."""
+    seen, todo, readers = {node}, [node], set[fx.Node]()
     while todo:
         for user in todo.pop().users:
-            if user.target in (aten.sin.default, aten.cos.default):
-                found.add(user.target)
-            elif user not in seen and user.target in _SCALES:
+            if user.target not in _SCALES:
+                readers.add(user)
+            elif user not in seen:
                 seen.add(user)
                 todo.append(user)
-    return len(found) == 2
+    return readers
 
 
+_TABLES = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 _SCALES = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
     aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.unsqueeze.default, aten.expand.default, aten.view.default,

@@ -5,70 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
-from hero_fx.passes.emit import value_of
 from hero_fx.passes.plan import Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy
-from hero_fx.passes.tokens import ATTENTION, is_matmul
 
 from . import _compat
 from .backends import Backend
 from .backends import backend as make_backend
 from .config import Config
+from .flops import Flops, flops, outside, too_much_outside
 from .policy import Policy
 from .steps import StepGraphs
 
 __all__ = ["Explanation", "Flops", "explain", "flops", "step_kinds", "trace", "trajectory_flops"]
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Floating-point operations (a multiply-add is two)."""
-
-    gemm: int
-    """Matrix products and convolutions, as the paper counts."""
-    attention: int
-    """Q K^T and P V, inside attention ops or written out as products of two batches of matrices."""
-
-    @property
-    def total(self) -> int:
-        """Both, which is what hardware feels."""
-        return self.gemm + self.attention
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.gemm + other.gemm, self.attention + other.attention)
-
-    def __mul__(self, times: int) -> Flops:
-        return Flops(self.gemm * times, self.attention * times)
-
-
-def flops(gm: fx.GraphModule) -> Flops:
-    """FLOPs of one run of a normalised or rewritten graph, counted from its nodes under fake tensors."""
-    gemm = attention = 0
-    for node in gm.graph.nodes:
-        if node.target in ATTENTION:
-            op = ATTENTION[node.target]
-            query, key, value = (value_of(node.args[i]) for i in (op.query, op.key, op.value))
-            # [.., L, E] x [.., S, E] -> [.., L, S], then x [.., S, V]
-            queries = prod(query.shape[:-1])
-            attention += 2 * queries * key.shape[op.dim] * (query.shape[-1] + value.shape[-1])
-        elif is_matmul(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-            mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
-            with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-                node.target(*args, **kwargs)
-            # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.
-            if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and "conv" not in str(node.target):
-                attention += counter.get_total_flops()
-            else:
-                gemm += counter.get_total_flops()
-    return Flops(gemm, attention)
 
 
 def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
@@ -183,6 +136,9 @@ class Explanation:
             f"residual streams: {streams}",
             f"token grid (frames, height, width): {self.config.grid or structure.grid or 'not read from the graph'}",
         ]
+        share = outside(steps.normal, structure).share
+        if share is not None:
+            lines.append(f"outside of any branch, computed at every step: {share:.1%} of a full step's FLOPs")
         if steps.sampler is not None:
             sampler = steps.sampler
             lines.append(
@@ -243,6 +199,9 @@ class Explanation:
 
     def _notes(self) -> str:
         notes = [f"{f.branch} is computed in full at every step: {f.reason}" for f in self.steps.fallbacks]
+        much = too_much_outside(self.steps.normal, self.steps.structure)
+        if much is not None:
+            notes.append(much)
         if steps_without_grid(self.steps, self.config):
             notes.append(
                 f"the token grid was not found in the graph, so patches are runs of tokens in a row; pass grid=(frames, "

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from hero_fx.passes.autocast import ResolveAutocast
 from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState, state_read
 from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
+from hero_fx.passes.fused import FuseUpdates, SplitUpdates
 from hero_fx.passes.groups import JoinGroups
 from hero_fx.passes.memory import Memory
 from hero_fx.passes.merge import MergeCaches, find_merges
@@ -107,10 +109,21 @@ class StepGraphs:
 
 
 def normalized(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
-    """The normalised form of a Dynamo graph."""
+    """The normalised form of a Dynamo graph: autocast is explicit, that around the model too."""
     normal = normalize(gm, inputs)
-    passes = (Functionalize(), DropIdentities(), UnflattenProducts(), JoinGroups(), DropDeadCode())
-    return normal, Pipeline(label="normal", passes=passes)(normal)
+    devices = sorted({value.device.type for value in inputs if isinstance(value, torch.Tensor)})
+    around = tuple((device, dtype) for device in devices if (dtype := _compat.autocast_dtype(device)) is not None)
+    passes: tuple[Pass, ...] = (
+        ResolveAutocast(around=around),  # first, since all others emit and move ops
+        Functionalize(),
+        DropIdentities(),
+        UnflattenProducts(),
+        JoinGroups(),
+        SplitUpdates(),
+        DropDeadCode(),
+    )
+    with _compat.no_autocast():
+        return normal, Pipeline(label="normal", passes=passes)(normal)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -135,6 +148,17 @@ def build_steps(
     Raises:
         ValueError: the options do not fit the model (boundary beyond the depth, patch larger than the grid, ...).
     """
+    with _compat.no_autocast():  # its casts are explicit in `normal`
+        return _build_steps(normal, structure, policy, config, records)
+
+
+def _build_steps(
+    normal: fx.GraphModule,
+    structure: Structure,
+    policy: Policy,
+    config: Config,
+    records: tuple[PassRecord, ...],
+) -> StepGraphs:
     grid = _grid(structure, config)
     plans, fallbacks = resolve(normal, structure, policy.steps(structure))
     sampler = _sampler(structure, config, grid, plans)
@@ -171,6 +195,7 @@ def build_steps(
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
+    done += _on_all(full, cached, "fuse", (FuseUpdates(),))
     steps = StepGraphs(
         normal=normal,
         structure=structure,

@@ -14,7 +14,7 @@ from .emit import value_of
 
 __all__ = [
     "ATTENTION", "AttentionOp", "Folded", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
-    "one_input", "rank_of",
+    "one_input", "rank_of", "sizes_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -122,6 +122,11 @@ Lookup = Callable[[Any], Tokens | None]
 def rank_of(node: Any) -> int:
     """The number of axes of a node's value."""
     return value_of(node).dim()  # type: ignore[no-any-return]
+
+
+def sizes_of(node: Any) -> tuple[int | str, ...]:
+    """The shape of a node's value, to compare; a size that only values tell (of `nonzero`) is text, equal to itself alone."""
+    return tuple(size if isinstance(size, int) else str(size) for size in value_of(node).shape)
 
 
 def one_input(node: fx.Node, look: Lookup) -> tuple[fx.Node, Tokens]:

@@ -23,7 +23,7 @@ from .streams import find_grid, find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
 from .tokens import ATTENTION, is_matmul
 
-__all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid"]
+__all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid", "module_path"]
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 layer,
                 kind,
                 label,
-                _module_path(body),
+                module_path(body),
                 updates,
                 tuple((n.name, values[n]) for n in reads),
                 tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
@@ -201,16 +201,15 @@ class _LayerNumbers:
 
 def _groups(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
     """Updates that share a matrix product, in order of their first add."""
-    groups: list[tuple[set[fx.Node], list[ResidualAdd]]] = []
+    groups: list[list[ResidualAdd]] = []
+    owner: dict[fx.Node, int] = {}
     for found in adds:
-        for matmuls, members in reversed(groups[-6:]):
-            if matmuls & found.matmuls:
-                matmuls |= found.matmuls
-                members.append(found)
-                break
-        else:
-            groups.append((set(found.matmuls), [found]))
-    return [members for _, members in groups]
+        number = max((owner[n] for n in found.matmuls if n in owner), default=len(groups))
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(found)
+        owner.update(dict.fromkeys(found.matmuls, number))
+    return groups
 
 
 def _reads(targets: list[fx.Node], values: dict[fx.Node, int]) -> list[fx.Node]:
@@ -275,7 +274,7 @@ def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[
     return met
 
 
-def _module_path(body: list[fx.Node]) -> str:
+def module_path(body: list[fx.Node]) -> str:
     """The module that all matrix products of the branch lie in, as Dynamo names it."""
     paths = []
     for node in body:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .axis import sizes_of
 from .emit import Emitter, value_of
 from .memory import Memory
 
@@ -73,17 +74,17 @@ def _split_axis(node: fx.Node) -> int | None:
     """The axis that a reshape splits in two, if it does that and no more, and it is not that of channels."""
     if node.op != "call_function" or node.target not in _RESHAPES:
         return None
-    before, after = value_of(node.args[0]).shape, value_of(node).shape  # type: ignore[arg-type]
+    before, after = sizes_of(node.args[0]), sizes_of(node)
     for axis in range(len(before) - 1):
-        pair = after[axis : axis + 2]
-        if len(pair) == 2 and before == (*after[:axis], pair[0] * pair[1], *after[axis + 2 :]) and 1 not in pair:
-            return axis
+        match after[axis : axis + 2]:
+            case (int(a), int(b)) if 1 not in (a, b) and before == (*after[:axis], a * b, *after[axis + 2 :]):
+                return axis
     return None
 
 
 def _region(split: fx.Node) -> list[fx.Node]:
     """What is computed from the groups up to the reshapes that join them, in order; nothing if some of it is not joined."""
-    whole, shape = value_of(split.args[0]).shape, value_of(split).shape  # type: ignore[arg-type]
+    whole, shape = sizes_of(split.args[0]), sizes_of(split)
     region: dict[fx.Node, None] = {}
     todo, arithmetic = [split], False
     while todo:
@@ -91,10 +92,10 @@ def _region(split: fx.Node) -> list[fx.Node]:
             if user in region:
                 continue
             region[user] = None
-            if user.target in _POINTWISE and value_of(user).shape == shape:
+            if user.target in _POINTWISE and sizes_of(user) == shape:
                 arithmetic = True
                 todo.append(user)
-            elif user.target not in _RESHAPES or value_of(user).shape != whole:
+            elif user.target not in _RESHAPES or sizes_of(user) != whole:
                 return []
     return sorted(region) if arithmetic else []
 
@@ -123,10 +124,10 @@ def _joined(emitter: Emitter, node: fx.Node, split: fx.Node, axis: int) -> fx.No
     at = axis - len(groups) + len(shape)  # where the groups would be
     if at < -1:
         return node
-    if _split_axis(node) == axis == at and shape == list(groups):
+    if _split_axis(node) == axis == at and sizes_of(node) == sizes_of(split):
         return node.args[0]  # type: ignore[return-value]
     pair = shape[max(at, 0) : at + 2]
-    if any(size != 1 for size in pair):
+    if any(size != 1 for size in sizes_of(node)[max(at, 0) : at + 2]):
         node = emitter.call(
             aten.expand.default, node, [*shape[: max(at, 0)], *groups[axis : axis + 2], *shape[at + 2 :]]
         )

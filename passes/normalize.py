@@ -26,12 +26,32 @@ __all__ = ["DropIdentities", "normalize"]
 aten = torch.ops.aten
 
 
-class _WithModuleNames(fx.Interpreter):
-    """Runs a graph so that each traced node inherits the meta of the node that made it."""
+class _Traced(fx.Interpreter):
+    """Runs a graph so that each traced node inherits the meta of the node that made it, and autocast regions are on."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._regions: list[Any] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            for region in reversed(self._regions):  # what raised has left them open
+                region.__exit__(None, None, None)
 
     def run_node(self, n: fx.Node) -> Any:
         with fx.traceback.set_current_meta(n):
             return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # As it is traced, the function that Dynamo writes only leaves a node: values in a region would be of the wrong dtypes.
+        if target is _compat.enter_autocast:
+            self._regions.append(torch.autocast(*args))
+            return self._regions[-1].__enter__()
+        if target is _compat.exit_autocast:
+            return self._regions.pop().__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -48,7 +68,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     fakes = [_compat.to_fake(mode, value) for value in inputs]
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta(), _compat.lazy_code():
         plain = without_maps(gm, fakes)
-        traced = make_fx(_WithModuleNames(plain).run, pre_dispatch=True)(*fakes)
+        traced = make_fx(_Traced(plain).run, pre_dispatch=True)(*fakes)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
         new._rename(_readable(old.name))

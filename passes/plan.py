@@ -15,7 +15,7 @@ from .emit import StateSlot, by_name, value_of
 from .memory import Memory
 from .model_writes import attended, check_moved, check_recorded
 from .subset import check_whole
-from .tokens import ATTENTION, Info, NoRule, Tokens, follow
+from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, follow
 
 __all__ = [
     "CachePoint", "Extrapolate", "Fallback", "Full", "Keys", "Recording", "Refresh", "Reuse", "ScoredRefresh",
@@ -264,7 +264,7 @@ def _check(
     analysis = analyse(nodes, structure, branch, strategy.cache_point)
     check_moved(memory, analysis.body, analysis.targets)
     if isinstance(strategy, ScoredRefresh):
-        _batch_in_front(nodes, structure, branch)
+        _batch_in_front(analysis)
         check_recorded(memory, attended(self_attention(nodes, structure, branch)))
         return
     if strategy.keys == "landmarks":
@@ -275,12 +275,27 @@ def _check(
         check_recorded(memory, [gate for found in gates if found is not None for gate in found])
 
 
-def _batch_in_front(nodes: Mapping[str, fx.Node], structure: Structure, branch: Branch) -> None:
-    tokens = [structure.streams[update.stream].tokens for update in branch.updates]
-    if any(t.dim != 1 or t.folded for t in tokens):
-        raise NoRule(
-            nodes[branch.updates[0].add], "tokens by score are chosen where the stream is [batch, tokens, width]"
-        )
+def _batch_in_front(analysis: Analysis) -> None:
+    """Raises NoRule unless all that has tokens is [batch, .., tokens, ..]: each batch element has chosen rows of its own."""
+    reason = "tokens by score are chosen where the stream and all between are [batch, .., tokens, ..]"
+    batch: dict[fx.Node, Info] = {}
+    for source in analysis.sources:
+        tokens = analysis.tokens(source)
+        if tokens.dim != 1 or tokens.folded:
+            raise NoRule(source, reason)
+        batch[source] = Tokens(0, (Segment("batch", 0, int(value_of(source).shape[0])),))
+    for node in analysis.body:
+        if node.target in ATTENTION:
+            batch[node] = batch.get(node.args[ATTENTION[node.target].query])  # type: ignore[arg-type]
+        else:
+            batch = follow([node], batch)  # the batch, as tokens are followed
+        for info, place in zip(_parts(analysis.infos.get(node)), _parts(batch.get(node)), strict=False):
+            if info is not None and (info.folded or place is None or place.dim != 0 or place.folded):
+                raise NoRule(node, reason)
+
+
+def _parts(info: Info) -> tuple[Tokens | None, ...]:
+    return info if isinstance(info, tuple) else (info,)
 
 
 def _no_mask(body: Sequence[fx.Node]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .axis import sizes_of
 from .emit import value_of
 from .tokens import ATTENTION, is_matmul
 
@@ -97,6 +98,52 @@ class ResidualAdd:
     stream: int = -1
 
 
+class _Found:
+    """The residual adds found so far, with what the search for the next one asks of them."""
+
+    def __init__(self, graph: Ancestry) -> None:
+        self.graph = graph
+        self.by_add: dict[fx.Node, ResidualAdd] = {}
+        self._readers: dict[fx.Node, dict[fx.Node, None]] = {}
+        self._adds = 0  # bit sets of nodes
+        self._chains: dict[fx.Node, int] = {}
+
+    def put(self, found: ResidualAdd) -> None:
+        self.by_add[found.add] = found
+        self._readers.setdefault(found.residual, {})[found.add] = None
+        index = self.graph.index
+        self._adds |= 1 << index[found.add]
+        self._chains[found.add] = self._chain(found.residual) | 1 << index[found.add]
+
+    def drop(self, found: ResidualAdd) -> None:
+        del self.by_add[found.add], self._readers[found.residual][found.add], self._chains[found.add]
+        self._adds &= ~(1 << self.graph.index[found.add])
+
+    def _chain(self, value: fx.Node) -> int:
+        """A value of a stream and those before it, back to its root."""
+        return self._chains.get(value, 1 << self.graph.index[value])
+
+    def latest(self, value: fx.Node, update: fx.Node) -> fx.Node | None:
+        """The latest of a stream's values, up to `value`, that `update` depends on."""
+        met = self._chain(value) & self.graph.above[self.graph.index[update]]
+        return self.graph.nodes[met.bit_length() - 1] if met else None
+
+    def next(self, value: fx.Node, update: fx.Node) -> ResidualAdd | None:
+        """The first add to a stream's value on whose sum `update` depends, or which it is."""
+        adds = self._readers.get(value, ())
+        return next((self.by_add[a] for a in adds if a is update or self.graph.depends(update, a)), None)
+
+    def between(self, source: fx.Node, update: fx.Node) -> list[ResidualAdd]:
+        """The adds that depend on `source` and that `update` depends on."""
+        start = self.graph.index[source] + 1
+        bits = (self._adds & self.graph.above[self.graph.index[update]]) >> start
+        adds = []
+        while bits:
+            adds.append(self.graph.nodes[start + (bits & -bits).bit_length() - 1])
+            bits &= bits - 1
+        return [self.by_add[add] for add in adds if self.graph.depends(add, source)]
+
+
 def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
     """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order.
 
@@ -104,16 +151,19 @@ def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
 
     An add around whole layers (`x + stack(x)`) is none: the layers within are. An add within a branch, to what its
     attention gives (`x + project(a + cross(a)), a = attention(x)`), is none either: there the branch is.
+
+    Raises:
+        ValueError: how large a stream is only the values of an input tell.
     """
-    found: dict[fx.Node, ResidualAdd] = {}
+    found = _Found(graph)
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
             continue
         a, b = node.args[:2]
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
             continue
-        shape = value_of(node).shape
-        if len(shape) < 2 or value_of(a).shape != shape or value_of(b).shape != shape:
+        shape = sizes_of(node)
+        if len(shape) < 2 or sizes_of(a) != shape or sizes_of(b) != shape:
             continue
         for residual, update in ((a, b), (b, a)):
             source = _source_of(graph, found, beneath_casts(residual), update)
@@ -121,48 +171,55 @@ def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
             matmuls = frozenset(n for n in body if is_matmul(n))
             if source is not None and matmuls:
                 attends = any(map(_mixes_tokens(graph, source), matmuls))
-                for inner in [o for o in found.values() if _is_part(graph, found, o, source, update)]:
-                    del found[inner.add]
-                found[node] = ResidualAdd(node, beneath_casts(residual), source, update, matmuls, attends)
+                for inner in [o for o in found.between(source, update) if _is_part(graph, found, o, source, update)]:
+                    found.drop(inner)
+                found.put(ResidualAdd(node, beneath_casts(residual), source, update, matmuls, attends))
                 break
-    attended = {_root(found, f.add) for f in found.values() if f.attends}
-    return [f for f in found.values() if value_of(f.add).dim() > 2 or _root(found, f.add) in attended]
+    adds = list(found.by_add.values())
+    attended = {_root(found, f.add) for f in adds if f.attends}
+    adds = [f for f in adds if value_of(f.add).dim() > 2 or _root(found, f.add) in attended]
+    _refuse_unknown_sizes(adds)
+    return adds
 
 
-def _root(found: dict[fx.Node, ResidualAdd], value: fx.Node) -> fx.Node:
+def _refuse_unknown_sizes(adds: Sequence[ResidualAdd]) -> None:
+    for found in adds:
+        sizes = sizes_of(found.add)
+        if any(isinstance(size, str) for size in sizes):
+            raise ValueError(
+                f"the residual stream at {found.add.name} is {list(sizes)}: how many tokens it has, only the values of an "
+                "input tell (a mask that cuts text to its length, say), but feature state has a fixed size; cut the input to "
+                "its length before the call, or call the model in a way that masks tokens and keeps them (often: with a "
+                "batch of 2 or more)"
+            )
+
+
+def _root(found: _Found, value: fx.Node) -> fx.Node:
     """The value in front of the first add of a stream."""
-    while value in found:
-        value = found[value].residual
+    while value in found.by_add:
+        value = found.by_add[value].residual
     return value
 
 
-def _source_of(graph: Ancestry, found: dict[fx.Node, ResidualAdd], value: fx.Node, update: fx.Node) -> fx.Node | None:
+def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) -> fx.Node | None:
     """The value of the residual's stream that `update` reads; None if it reads none, or through layers of its own."""
     # x + attention(x) + ffn(x) is two adds; the second one's update reads the stream one add earlier.
-    for _ in range(4):
-        if graph.depends(update, value):
-            break
-        if value not in found:
-            return None
-        value = found[value].residual
-    else:
+    source = found.latest(value, update)
+    if source is None:
         return None
     # x + ffn(norm(x + attention(x))): the second one's update reads the stream one add later.
-    source, passed = value, list[ResidualAdd]()
-    for other in found.values():
-        if other.residual is source and (other.add is update or graph.depends(update, other.add)):
-            source = other.add
-            passed.append(other)
-    # x + stack(x) and x + linear(stack(x)): the skip connection goes around FFNs too, and around many layers.
-    if source is update or len(passed) > 2 or not all(other.attends for other in passed):
+    while (other := found.next(source, update)) is not None:
+        # x + stack(x) and x + linear(stack(x)): the skip connection goes around FFNs too.
+        if not other.attends:
+            return None
+        source = other.add
+    if source is update:
         return None
-    within = (o for o in found.values() if o.attends and graph.depends(o.add, source) and graph.depends(update, o.add))
+    within = (o for o in found.between(source, update) if o.attends)
     return None if any(not _is_part(graph, found, o, source, update) for o in within) else source
 
 
-def _is_part(
-    graph: Ancestry, found: dict[fx.Node, ResidualAdd], inner: ResidualAdd, source: fx.Node, update: fx.Node
-) -> bool:
+def _is_part(graph: Ancestry, found: _Found, inner: ResidualAdd, source: fx.Node, update: fx.Node) -> bool:
     """Whether an add lies within the branch from `source` to `update`: its stream begins with what attention gives there.
 
     The stream of layers begins with a value of its own, or with one that no attention has made.
@@ -207,28 +264,28 @@ def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> 
             node = node.args[0]  # type: ignore[assignment]
         else:
             break
-    return _projection_of(feature, moves) or feature
+    return _projection_of(feature, moves, sources) or feature
 
 
-def _projection_of(feature: fx.Node, moves: Callable[[object], bool]) -> fx.Node | None:
+def _projection_of(feature: fx.Node, moves: Callable[[object], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
     """The one projection that all of `feature` is computed from, where no one else reads it: `norm(linear)` -> `linear`."""
     passed, products, todo = {feature}, set[fx.Node](), [feature]
     if is_matmul(feature):
         return None
-    while todo and len(passed) < 24:
+    while todo:
         for source in todo.pop().all_input_nodes:
             if not moves(source) or source in passed:
                 continue
             if is_matmul(source):
                 products.add(source)
-            elif source.op != "call_function":
+            elif source in sources or source.op != "call_function":
                 return None
             else:
                 passed.add(source)
                 todo.append(source)
-    if todo or len(products) != 1:
-        return None
+        if len(products) > 1:
+            return None
     (product,) = products
     inside = all(user in passed for node in (passed - {feature}) | products for user in node.users)
-    same = isinstance(value_of(product), torch.Tensor) and value_of(product).shape == value_of(feature).shape
+    same = isinstance(value_of(product), torch.Tensor) and sizes_of(product) == sizes_of(feature)
     return product if inside and same else None

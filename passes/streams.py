@@ -95,16 +95,16 @@ def _token_axis(graph: Ancestry, root: fx.Node, reader: ResidualAdd) -> int:
 
 
 def _between_streams(graph: Ancestry, root: fx.Node, known: dict[fx.Node, Info]) -> list[fx.Node]:
-    """What lies between known stream values and a new root, in order; nothing if that is much."""
+    """What lies between known stream values and a new root, in order."""
     bits = sum(1 << graph.index[node] for node in known)
     path: set[fx.Node] = set()
     todo = [root]
-    while todo and len(path) < 256:
+    while todo:
         node = todo.pop()
         if node not in known and node not in path and graph.above[graph.index[node]] & bits:
             path.add(node)
             todo.extend(node.all_input_nodes)
-    return [] if todo else sorted(path, key=graph.index.__getitem__)
+    return sorted(path, key=graph.index.__getitem__)
 
 
 def find_image(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> Segment | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .axis import sizes_of
 from .emit import Emitter, value_of
 from .memory import Memory
 
@@ -69,14 +70,14 @@ def _is_flat(node: object) -> bool:
     if not isinstance(node, fx.Node) or node.target not in _FLATTEN:
         return False
     (source,) = node.all_input_nodes
-    before, after = value_of(source).shape, value_of(node).shape
+    before, after = sizes_of(source), sizes_of(node)
     return len(before) > len(after) == 2 and before[-1] == after[-1]
 
 
 def _move(emitter: Emitter, flat: fx.Node, kept: fx.Node) -> None:
     """The readers of `flat` [a * b, c] read `kept` [a, b, c]; `flat` is erased, or stays as a view of `kept`."""
     for user in list(flat.users):
-        if user.target in _FLATTEN and value_of(user).shape == value_of(kept).shape:
+        if user.target in _FLATTEN and sizes_of(user) == sizes_of(kept):
             user.replace_all_uses_with(kept)
             emitter.graph.erase_node(user)
         elif user.target in _POINTWISE and _by_channel(user, flat):
@@ -99,7 +100,7 @@ def _drop_round_trips(graph: fx.Graph) -> int:
         if source.target not in _FLATTEN or memory.written(node) or memory.returned(node):
             continue
         (origin,) = source.all_input_nodes
-        if value_of(origin).shape == value_of(node).shape:
+        if sizes_of(origin) == sizes_of(node):
             node.replace_all_uses_with(origin)
             graph.erase_node(node)
             sites += 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import hero_fx
+from hero_fx.checks import BuildError
 
 from . import tiny, toys
 
@@ -320,3 +321,90 @@ def test_a_branch_that_cannot_be_refreshed_is_computed_in_full() -> None:
     assert torch.equal(ours[0], plain[0])
     assert 0 < tiny.worst(ours, plain) < 0.5
     assert [fallback.branch for fallback in hero.graphs[0].fallbacks] == ["l1_ffn_2"]
+
+
+class Unsized(toys.ToyDiT):
+    """Text in front of the image, cut to the length that its mask has: how many tokens, only a value tells."""
+
+    def forward(self, latents: Tensor, timestep: Any, mask: Tensor) -> Any:  # type: ignore[override]
+        x, embedding = self.first(latents), self.time(toys.sinusoid(timestep))[:, None]
+        count = mask.sum().item()
+        torch._check(count >= 2)
+        torch._check(count <= 9)
+        x = torch.cat([x[:, :9][:, :count], x], 1)
+        for block in self.blocks:
+            x = block(x, embedding)
+        return self.last(x[:, -toys.TOKENS :])
+
+
+def test_a_number_of_tokens_that_only_values_tell() -> None:
+    torch.manual_seed(0)
+    model, mask = frozen(Unsized()), torch.tensor([1, 1, 1, 0, 1])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        mend = r"how many tokens it has, only the values of an input tell.*cut the input to its length before the call"
+        call = toys.torch_compile(model, backend=backend(), fullgraph=True)
+        check_message(lambda: call(toys.latents(), TIME, mask), mend, ValueError)
+        torch._dynamo.reset()
+        lenient = toys.torch_compile(model, backend=backend(strict=False), fullgraph=True)
+        with torch.no_grad(), pytest.warns(UserWarning, match="without step caching: the residual stream at"):
+            ours = lenient(toys.latents(), TIME, mask)
+        assert torch.equal(ours, model(toys.latents(), TIME, mask))
+
+
+INTERNAL = ["_steps", "_compile"]
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("no"), KeyError("buf144"), NotImplementedError(), RuntimeError("x")], ids=repr
+)
+@pytest.mark.parametrize("where", INTERNAL)
+def test_a_fault_of_ours_is_a_warning_or_a_clear_error(
+    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hero_fx.Backend, where, fail)
+    model = toys.toy()
+    call = toys.torch_compile(model, backend=backend())
+    name = type(error).__name__
+    mend = rf"hero_fx could not build this model's steps \({name}.*please report it; .*strict=False"
+    check_message(lambda: call(toys.latents(), TIME), mend, BuildError)
+    torch._dynamo.reset()
+    lenient = toys.torch_compile(model, backend=backend(strict=False))
+    with torch.no_grad(), pytest.warns(UserWarning, match=rf"without step caching: .*{name}") as caught:
+        assert torch.equal(lenient(toys.latents(), TIME), model(toys.latents(), TIME))
+    assert len(caught) == 1
+
+
+class SequenceFirst(toys.Block):
+    """An FFN that works on [tokens, batch, width], where a table per token meets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(toys.TOKENS, 1, toys.WIDTH))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Any:
+        q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        hidden = self.up(x.transpose(0, 1) * self.table).relu()
+        return x + embedding * self.down(hidden).transpose(0, 1)
+
+
+@pytest.mark.parametrize("batch", [2, toys.TOKENS])
+@pytest.mark.parametrize("policy", ["toca", "duca"])
+def test_tokens_by_score_where_the_batch_is_not_in_front(policy: str, batch: int) -> None:
+    """Computed in full, and said so; also where the batch is as long as the sequence, so that sizes tell nothing."""
+    torch.manual_seed(0)
+    model = toys.ToyDiT(2)
+    model.blocks = nn.ModuleList(SequenceFirst() for _ in range(2))
+    frozen(model)
+    hero = backend(policy=policy, refresh_ratio=1.0, interval=2, inner="aot_eager")
+    call, times, start = toys.torch_compile(model, backend=hero), toys.times(6, batch), toys.latents(batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        toys.loop(call, start, times)
+    said = [re.match(r"hero_fx: (\w+) cannot be refreshed for sampled tokens only", str(w.message)) for w in caught]
+    assert [found and found[1] for found in said] == ["l0_ffn", "l1_ffn"]
+    assert [f.branch for f in hero.graphs[-1].fallbacks] == ["l0_ffn", "l1_ffn"]
+    assert hero.stats().cached_steps

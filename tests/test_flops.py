@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hero_fx
 from hero_fx import Flops
 
-from . import toys
+from . import tiny, toys
 from .examples import example
 from .tracing import trace
 
@@ -139,3 +141,49 @@ def test_full_size_rows_of_the_paper() -> None:
     ]
     for options, most in bounds:
         assert 0.98 * most < hero_fx.backend(**options, state_dtype=torch.bfloat16).rewrite(traced).state_bytes <= most
+
+
+class Hidden(toys.ToyDiT):
+    """Its FFNs are added in a form that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.wide = nn.ModuleList(nn.Linear(toys.WIDTH, toys.WIDTH) for _ in range(2))
+
+    def forward(self, latents: Tensor, timestep: Any) -> Tensor:
+        x, embedding = self.first(latents), self.time(toys.sinusoid(timestep))[:, None]
+        for block, wide in zip(self.blocks, self.wide, strict=True):
+            x = torch.lerp(block(x, embedding), wide(x), 0.5)
+        result: Tensor = self.last(x)
+        return result
+
+
+def test_what_no_branch_holds_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = tiny.randomized(Hidden())
+    call, backend = toys.compiled(model, policy="fora", grid=None)
+    with caplog.at_level(logging.WARNING, "hero_fx"):
+        toys.loop(call, toys.latents(), toys.times(9))
+    (record,) = [r for r in caplog.records if "outside of any branch" in r.message]
+    tokens, width, products = toys.TOKENS, toys.WIDTH, 2 * 2
+    outside = products * (2 * tokens * (width * width + toys.CHANNELS * width) + width * width + 2 * 6 * width * width)
+    total = hero_fx.flops(backend.graphs[-1].normal).total
+    assert re.match(
+        rf"{outside / total:.0%} of a full step's FLOPs .*wide\.0.*updates of the residual stream", record.message
+    )
+    report = str(hero_fx.explain(backend))
+    assert f"outside of any branch, computed at every step: {outside / total:.1%} of a full step's FLOPs" in report
+    assert "note: " + record.message in report
+
+
+def test_what_no_branch_holds_is_little_in_a_model_of_many_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "hero_fx"):
+        hero_fx.backend(inner="eager", policy="fora")(*captured_graph())
+    assert "outside of any branch" not in caplog.text
+
+
+def captured_graph() -> Any:
+    graph = tiny.captured(layers=4)
+    return graph.gm, graph.inputs

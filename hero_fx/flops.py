@@ -1,0 +1,114 @@
+"""Floating-point operations of a graph, counted from its nodes, and how many of them lie outside of any branch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from hero_fx.passes.branches import Structure, body_of, module_path
+from hero_fx.passes.emit import by_name, value_of
+from hero_fx.passes.tokens import ATTENTION, is_matmul
+
+__all__ = ["Flops", "Outside", "flops", "outside", "too_much_outside"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations (a multiply-add is two)."""
+
+    gemm: int
+    """Matrix products and convolutions, as the paper counts."""
+    attention: int
+    """Q K^T and P V, inside attention ops or written out as products of two batches of matrices."""
+
+    @property
+    def total(self) -> int:
+        """Both, which is what hardware feels."""
+        return self.gemm + self.attention
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.gemm + other.gemm, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.gemm * times, self.attention * times)
+
+
+def flops(gm: fx.GraphModule) -> Flops:
+    """FLOPs of one run of a normalised or rewritten graph, counted from its nodes under fake tensors."""
+    return _sum(_of_node(node) for node in gm.graph.nodes)
+
+
+def _sum(parts: Iterable[Flops]) -> Flops:
+    total = Flops(0, 0)
+    for part in parts:
+        total += part
+    return total
+
+
+def _of_node(node: fx.Node) -> Flops:
+    if node.target in ATTENTION:
+        op = ATTENTION[node.target]
+        query, key, value = (value_of(node.args[i]) for i in (op.query, op.key, op.value))  # type: ignore[arg-type]
+        # [.., L, E] x [.., S, E] -> [.., L, S], then x [.., S, V]
+        return Flops(0, 2 * prod(query.shape[:-1]) * key.shape[op.dim] * (query.shape[-1] + value.shape[-1]))
+    if not is_matmul(node):
+        return Flops(0, 0)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    count = counter.get_total_flops()
+    # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.
+    if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and "conv" not in str(node.target):
+        return Flops(0, count)
+    return Flops(count, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What a model computes outside of any branch, at every step: embeddings, modulation, refiners, the head."""
+
+    share: float | None
+    """Of a full step's FLOPs, attention included; None where sizes, and so FLOPs, depend on the inputs' values."""
+    modules: tuple[str, ...]
+    """Where most of it is done, the most first; empty names are left out."""
+
+
+def outside(normal: fx.GraphModule, structure: Structure) -> Outside:
+    """What lies outside of any branch of a normalised graph."""
+    nodes = by_name(normal)
+    inside = {node for branch in structure.branches for node in body_of(nodes, branch, to_update=True)[1]}
+    total: Counter[bool] = Counter()
+    modules: Counter[str] = Counter()
+    for node in normal.graph.nodes:
+        count: Any = _of_node(node).total
+        if not isinstance(count, int):
+            return Outside(None, ())
+        total[node in inside] += count
+        if count and node not in inside:
+            modules[module_path([node])] += count
+    most = tuple(name for name, _ in modules.most_common(3) if name)
+    return Outside(total[False] / max(1, total.total()), most)
+
+
+_MUCH = 0.1
+
+
+def too_much_outside(normal: fx.GraphModule, structure: Structure) -> str | None:
+    """A sentence on what lies outside of any branch, where that is more than a tenth of a full step's FLOPs."""
+    found = outside(normal, structure)
+    if found.share is None or found.share <= _MUCH:
+        return None
+    where = f", most of them in {', '.join(found.modules)}" if found.modules else ""
+    return (
+        f"{found.share:.0%} of a full step's FLOPs (attention included) lie outside of any branch and are computed at every "
+        f"step{where}. In a model of usual size that means that updates of the residual stream were not found: they are "
+        "x + f(x) or x + gate * f(x) of hidden states [batch, tokens, width], with f a layer's attention or FFN"
+    )
