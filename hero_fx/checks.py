@@ -145,9 +145,9 @@ _NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level"
 def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
     """Position of the graph input that carries the diffusion time.
 
-    By argument (`wanted`: a name, or a position among the graph's inputs), else by structure: of the inputs that look like
-    a timestep ([], [batch] or [batch, tokens], real numbers), one that a sinusoidal embedding is taken of; else the one
-    that has a usual name. Names choose between inputs that the structure does not tell apart.
+    By argument (`wanted`: a name, or a position among the graph's inputs), else by structure: an input that a sinusoidal
+    embedding is taken of; else one of [], [batch] or [batch, tokens] that has a usual name and is not used as text is.
+    Names choose between inputs that the structure does not tell apart.
 
     Raises:
         UnsupportedModel: there is none, or `wanted` names none, or an input that is no timestep.
@@ -184,6 +184,8 @@ def _why_not(node: fx.Node) -> str | None:
     value = value_of(node)
     if value.is_complex() or value.dtype == torch.bool:
         return None  # as far as its shape goes; the first call says what is wrong with its dtype
+    if _feeds_sinusoid(node):
+        return None  # whatever its shape is: one time per frame may be [batch, 1, frames]
     if value.dim() > 2:
         return "it has more axes than batch and tokens"
     if value.dim() < 2 or value.shape[-1] == 1:
