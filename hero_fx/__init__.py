@@ -7,11 +7,13 @@ from .policy import Policy
 from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
 from .state import Session, reset, session
 from .steps import StepGraphs
+from .verify import Check, Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Check",
     "Config",
     "Explanation",
     "Flops",
@@ -20,6 +22,7 @@ __all__ = [
     "Stats",
     "StepGraphs",
     "UnsupportedModel",
+    "Verification",
     "backend",
     "explain",
     "flops",
@@ -28,4 +31,5 @@ __all__ = [
     "step_kinds",
     "trace",
     "trajectory_flops",
+    "verify",
 ]

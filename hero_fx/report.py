@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -24,7 +24,9 @@ from .config import Config
 from .policy import Policy
 from .steps import StepGraphs
 
-__all__ = ["Explanation", "Flops", "explain", "flops", "step_kinds", "trace", "trajectory_flops"]
+__all__ = ["Explanation", "Flops", "explain", "flops", "look_at_graph", "step_kinds", "trace", "trajectory_flops"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +115,30 @@ def trace(model: Callable[..., Any], *args: Any, backend: Backend | None = None,
     """
     backend = backend or _compat.backend_of(model, Backend) or make_backend()
     assert isinstance(backend, Backend)
-    traced: list[StepGraphs] = []
+    return look_at_graph(_compat.uncompiled(model), args, kwargs, backend.trace)
+
+
+def look_at_graph(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    look: Callable[[fx.GraphModule, Sequence[Any]], T],
+) -> T:
+    """What `look` says of the Dynamo graph of a call and its example inputs; nothing is compiled or run."""
+    seen: list[T] = []
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> _compat.Compiled:
-        traced.append(backend.trace(gm, inputs))
+        seen.append(look(gm, inputs))
         raise _TracedOnly  # here, not at the call: so Dynamo keeps no code, and its recompile limit stays whole
 
-    inner = getattr(model, "_orig_mod", model)
-    compiled = torch.compile(inner, backend=capture)
+    compiled = torch.compile(model, backend=capture)
     try:
         with torch.no_grad(), _compat.unlimited_tracing():
             compiled(*args, **kwargs)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
         if isinstance(cause, _TracedOnly):
-            return traced[0]
+            return seen[0]
         if isinstance(cause, ValueError):
             raise cause from None
         raise
