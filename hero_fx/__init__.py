@@ -1,5 +1,11 @@
 """HERO step caching for diffusion transformers, as a torch.compile backend."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from .backends import Backend, Stats, backend
 from .checks import UnsupportedModel
 from .config import Config
@@ -8,6 +14,9 @@ from .report import Explanation, Flops, explain, flops, step_kinds, trace, traje
 from .state import Session, reset, session
 from .steps import StepGraphs
 from .verify import Check, Verification, verify
+
+if TYPE_CHECKING:
+    from . import analysis
 
 __version__ = "0.1.0"
 
@@ -23,6 +32,7 @@ __all__ = [
     "StepGraphs",
     "UnsupportedModel",
     "Verification",
+    "analysis",
     "backend",
     "explain",
     "flops",
@@ -33,3 +43,12 @@ __all__ = [
     "trajectory_flops",
     "verify",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for a module
+
+    def __getattr__(name: str) -> ModuleType:
+        """Imports `hero_fx.analysis` when it is first used: models that are only run do without it."""
+        if name == "analysis":
+            return import_module(".analysis", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from .config import Config
 from .diffusers_context import listen
 from .policy import Policy
 from .runtime import Step, Stepper
+from .stack import warn
 from .steps import StepGraphs, build_steps, find_structure, normalized
 from .subclasses import Unwrapped, unwrap
 
@@ -84,13 +84,12 @@ class Backend:
                 log.warning("%s", message)
             else:
                 self._warned = True
-                warnings.warn(message, stacklevel=2)
+                warn(message)
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
-            warnings.warn(
+            warn(
                 f"hero_fx: {fallback.branch} cannot be refreshed for sampled tokens only and is computed in full at "
-                f"every step: {fallback.reason}",
-                stacklevel=2,
+                f"every step: {fallback.reason}"
             )
         return plain.call(self._compile(plain.gm, plain.inputs, config, policy, steps, timestep))
 
@@ -177,11 +176,10 @@ class Backend:
         """Says ahead that Dynamo will not compile another shape of this model: what it says then names no mend."""
         limit = _compat.last_recompile()
         if limit is not None and graphs >= limit:
-            warnings.warn(
+            warn(
                 f"hero_fx: every resolution and text length compiles once, this is number {graphs}, and "
                 f"torch._dynamo.config.recompile_limit={limit} allows no further one: the model would run uncompiled, or "
-                "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes",
-                stacklevel=2,
+                "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes"
             )
 
 

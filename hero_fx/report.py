@@ -244,8 +244,10 @@ class Explanation:
     def _state(self) -> str:
         roles: Counter[str] = Counter()
         counts: Counter[str] = Counter()
+        # A scale is named after the state that it scales.
+        scales = {f"{spec.slot.name}_scale" for spec in self.steps.state if spec.dtype is torch.int8}
         for spec in self.steps.state:
-            role = _role(spec.slot.name)
+            role = "scales of int8 state" if spec.slot.name in scales else _role(spec.slot.name)
             roles[role] += spec.nbytes
             counts[role] += 1
         rows = [[role, counts[role], size / 1e6] for role, size in roles.items()]
@@ -320,4 +322,6 @@ def _role(name: str) -> str:
         return f"features Y_{last[1:]}"
     if last in ("score", "stamp"):
         return "token scores and ages"
+    if last == "gate":
+        return "gates"
     return "keys and values"

@@ -57,11 +57,11 @@ def altered(config: Config, change: Callable[[Strategy, StepPlan], Strategy], **
 
 
 _SAMPLING = ("refresh_ratio", "patch", "age_weighting", "seed", "grid")
-_POLICY = ("refresh_layers", "order", "selection", "keys", "text", "cache_point", "unsampled")
+_POLICY = ("interval", "refresh_layers", "order", "selection", "keys", "text", "cache_point", "unsampled")
 
 
 def _idle(keep: Sequence[str] = ()) -> dict[str, Any]:
-    """Options that another policy has no use for, at their defaults."""
+    """Options that another policy, whose schedule is given step by step, has no use for, at their defaults."""
     defaults = Config()
     return {name: getattr(defaults, name) for name in (*_POLICY, *_SAMPLING) if name not in keep}
 
