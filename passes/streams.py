@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import fx
 
 from .emit import value_of
 from .residuals import Ancestry, ResidualAdd
+from .stream_names import entries_of, word_for
 from .structure import Stream
 from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, follow, normal_dim
 
@@ -161,15 +161,17 @@ def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> l
     """
     outputs = find_outputs(graph, adds, streams)
     image = max(outputs, key=lambda s: s.length, default=None)
-    entries = _entries(graph, streams)
+    entries = entries_of(graph, streams)
     denoised = {segment.source for segment in outputs}
+    # A name that the image's argument has too, as all of `*args` do, tells nothing of one of them.
+    mute = {str(entries[image.source].meta.get("argument"))} if image is not None and image.source in entries else set()
     if image is not None:
         streams = [replace(stream, tokens=_parted(stream.tokens, image)) for stream in streams]
         image = replace(image, source=_part_name(image, image))
     sources = list(dict.fromkeys(s.source for stream in streams for s in stream.tokens.segments))
     others = [s for s in sources if image is None or s != image.source]
     names = {image.source: "image"} if image is not None else {}
-    words = {s: _word(entries.get(s), s in denoised) for s in others}
+    words = {s: word_for(entries.get(s), s in denoised, mute) for s in others}
     for s in others:
         alike = [other for other in others if words[other] == words[s]]
         names[s] = words[s] if len(alike) == 1 else f"{words[s]}{alike.index(s)}"
@@ -186,47 +188,6 @@ def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> l
         taken = sum(s.name.split("#")[0] == name for s in result)
         result.append(Stream(f"{name}#{taken}" if taken else name, stream.root, tokens, stream.width))
     return result
-
-
-def _entries(graph: Ancestry, streams: list[Stream]) -> dict[str, fx.Node]:
-    """By token source, the model's input that its tokens come in by, where the graph shows it."""
-    nodes = {node.name: node for node in graph.nodes}
-    found: dict[str, fx.Node] = {}
-    for stream in streams:
-        root, segments = nodes[stream.root], stream.tokens.segments
-        joined = root.args[0] if root.target is aten.cat.default else ()
-        parts: list[fx.Node] = list(joined) if len(joined) == len(segments) else [root]
-        for part, segment in zip(parts, segments, strict=False):
-            if len(parts) == len(segments):
-                found.setdefault(segment.source, _entry(graph, part))
-    return found
-
-
-def _entry(graph: Ancestry, node: fx.Node) -> fx.Node:
-    """Up from a node, at each op to its largest operand that the call decides."""
-    while operands := [n for n in node.all_input_nodes if graph.depends_on_call(n)]:
-        node = max(operands, key=_elements)  # the first of equal ones
-    return node
-
-
-def _elements(node: fx.Node) -> int:
-    value = value_of(node)
-    tensors = value if isinstance(value, (list, tuple)) else [value]
-    return sum(prod(map(int, t.shape)) for t in tensors if isinstance(t, torch.Tensor))
-
-
-def _word(entry: fx.Node | None, denoised: bool) -> str:
-    """What to call tokens that are not the image: `audio` for `audio_hidden_states`, `text` for what only conditions."""
-    value = None if entry is None else value_of(entry)
-    if entry is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return "text"  # numbers of words, if anything
-    word = _SUFFIX.sub("", str(entry.meta.get("argument", "")))
-    if denoised:
-        return word if word and word != "image" else "other"
-    return "audio" if "audio" in word.split("_") else "text"
-
-
-_SUFFIX = re.compile(r"(^|_)(hidden_states|hidden|states|latents|latent|embeds|tokens|input|inputs)$")
 
 
 def _parted(tokens: Tokens, image: Segment) -> Tokens:

@@ -52,6 +52,20 @@ class VideoAndSound(Joint):
         return [x * 2 for x in self.run(hidden_states, audio_hidden_states)]
 
 
+class TextComesOut(Joint):
+    """The text comes out too."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Any:
+        return [x * 2 for x in self.run(hidden_states, encoder_hidden_states)]
+
+
+class Nameless(Joint):
+    """Arguments whose one name tells nothing."""
+
+    def forward(self, *waves: Tensor) -> Any:
+        return [x * 2 for x in self.run(*waves)]
+
+
 class Listens(Joint):
     """Sound that conditions."""
 
@@ -75,6 +89,8 @@ class Words(Joint):
     [
         (Video, ["image", "text"]),
         (VideoAndSound, ["image", "audio"]),
+        (TextComesOut, ["image", "text"]),
+        (Nameless, ["image", "text"]),
         (Listens, ["image", "audio"]),
         (Words, ["image", "text"]),
     ],
