@@ -1,5 +1,11 @@
 """HERO step caching for diffusion transformers, as a torch.compile backend."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from .backends import Backend, Stats, backend
 from .calling import Calling, Session, calling, reset, session
 from .checks import UnsupportedModel
@@ -8,6 +14,10 @@ from .policy import Policy
 from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
 from .steps import StepGraphs
 from .timestep import AmbiguousCall
+from .verify import Check, Verification, verify
+
+if TYPE_CHECKING:
+    from . import analysis
 
 __version__ = "0.1.0"
 
@@ -15,6 +25,7 @@ __all__ = [
     "AmbiguousCall",
     "Backend",
     "Calling",
+    "Check",
     "Config",
     "Explanation",
     "Flops",
@@ -23,6 +34,8 @@ __all__ = [
     "Stats",
     "StepGraphs",
     "UnsupportedModel",
+    "Verification",
+    "analysis",
     "backend",
     "calling",
     "explain",
@@ -32,4 +45,14 @@ __all__ = [
     "step_kinds",
     "trace",
     "trajectory_flops",
+    "verify",
 ]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for a module
+
+    def __getattr__(name: str) -> ModuleType:
+        """Imports `hero_fx.analysis` when it is first used: models that are only run do without it."""
+        if name == "analysis":
+            return import_module(".analysis", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 __all__ = ["DATA_DEPENDENT", "Compiled", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
 
@@ -324,13 +325,50 @@ def compile_with_aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], mode: Fake
 
 
 def backend_of(model: object, kind: type) -> Any:
-    """The backend object of class `kind` that `torch.compile` was called with to make `model`, or None."""
+    """The backend object of class `kind` that `torch.compile` was called with to make `model`, or None.
+
+    `torch.compile(module)` keeps it in the module's `dynamo_ctx`, `torch.compile(function)` in the closure of what it
+    returns, and `module.compile()` in that of `_compiled_call_impl` (2.11 to 2.15).
+    """
     callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    wrapper: Any = getattr(model, "_compiled_call_impl", None) or model
+    if callback is None and getattr(wrapper, "__closure__", None):
+        cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__, strict=True))
+        callback = cells["callback"].cell_contents if "callback" in cells else None
     for _ in range(16):
         if callback is None or isinstance(callback, kind):
             return callback
         callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "compiler_fn", None)
     return None
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` was called with to make `model`; `model` itself if it made none of it."""
+    return getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None) or model
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists, dicts and what else registers with pytree (diffusers' outputs do)."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def with_tensors(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
+    """The same nest with the tensors of these ids replaced."""
+    return pytree.tree_map(lambda leaf: new.get(id(leaf), leaf), value)
+
+
+@contextmanager
+def autocast_kept() -> Iterator[None]:
+    """Leaves autocast as it was: a graph that raises between entering a region and leaving it stays in it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    before = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    try:
+        yield
+    finally:
+        for device, (enabled, dtype) in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 def unlimited_tracing() -> AbstractContextManager[None]:

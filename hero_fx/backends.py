@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from .evidence import find_roles
 from .flops import too_much_outside
 from .policy import Policy
 from .runtime import Inputs, Step, Stepper
+from .stack import warn
 from .steps import StepGraphs, build_steps, find_structure, normalized
 from .subclasses import Unwrapped, unwrap
 from .watch import Watch
@@ -99,10 +99,9 @@ class Backend:
             self._warn_of_plain(as_ours(error))
             return _compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
-            warnings.warn(
+            warn(
                 f"hero_fx: {fallback.branch} cannot be cached as planned and is computed in full at every step: "
-                f"{fallback.reason}",
-                stacklevel=2,
+                f"{fallback.reason}"
             )
         much = too_much_outside(steps.normal, steps.structure)
         if much is not None:  # to the log: it is no fault of a call, and small models are like that
@@ -116,7 +115,7 @@ class Backend:
             log.warning("%s", message)
         else:
             self._warned = True
-            warnings.warn(message, stacklevel=3)
+            warn(message)
 
     def trace(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> StepGraphs:
         """The step graphs of a Dynamo graph, without compiling them. Raises what compiling would raise."""
@@ -225,11 +224,10 @@ class Backend:
         """Says ahead that Dynamo will not compile another shape of this model: what it says then names no mend."""
         limit = _compat.last_recompile()
         if limit is not None and graphs >= limit:
-            warnings.warn(
+            warn(
                 f"hero_fx: every resolution and text length compiles once, this is number {graphs}, and "
                 f"torch._dynamo.config.recompile_limit={limit} allows no further one: the model would run uncompiled, or "
-                "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes",
-                stacklevel=2,
+                "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes"
             )
 
 

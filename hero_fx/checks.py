@@ -14,6 +14,8 @@ from hero_fx.passes.emit import value_of
 from hero_fx.passes.pipeline import PassError
 
 from . import _compat
+from .other_caches import cache_in_the_way
+from .stack import modules_within
 
 __all__ = ["BuildError", "UnsupportedModel", "as_ours", "check_call", "check_graph", "check_structure", "find_timestep"]
 
@@ -40,8 +42,12 @@ def as_ours(error: Exception) -> Exception:
 
 
 def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Refuses training and autograd."""
+    """Refuses training, autograd, and models that another cache works on."""
     module = _compat.frame_module()
+    for running in (module, *modules_within()):
+        cache = cache_in_the_way(running)
+        if cache is not None:
+            raise UnsupportedModel(cache)
     if (module is not None and module.training) or _has_live_dropout(gm):
         raise UnsupportedModel(
             "the model is in training mode (model.training=True), but hero_fx is for inference: call model.eval() first"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -21,7 +21,9 @@ from .flops import Flops, flops, outside, too_much_outside
 from .policy import Policy
 from .steps import StepGraphs
 
-__all__ = ["Explanation", "Flops", "explain", "flops", "step_kinds", "trace", "trajectory_flops"]
+__all__ = ["Explanation", "Flops", "explain", "flops", "look_at_graph", "step_kinds", "trace", "trajectory_flops"]
+
+T = TypeVar("T")
 
 
 def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
@@ -66,21 +68,30 @@ def trace(model: Callable[..., Any], *args: Any, backend: Backend | None = None,
     """
     backend = backend or _compat.backend_of(model, Backend) or make_backend()
     assert isinstance(backend, Backend)
-    traced: list[StepGraphs] = []
+    return look_at_graph(_compat.uncompiled(model), args, kwargs, backend.trace)
+
+
+def look_at_graph(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    look: Callable[[fx.GraphModule, Sequence[Any]], T],
+) -> T:
+    """What `look` says of the Dynamo graph of a call and its example inputs; nothing is compiled or run."""
+    seen: list[T] = []
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> _compat.Compiled:
-        traced.append(backend.trace(gm, inputs))
+        seen.append(look(gm, inputs))
         raise _TracedOnly  # here, not at the call: so Dynamo keeps no code, and its recompile limit stays whole
 
-    inner = getattr(model, "_orig_mod", model)
-    compiled = torch.compile(inner, backend=capture)
+    compiled = torch.compile(model, backend=capture)
     try:
         with torch.no_grad(), _compat.unlimited_tracing():
             compiled(*args, **kwargs)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
         if isinstance(cause, _TracedOnly):
-            return traced[0]
+            return seen[0]
         if isinstance(cause, ValueError):
             raise cause from None
         raise
@@ -189,8 +200,10 @@ class Explanation:
     def _state(self) -> str:
         roles: Counter[str] = Counter()
         counts: Counter[str] = Counter()
+        # A scale is named after the state that it scales.
+        scales = {f"{spec.slot.name}_scale" for spec in self.steps.state if spec.dtype is torch.int8}
         for spec in self.steps.state:
-            role = _role(spec.slot.name)
+            role = "scales of int8 state" if spec.slot.name in scales else _role(spec.slot.name)
             roles[role] += spec.nbytes
             counts[role] += 1
         rows = [[role, counts[role], size / 1e6] for role, size in roles.items()]
@@ -268,4 +281,6 @@ def _role(name: str) -> str:
         return f"features Y_{last[1:]}"
     if last in ("score", "stamp"):
         return "token scores and ages"
+    if last == "gate":
+        return "gates"
     return "keys and values"

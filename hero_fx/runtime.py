@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -247,7 +246,7 @@ class Stepper:
             self.counts["refused_calls"] += 1
             first = self.counts["refused_calls"] == 1
         if first:
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         else:
             log.info("%s", message)
         call = Call(0, 0, True, 0, 0, 0, True, 0)

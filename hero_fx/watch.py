@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ class Watch:
     def _say(self, cause: str, message: str) -> None:
         if cause not in self._said:
             self._said.add(cause)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
 
 
 def _message(stepper: Stepper, other: Stepper, same_model: bool, same_shapes: bool) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from torch import fx
 
 from .emit import value_of
 from .residuals import Ancestry, ResidualAdd
+from .stream_names import entries_of, word_for
 from .structure import Stream
 from .tokens import ATTENTION, Info, NoRule, Segment, Tokens, follow, normal_dim
 
@@ -153,18 +154,27 @@ def _taken(node: fx.Node, tokens: Tokens) -> Tokens:
 
 
 def _named(graph: Ancestry, adds: list[ResidualAdd], streams: list[Stream]) -> list[Stream]:
-    """Streams and sources get the names people use: `image` for the image tokens, `text` for the one other source.
+    """Streams and sources get the names people use: `image` for the image tokens, `text` for what conditions them.
 
+    Another source that comes out of the model is no text: it is named after the argument that it comes in by (`audio`).
     A source of which only a part is image (a sequence that the model filled in place) is two or three sources.
     """
-    image = find_image(graph, adds, streams)
+    outputs = find_outputs(graph, adds, streams)
+    image = max(outputs, key=lambda s: s.length, default=None)
+    entries = entries_of(graph, streams)
+    denoised = {segment.source for segment in outputs}
+    # A name that the image's argument has too, as all of `*args` do, tells nothing of one of them.
+    mute = {str(entries[image.source].meta.get("argument"))} if image is not None and image.source in entries else set()
     if image is not None:
         streams = [replace(stream, tokens=_parted(stream.tokens, image)) for stream in streams]
         image = replace(image, source=_part_name(image, image))
     sources = list(dict.fromkeys(s.source for stream in streams for s in stream.tokens.segments))
     others = [s for s in sources if image is None or s != image.source]
     names = {image.source: "image"} if image is not None else {}
-    names |= {s: "text" if len(others) == 1 else f"text{i}" for i, s in enumerate(others)}
+    words = {s: word_for(entries.get(s), s in denoised, mute) for s in others}
+    for s in others:
+        alike = [other for other in others if words[other] == words[s]]
+        names[s] = words[s] if len(alike) == 1 else f"{words[s]}{alike.index(s)}"
     firsts = {(s.source, s.start) for stream in streams for s in stream.tokens.segments}
     starts = {source: min(start for name, start in firsts if name == source) for source in sources}
     result: list[Stream] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -253,3 +254,14 @@ def test_torch_trace_holds_the_graphs(logged: tuple[str, str]) -> None:
     for name in ("hero_fx_full_00_input", "hero_fx_full_01_record_features", "hero_fx_cached_01_refresh"):
         assert f'"name": "{name}"' in logged[1]
     assert "= aten.index_copy.default(" in logged[1]
+
+
+def test_scales_and_gates_are_not_filed_under_keys_and_values(toy_steps: hero_fx.StepGraphs) -> None:
+    backend = hero_fx.backend(unsampled="gate", state_dtype=torch.int8, grid=toys.GRID)
+    explanation = hero_fx.Explanation(backend.rewrite(toy_steps), backend.config)
+    cells = [re.split(r" {2,}", line) for line in str(explanation).splitlines()]
+    rows = {row[0]: row[1] for row in cells if len(row) == 3}
+    state = explanation.steps.state
+    assert int(rows["scales of int8 state"]) == sum(spec.dtype is torch.int8 for spec in state) > 0
+    assert int(rows["gates"]) > 0
+    assert int(rows["keys and values"]) == 2
