@@ -21,6 +21,7 @@ from .evidence import Evidence, Roles, current_owner, marks
 from .policy import Policy
 from .schedule import Schedule
 from .selection import PatchSampler, Selection
+from .stack import warn
 from .state import StateStore, Trajectory
 from .steps import StateSpec, StepGraphs
 from .timestep import AmbiguousCall, TimestepReader

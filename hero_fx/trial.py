@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hero_fx.passes.plan import Refresh, ScoredRefresh
 
 from .backends import Backend
+from .calling import Session, session
 from .compare import Outputs, strange_products, tolerance, worst
 from .config import Config
 from .example import Call, Compiled, Example, twin_of
-from .state import Session, session
 from .variants import all_keys, all_live, altered, plain, short_schedule, with_schedule
 
 __all__ = ["Check", "Trial"]

@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from .evidence import Evidence
+from .stack import warn
 from .weights import Model
 
 if TYPE_CHECKING:
