@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from hero_fx.passes.plan import Refresh, ScoredRefresh
 
-from .backends import Backend
-from .calling import Session, session
+from .calling import Session, calling, session
 from .compare import Outputs, strange_products, tolerance, worst
 from .config import Config
 from .example import Call, Compiled, Example, twin_of
@@ -147,13 +146,16 @@ class Trial:
         return worst(self.run(Compiled(config), self.calls), plain)
 
     def _constant(self, ours: Compiled) -> float:
-        """One call again and again, at steps that only the guard tells apart."""
+        """One call again and again, at steps that are told."""
         keyless = any(isinstance(s, Refresh) and s.keys != "all" for plan in self.plans for _, s in plan)
         compiled = Compiled(altered(self.config, all_keys)) if keyless else ours
         if keyless:
             self.run(compiled, self.calls[:1])
-        with self.session(), _steps_told(compiled.backend):
-            outputs = [self.step(compiled, self.calls[0]) for _ in self.mask]
+        outputs = list[list[Tensor]]()
+        with self.session():
+            for index in range(len(self.mask)):
+                with calling(step_index=index):
+                    outputs.append(self.step(compiled, self.calls[0]))
         return worst(outputs, [outputs[0]] * len(outputs))
 
     def _sessions(self, ours: Compiled, alone: Outputs) -> float:
@@ -173,7 +175,12 @@ class Trial:
         return twin_of(self.model, self.example.weight)
 
     def _models(self, ours: Compiled, twin: nn.Module, alone: Outputs) -> float:
-        """Two experts: the second takes over at a step that is cached; and two that are called in turns."""
+        """Two experts: the second takes over at a step that is cached, which is said; and two that are called in turns."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="hero_fx: another model takes over")
+            return self._experts(ours, twin, alone)
+
+    def _experts(self, ours: Compiled, twin: nn.Module, alone: Outputs) -> float:
         taken = self.mask.index(False)
         twin_alone, rest_alone = (self.run(ours, calls, twin) for calls in (self.others, self.others[taken:]))
         with self.session():
@@ -201,30 +208,6 @@ def _changed(ours: tuple[Outputs, Outputs], plainly: tuple[Outputs, Outputs]) ->
     fixed = [j for j in range(len(same[0])) if all(row[j] for row in same)]
     kept, copies = ([[row[j] for j in fixed] for row in rows] for rows in ours)
     return worst(kept, copies)
-
-
-class _Count:
-    """In the place of the reader of timesteps: each call is the next step."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def read(self, timestep: Tensor) -> tuple[float, float]:
-        self.calls += 1
-        return float(self.calls), float(self.calls)
-
-
-@contextmanager
-def _steps_told(backend: Backend) -> Iterator[None]:
-    """Within it each call of what the backend compiled is the next step, although its timestep stands still."""
-    readers = [stepper.reader for stepper in backend.steppers]
-    for stepper in backend.steppers:
-        stepper.reader = _Count()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for stepper, reader in zip(backend.steppers, readers, strict=True):
-            stepper.reader = reader
 
 
 def _reuses_outputs(config: Config) -> bool:

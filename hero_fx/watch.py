@@ -41,7 +41,7 @@ class Watch:
                 # After a single step the direction of travel is not known: only a recompile is evidence enough.
                 if trajectory.tracker.step == 0 and not (same_shapes and other is not stepper):
                     continue
-                self._say(*_message(stepper, other, model.shares(its_model), same_shapes))
+                self._say(*_message(stepper, other, other is not stepper and model.shares(its_model), same_shapes))
                 return
 
     def _say(self, cause: str, message: str) -> None:

@@ -27,6 +27,9 @@ class Model:
     ids: frozenset[int] = field(repr=False)
     """Ids of its weights, which are alive as long as the model is known."""
     _alive: tuple[weakref.ref[torch.Tensor], ...] = field(repr=False)
+    _modules: weakref.WeakKeyDictionary[torch.nn.Module, bool] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
 
     def shares(self, other: Model) -> bool:
         """Whether both have a weight in common; graphs of one model do."""
@@ -34,7 +37,10 @@ class Model:
 
     def is_of(self, module: torch.nn.Module) -> bool:
         """Whether a module has one of the weights."""
-        return any(id(t) in self.ids for t in itertools.chain(module.parameters(), module.buffers()))
+        if module not in self._modules:
+            tensors = itertools.chain(module.parameters(), module.buffers())
+            self._modules[module] = any(id(t) in self.ids for t in tensors)
+        return self._modules[module]
 
 
 class Weights:

@@ -103,7 +103,7 @@ def find_branches(gm: fx.GraphModule) -> Structure:
                 tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
             )
         )
-    assert len({branch.label for branch in branches}) == len(branches), "every branch has a label of its own"
+    labels.check()
     image = find_image(graph, adds, streams)
     count = 0 if image is None else image.length
     return Structure(
@@ -168,6 +168,10 @@ class _Labels:
         self.places[layer] += 1
         self.used.add(label)
         return label
+
+    def check(self) -> None:
+        """Asserts that no two branches have one label: their feature state goes by it."""
+        assert len(self.used) == self.places.total(), "every branch has a label of its own"
 
 
 class _LayerNumbers:
