@@ -14,6 +14,7 @@ from torch import fx
 from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState, state_read
 from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
+from hero_fx.passes.constants import WriteLiterals
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
@@ -166,6 +167,8 @@ def build_steps(
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
+    # Comes last: the algebra compares nodes and numbers, and to Python 0.0 is -0.0.
+    done += _on_all(full, cached, "constants", (WriteLiterals(),))
     return StepGraphs(
         normal=normal,
         structure=structure,
