@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, tracing
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
@@ -65,6 +67,11 @@ def unbound_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
     would look for them among its own outputs."""
     assert mode.shape_env is not None
     return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
+def real_values() -> AbstractContextManager[Any]:
+    """Within it a fake mode that is on is off: real tensors can be looked at."""
+    return unset_fake_temporarily()
 
 
 def to_fake(mode: FakeTensorMode, value: Any) -> Any:
@@ -253,13 +260,17 @@ def copy_dynamo_marks(source: fx.GraphModule, target: fx.GraphModule) -> None:
     """Carries over what AOTAutograd reads from a Dynamo graph: which inputs have a fixed address.
 
     Further placeholders of `target` (feature state, marked `meta["static_address"]`) are marked as fixed too, so that
-    CUDA graphs neither copy the weights nor refuse the mutated state.
+    CUDA graphs neither copy the weights nor refuse the mutated state. So are tensors that `target` and its subgraphs hold
+    as attributes: AOTAutograd lifts them to inputs, and asks for the source of each.
     """
     compile_id = source.meta.get("dynamo_compile_id")
     if compile_id is None or not hasattr(source, "_param_name_to_source"):
         return
     target.meta["dynamo_compile_id"] = compile_id
-    target._param_name_to_source = {}  # type: ignore[assignment]
+    attributes = (*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False))
+    # These sources name nothing that a guard could look up: such guards stay in the tracing context of the step graph.
+    sources = {name: LocalSource(f"hero_fx_{name}") for name, _ in attributes}
+    target._param_name_to_source = sources  # type: ignore[assignment]
     old = source.graph.find_nodes(op="placeholder")
     new = target.graph.find_nodes(op="placeholder")
     for node in new:

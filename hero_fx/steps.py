@@ -15,6 +15,7 @@ from hero_fx.passes.autocast import ResolveAutocast
 from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState, state_read
 from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
+from hero_fx.passes.constants import WriteLiterals
 from hero_fx.passes.emit import StateSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
@@ -196,6 +197,8 @@ def _build_steps(
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
     done += _on_all(full, cached, "fuse", (FuseUpdates(),))
+    # Comes last: the algebra compares nodes and numbers, and to Python 0.0 is -0.0.
+    done += _on_all(full, cached, "constants", (WriteLiterals(),))
     steps = StepGraphs(
         normal=normal,
         structure=structure,

@@ -8,12 +8,13 @@ layers for people. Two passes then make the graph easy to reason about: `Functio
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx import _compat
@@ -54,6 +55,17 @@ class _Traced(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+class _Interpreted(torch.nn.Module):
+    """A graph as a module, whose attributes `functional_call` can replace."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self.gm = gm
+
+    def forward(self, *inputs: Any) -> Any:
+        return _Traced(self.gm).run(*inputs)
+
+
 def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """The pre-dispatch ATen graph of a Dynamo graph, with the same inputs in the same order.
 
@@ -62,13 +74,22 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         inputs: its example inputs, real or fake; symbolic ints are taken at their present value.
 
     Every node of the result has its value in `meta["val"]`: a fake tensor, all of one fake mode, with static sizes, or
-    the number that an input is.
+    the number that an input is. Weights that `gm` holds as attributes are attributes of the result, the same tensors.
     """
     mode = _compat.new_fake_mode()
     fakes = [_compat.to_fake(mode, value) for value in inputs]
+    held = _held_tensors(gm)
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta(), _compat.lazy_code():
-        plain = without_maps(gm, fakes)
-        traced = make_fx(_Traced(plain).run, pre_dispatch=True)(*fakes)
+        # Real tensors take no part in the trace: what the graph writes to them would be done by tracing, and lost.
+        weights = [_compat.to_fake(mode, tensor) for tensor in held.values()]
+        plain = _Interpreted(without_maps(gm, fakes))
+
+        def run(*values: Any) -> Any:
+            own = dict(zip(held, values[len(fakes) :], strict=True))
+            return functional_call(plain, {f"gm.{name}": value for name, value in own.items()}, values[: len(fakes)])
+
+        traced = make_fx(run, pre_dispatch=True)(*fakes, *weights)
+    _inputs_to_attributes(traced, held)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
         new._rename(_readable(old.name))
@@ -78,6 +99,29 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         new.meta["model_input"] = _compat.is_model_input(old)
     traced.recompile()
     return traced
+
+
+def _held_tensors(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a graph's module, each under one of its names; with Dynamo's usual settings none."""
+    return {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+
+
+def _inputs_to_attributes(traced: fx.GraphModule, held: Mapping[str, torch.Tensor]) -> None:
+    """Makes attributes of the last inputs of a graph, which stand for these tensors."""
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    for node, (name, tensor) in zip(placeholders[len(placeholders) - len(held) :], held.items(), strict=True):
+        target = name.replace(".", "_")
+        while hasattr(traced, target):
+            target += "_"
+        if isinstance(tensor, torch.nn.Parameter):
+            traced.register_parameter(target, tensor)
+        else:
+            traced.register_buffer(target, tensor)
+        with traced.graph.inserting_before(node):
+            attribute = traced.graph.get_attr(target)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        traced.graph.erase_node(node)
 
 
 def _readable(name: str) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .constants import WriteLiterals
+
 __all__ = ["without_maps"]
 
 _MODULE = "torch._functorch.predispatch"
@@ -110,9 +112,10 @@ def _written_out(
     with torch.no_grad():
         traced = make_fx(fx.Interpreter(fx.GraphModule(gm, part)).run)(*(values[source] for source in sources))
     traced.graph.eliminate_dead_code()
+    WriteLiterals().apply(traced)
     new = dict(zip(traced.graph.find_nodes(op="placeholder"), (env[source] for source in sources), strict=True))
     for node in traced.graph.nodes:
-        assert node.op != "get_attr", "a map over values of the graph makes no constants"
+        assert node.op != "get_attr", "the constants of a map are literals"
         if node.op == "call_function":
             new[node] = graph.node_copy(node, new.__getitem__)
     (outputs,) = traced.graph.output_node().args
