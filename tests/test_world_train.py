@@ -94,7 +94,17 @@ def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest
     training.step += 1
     training.batch()
     assert len(set(seen)) == 8
-    assert max(seen) < scenes.HELD_OUT
+    assert min(seen) >= scenes.TRAINING > scenes.HELD_OUT + 2**30
+
+
+def test_training_and_held_out_scenes_differ() -> None:
+    """By what is drawn, not by number alone: the generator looks at the last 32 bits of a seed only."""
+    numbers = [first + i for first in (scenes.HELD_OUT, scenes.TRAINING) for i in (0, 1, train.MOST, 2**30)]
+    draws = scenes.sample_scenes(numbers).camera
+    assert len({tuple(row) for row in draws.tolist()}) == len(numbers)
+    for seed in (-1, 2**32, 2**40):
+        with pytest.raises(ValueError, match=f"seed={seed}: scenes have the seeds"):
+            scenes.sample_scenes([seed])
 
 
 def test_exported_it_is_a_pipeline_of_the_moving_average(tmp_path: Path) -> None:

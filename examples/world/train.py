@@ -31,12 +31,12 @@ from world.latents import FOLD, LATENT, MODALITIES, condition, encode
 from world.model import FRAMES, SIZE, TASKS, rotary, task_text, world_scheduler, world_transformer
 from world.pipeline import WorldModelPipeline
 from world.render import render
-from world.scenes import sample_scenes
+from world.scenes import TRAINING, sample_scenes
 
 GAMMA = 5.0
 """Loss weights of the clean latents' error stop growing with the signal-to-noise ratio here (min-SNR, Hang et al. 2023)."""
 MOST = 2**12
-"""Largest batch: step s has the scenes from `s * MOST` on, so that none comes twice, also where the batch changes."""
+"""Largest batch: step s has the training scenes from `s * MOST` on, so that none comes twice, also where the batch changes."""
 NOISY = (0.25, 0.15)
 """A share of the clips is trained at a share of the timesteps, the noisiest. There alone must the conditions tell camera and
 depth; with less noise the noisy latents do."""
@@ -75,7 +75,7 @@ class Training:
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, condition and text of this step's scenes."""
         count = self.options.batch
-        first = self.step * MOST
+        first = TRAINING + self.step * MOST
         clips = render(sample_scenes(range(first, first + count)).to(self.device), size=self.options.size)
         generator = torch.Generator().manual_seed(self.step)
         given = torch.ones(count, FRAMES, dtype=torch.bool)
@@ -93,7 +93,7 @@ class Training:
     def losses(self) -> dict[str, Tensor]:
         """Weighted squared error of the velocity, by modality, on this step's scenes."""
         clean, given, text = self.batch()
-        generator = torch.Generator().manual_seed(2**32 + self.step)
+        generator = torch.Generator().manual_seed(2**31 + self.step)
         count = len(clean)
         # Evenly spread timesteps: less noise in the loss than with independent ones. Shuffled, for tasks alternate.
         spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
