@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .examples import world
 
@@ -80,6 +81,41 @@ def test_batches_hold_both_tasks_and_drop_conditions(tmp_path: Path) -> None:
     assert not torch.isclose(training.batch()[0][:4], clean[:4]).all()
 
 
+def test_a_share_of_the_clips_is_planning_and_their_paths_are_straight(tmp_path: Path) -> None:
+    """What the end frames do not tell is not asked of planning; reconstruction sees the paths as they are."""
+    training = train.Training(train.parse([*options(tmp_path), "--batch", "16", "--planning", "3"]))
+    clean, _, text = training.batch()
+    reconstruction = (text.argmax(-1) == model.task_text(["reconstruction"]).argmax(-1)).all(dim=1)
+    assert reconstruction.tolist() == [False, False, False, True] * 4
+    places = clean[:, :, 19:22].mean(dim=(3, 4))  # the raymap's origins
+    bow = places.diff(n=2, dim=1).abs().amax(dim=(1, 2))
+    assert bow[~reconstruction].max() < 1e-5
+    assert bow[reconstruction].min() > 1e-3
+
+
+class AttentionDtypes(TorchDispatchMode):
+    """Notes the dtypes that attention runs in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_bfloat16_learns_the_same_with_attention_in_float32(tmp_path: Path) -> None:
+    wide, narrow = (train.Training(train.parse([*options(tmp_path), *more])) for more in ([], ["--bf16"]))
+    with AttentionDtypes() as attention:
+        for _ in range(4):
+            one, other = wide.advance()["loss"], narrow.advance()["loss"]
+            assert abs(other / one - 1) < 0.02
+    assert one != other
+    assert attention.seen == {torch.float32}
+
+
 def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
@@ -94,7 +130,17 @@ def test_training_never_sees_held_out_scenes(tmp_path: Path, monkeypatch: pytest
     training.step += 1
     training.batch()
     assert len(set(seen)) == 8
-    assert max(seen) < scenes.HELD_OUT
+    assert min(seen) >= scenes.TRAINING > scenes.HELD_OUT + 2**30
+
+
+def test_training_and_held_out_scenes_differ() -> None:
+    """By what is drawn, not by number alone: the generator looks at the last 32 bits of a seed only."""
+    numbers = [first + i for first in (scenes.HELD_OUT, scenes.TRAINING) for i in (0, 1, train.MOST, 2**30)]
+    draws = scenes.sample_scenes(numbers).camera
+    assert len({tuple(row) for row in draws.tolist()}) == len(numbers)
+    for seed in (-1, 2**32, 2**40):
+        with pytest.raises(ValueError, match=f"seed={seed}: scenes have the seeds"):
+            scenes.sample_scenes([seed])
 
 
 def test_exported_it_is_a_pipeline_of_the_moving_average(tmp_path: Path) -> None:

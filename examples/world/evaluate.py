@@ -3,13 +3,22 @@
     python examples/world/evaluate.py                                  # the shipped weights
     python examples/world/evaluate.py --checkpoint run/checkpoint.pt   # a run's moving average
 
-The guess is the mean over training scenes of every latent. Caching is not tried here; `examples/fidelity.py` does that.
+Beside the model stand what it must beat and what it could reach:
+
+- *guess*: the mean over training scenes of every latent; it looks at nothing;
+- *cross-fade* of the first and the last frame;
+- *other path*: the true scene, seen along another of the paths that have the same ends. A planner that draws paths as the
+  scenes do, and is perfect otherwise, does as well as that;
+- *straight path*: the true scene, seen along the path in the middle of all these, which is what planning is trained on.
+
+Caching is not tried here; `examples/fidelity.py` does that.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +32,7 @@ from world.latents import World, decode, encode
 from world.model import FRAMES, SIZE, TASKS, world_scheduler, world_transformer
 from world.pipeline import WEIGHTS, WorldModelPipeline
 from world.render import Clips, render
-from world.scenes import HELD_OUT, sample_scenes
+from world.scenes import HELD_OUT, TRAINING, Scenes, sample_scenes, straightened
 
 
 def load(checkpoint: Path | None) -> WorldModelPipeline:
@@ -42,15 +51,28 @@ def angles(rotations: Tensor) -> Tensor:
     return cosine.clamp(-1, 1).arccos().rad2deg()
 
 
+def image_errors(rgb: Tensor, truth: Tensor) -> dict[str, float]:
+    """How near the frames between the ends, [B, F, 3, S, S], come to the true ones, and how sharp they are."""
+    rgb, truth = rgb[:, 1:-1], truth[:, 1:-1]
+    psnr = -10 * (rgb - truth).square().mean(dim=(1, 2, 3, 4)).log10()
+    return {
+        "RGB of frames 1 to 4, PSNR dB": float(psnr.mean()),
+        "their gradient energy over the truth's": float(gradient_energy(rgb) / gradient_energy(truth)),
+    }
+
+
+def gradient_energy(rgb: Tensor) -> Tensor:
+    """Mean square of the differences of neighbouring pixels, over all images [..., S, S]."""
+    return rgb.diff(dim=-1).square().mean() + rgb.diff(dim=-2).square().mean()
+
+
 def errors(world: Any, clips: Clips) -> dict[str, float]:
     """Mean errors against ground truth of a `World` or of the pipeline's output; RGB of the end frames, given, is left out."""
-    inner = slice(1, -1)
     ratio = world.depth / clips.depth
     turned = world.poses[:, 1:, :3, :3].mT @ clips.poses[:, 1:, :3, :3]
     shifted = (world.poses - clips.poses)[:, 1:, :3, 3]
-    psnr = -10 * (world.rgb - clips.rgb)[:, inner].square().mean(dim=(1, 2, 3, 4)).log10()
     return {
-        "RGB of frames 1 to 4, PSNR dB": float(psnr.mean()),
+        **image_errors(world.rgb, clips.rgb),
         "depth Abs Rel": float((ratio - 1).abs().mean()),
         "depth δ<1.25": float((torch.maximum(ratio, 1 / ratio) < 1.25).float().mean()),
         "camera turn error, degrees": float(angles(turned).mean()),
@@ -58,9 +80,26 @@ def errors(world: Any, clips: Clips) -> dict[str, float]:
     }
 
 
+def cross_fade(rgb: Tensor) -> Tensor:
+    """Frames [B, F, 3, S, S] that fade from the first to the last."""
+    share = torch.linspace(0, 1, rgb.shape[1])[:, None, None, None]
+    return torch.lerp(rgb[:, :1], rgb[:, -1:], share)
+
+
+def references(scenes: Scenes, clips: Clips) -> dict[str, dict[str, float]]:
+    """Errors of what a planner can be held against, by name; see the top of this file."""
+    others = sample_scenes(range(TRAINING, TRAINING + len(scenes.bend)))
+    return {
+        "guess": errors(mean_world(FRAMES, SIZE, len(scenes.bend)), clips),
+        "cross-fade": image_errors(cross_fade(clips.rgb), clips.rgb),
+        "other path": errors(render(replace(scenes, bend=others.bend)), clips),
+        "straight path": errors(render(straightened(scenes)), clips),
+    }
+
+
 def mean_world(frames: int, size: int, count: int) -> World:
     """What a model that looks at nothing could say: the mean latents of 256 training scenes, `count` times."""
-    mean = encode(render(sample_scenes(range(256)), frames, size)).mean(dim=0)
+    mean = encode(render(sample_scenes(range(TRAINING, TRAINING + 256)), frames, size)).mean(dim=0)
     return decode(mean.expand(count, *mean.shape))
 
 
@@ -97,18 +136,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="50 for planning, 30 for reconstruction if not given")
     parser.add_argument("--guidance", type=float, help="3.0 for planning, 1.0 for reconstruction if not given")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--straight", action="store_true", help="scenes whose camera paths do not bow")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args(argv)
     pipe = load(arguments.checkpoint)
-    clips = render(sample_scenes(range(HELD_OUT, HELD_OUT + arguments.scenes)))
-    guess = errors(mean_world(FRAMES, SIZE, arguments.scenes), clips)
+    scenes = sample_scenes(range(HELD_OUT, HELD_OUT + arguments.scenes))
+    if arguments.straight:
+        scenes = straightened(scenes)
+    clips = render(scenes)
     outputs, columns = {}, {}
     for task in arguments.tasks:
         generator = torch.Generator().manual_seed(0)
         outputs[task] = pipe(clips.rgb, task, arguments.steps, arguments.guidance, generator=generator)
         columns[task] = errors(outputs[task], clips)
-    rows = [[name, *(column[name] for column in columns.values()), guess[name]] for name in guess]
-    print(tabulate(rows, headers=[f"{arguments.scenes} held-out scenes", *columns, "guess"], floatfmt=".3f"))
+    columns |= references(scenes, clips)
+    rows = [[name, *(column.get(name) for column in columns.values())] for name in columns["guess"]]
+    print(tabulate(rows, headers=[f"{arguments.scenes} held-out scenes", *columns], floatfmt=".3f"))
     if arguments.picture:
         picture(clips, outputs, arguments.picture, min(4, arguments.scenes))
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HELD_OUT = 2**40
-"""Seeds from here on are never trained on: held-out scene i is `HELD_OUT + i`."""
+HELD_OUT, TRAINING, SEEDS = 0, 2**31, 2**32
+"""Held-out scene i has the seed `HELD_OUT + i` and is never trained on; training scene i has `TRAINING + i`. Seeds end at
+`SEEDS`, for torch's generator looks at their last 32 bits alone: larger ones would give scenes that exist already."""
 KINDS = 2
 """Objects of each kind."""
 DRAWS = 96
@@ -66,7 +67,14 @@ def hue(h: Tensor, saturation: Tensor | float, value: Tensor | float) -> Tensor:
 
 
 def sample_scenes(seeds: Sequence[int]) -> Scenes:
-    """One scene per seed; the same seed gives the same scene in whatever batch."""
+    """One scene per seed; the same seed gives the same scene in whatever batch.
+
+    Raises:
+        ValueError: for a seed that is not a number of a scene.
+    """
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise ValueError(f"seed={seed}: scenes have the seeds 0 to 2**32 - 1; choose one of them.")
     rows = [torch.rand(DRAWS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     draws = torch.stack(rows)
     batch, used = len(rows), 0
@@ -109,3 +117,9 @@ def sample_scenes(seeds: Sequence[int]) -> Scenes:
         present=(uniform(0, 1, objects) < 0.75).float(),
         paint=hue(uniform(0, 1, objects), uniform(0.7, 1.0, objects), uniform(0.7, 1.0, objects)),
     )
+
+
+def straightened(scenes: Scenes, which: Tensor | None = None) -> Scenes:
+    """The same scenes, those in `which` [B] or all, with paths that do not bow between the end frames."""
+    bend = torch.zeros_like(scenes.bend)
+    return replace(scenes, bend=bend if which is None else torch.where(which[:, None], bend, scenes.bend))
