@@ -1,12 +1,17 @@
 """What hero_fx finds in diffusers' transformers: layers, branches, streams, token grid, and what cannot be refreshed.
 
     python examples/zoo.py [--models wan,flux] [--json]
+    python examples/zoo.py --inner inductor --output zoo.jsonl [--models wan,flux]
 
 Tiny models with random weights (examples/_zoo) are compiled with `fullgraph=True` and `policy="hero"`, all layers
 shallow, and run once. "refreshable" counts the branches that can be computed for sampled tokens only; the others are
 computed in full at every step, and a note says why. "cached" is the FLOPs of a cached step, attention's included, as a share
 of a full step's, with half of the layers shallow. "full step" says whether it gives what the model itself gives. Tokens that
 the output is made of are called "image", be they audio, all others "text", be they a reference or the time.
+
+With `--inner` the models run eight steps with default options, `policy="hero"` and `"lean"`, through that compiler. "full
+step" is then the largest error to the model itself, "cached step" that to the same graphs run as they are. Rows are appended
+to the file of `--output`; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,22 +21,16 @@ import json
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
 
 import hero_fx
 from _zoo import ZOO, sample
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The first tensor of a model's output."""
-    while not isinstance(value, Tensor):
-        value = value[0]
-    return value
+from _zoo_steps import as_step_table, error_of, first_tensor, plain_fails, run_models
 
 
 def survey(name: str) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def survey(name: str) -> dict[str, Any]:
     try:
         ours = first_tensor(compiled(**model.inputs, return_dict=False))
     except Exception as error:
-        return {"model": name, "failed": _reason(error), "plain_fails": _breaks(model)}
+        return {"model": name, "failed": _reason(error), "plain_fails": plain_fails(model, "eager")}
     theirs = first_tensor(model.model(**model.inputs, return_dict=False))
     steps = backend.graphs[-1]
     usual = hero_fx.backend(**options).rewrite(steps)
@@ -59,7 +58,7 @@ def survey(name: str) -> dict[str, Any]:
         "refreshable": len(structure.branches) - len(steps.fallbacks),
         "of": len(structure.branches),
         "cached": cached if isinstance(cached, float) else None,  # where sizes depend on the input, so do FLOPs
-        "full_step_error": float((ours - theirs).abs().max() / theirs.abs().max()),
+        "full_step_error": error_of(ours, theirs),
         "fell_back": _by_reason({fallback.branch: fallback.reason for fallback in steps.fallbacks}),
     }
 
@@ -79,17 +78,6 @@ def _reason(error: Exception) -> str:
     )
     where = " in ".join(part.replace('"', "") for part in reversed(cause.groups()) if part) if cause else ""
     return str(error).strip().splitlines()[0] + (f" ({where})" if where else "")
-
-
-def _breaks(model: Any) -> bool:
-    """Whether plain torch.compile cannot make one graph of the model either."""
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True)
-    try:
-        compiled(**model.inputs, return_dict=False)
-    except Exception:
-        return True
-    return False
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -127,15 +115,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--models", default=",".join(ZOO), help="names, separated by commas")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), help="run steps through this compiler")
+    parser.add_argument(
+        "--output", type=Path, help="with --inner: append the rows to this file, one JSON object a line"
+    )
     given = parser.parse_args(arguments)
+    if given.output and not given.inner:
+        parser.error("--output: needs --inner")
     names = given.models.split(",")
     unknown = sorted(set(names) - set(ZOO))
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; there are {', '.join(ZOO)}")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what falls back is in the table
-        rows = [survey(name) for name in tqdm(names, disable=given.json)]
-    print(json.dumps(rows, indent=2) if given.json else as_table(rows))
+        if given.inner:
+            rows, table = run_models(names, given.inner, given.output), as_step_table
+        else:
+            rows, table = [survey(name) for name in tqdm(names, disable=given.json)], as_table
+    print(json.dumps(rows, indent=2) if given.json else table(rows))
 
 
 if __name__ == "__main__":

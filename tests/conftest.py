@@ -17,11 +17,24 @@ _internal.trace_log = logging.Logger("trace-off")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _by_model(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _by_model(items: list[pytest.Item]) -> None:
+    """Tests of one model of the zoo stand in a row, so that one worker has most of them: each traces the model anew."""
+    places = [i for i, item in enumerate(items) if item.path.name == "test_zoo.py"]
+    for i, item in zip(places, sorted((items[i] for i in places), key=_model_of), strict=True):
+        items[i] = item
+
+
+def _model_of(item: pytest.Item) -> str:
+    parameters: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    return str(parameters.get("name", ""))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,7 +17,7 @@ from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.plan import Refresh, ScoredRefresh
 from hero_fx.passes.tokens import NoRule, Segment, Tokens, follow
 
-from . import toys
+from . import tiny, toys
 from .attention_ops import registered
 from .axis import TOKENS, stream
 from .layers import D, Model, Part, norm
@@ -217,7 +217,7 @@ def test_flex_attention_is_cached_but_not_refreshed(made: str) -> None:
     mask = create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu")
     model = flex_model(mask if made == "outside" else None)
     for options in ({"policy": "taylorseer"}, {"grid": toys.GRID, "refresh_layers": 2}):
-        backend = hero_fx.backend(inner="eager", warmup=2, **options)
+        backend = hero_fx.backend(inner=tiny.INNER, warmup=2, **options)
         torch._dynamo.reset()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -45,7 +45,7 @@ class Inner:
 
 
 def toy_backend(**options: Any) -> hero_fx.Backend:
-    return hero_fx.backend(**{"inner": "eager", "grid": toys.GRID, **options})
+    return hero_fx.backend(**{"inner": tiny.INNER, "grid": toys.GRID, **options})
 
 
 def run_toy(backend: Any, model: Any = None, steps: int = 8, **compile_options: Any) -> list[Tensor]:
@@ -86,7 +86,7 @@ def by_name() -> None:
 
 def test_by_name_with_options() -> None:
     by_name()
-    options = {"inner": "eager", "grid": toys.GRID, "interval": 3, "policy": "taylorseer", "refresh_ratio": 1 / 6}
+    options = {"inner": tiny.INNER, "grid": toys.GRID, "interval": 3, "policy": "taylorseer", "refresh_ratio": 1 / 6}
     ours = run_toy("hero_fx", options=options | {"grid": None})
     assert toys.same(ours, run_toy(toy_backend(interval=3, policy="taylorseer", grid=None)))
     assert not toys.same(ours, toys.loop(toys.toy(), toys.latents(), toys.times(8)))

@@ -359,7 +359,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_collapsed_equals_literal_over_fifty_steps(options: dict[str, Any]) -> None:
     results = []
     for form in ("literal", "collapsed"):
-        backend = hero_fx.backend(inner="eager", num_steps=50, interval=3, form=form, **options)
+        backend = hero_fx.backend(inner=tiny.INNER, num_steps=50, interval=3, form=form, **options)
         results.append(tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(50)))
     # Sums of rounded caches are not rounded sums of caches: with state in bf16 the forms agree to its precision.
     assert tiny.worst(results[1], results[0]) < (1e-5 if "state_dtype" not in options else 1e-2)

@@ -34,7 +34,7 @@ def model() -> Any:
 
 
 def backend(**options: Any) -> hero_fx.Backend:
-    return hero_fx.backend("fora", inner="eager", interval=3, warmup=1, **options)
+    return hero_fx.backend("fora", inner=tiny.INNER, interval=3, warmup=1, **options)
 
 
 def loop(call: Any, shape: tuple[int, int, int], mark: Callable[[Tensor, int], None] | None = None) -> list[Tensor]:

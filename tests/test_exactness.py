@@ -47,7 +47,7 @@ def check(
     *,
     rotary: bool = True,
     batch: int = 2,
-    inner: str = "eager",
+    inner: str = tiny.INNER,
     bound: float = 1e-5,
     steps: int = STEPS,
     layers: int = LAYERS,

@@ -33,7 +33,7 @@ def frozen(model: Any) -> Any:
 
 
 def backend(**options: Any) -> hero_fx.Backend:
-    return hero_fx.backend(**{"inner": "eager", "grid": toys.GRID, **options})
+    return hero_fx.backend(**{"inner": tiny.INNER, "grid": toys.GRID, **options})
 
 
 class MLP(nn.Module):
@@ -255,7 +255,7 @@ def wan() -> Any:
 
 def test_regional_compilation() -> None:
     model = wan()
-    model.compile_repeated_blocks(backend=hero_fx.backend(inner="eager"), fullgraph=True)
+    model.compile_repeated_blocks(backend=hero_fx.backend(inner=tiny.INNER), fullgraph=True)
     kwargs = {"hidden_states": torch.randn(1, 4, 3, 8, 12), "encoder_hidden_states": torch.randn(1, 7, 18)}
     check_message(lambda: model(**kwargs, timestep=TIME[:1]), f"compile_repeated_blocks.*{WHOLE}, torch.compile")
 

@@ -54,7 +54,7 @@ def test_collapsed_is_no_worse_than_literal(case: str) -> None:
         total = 0.0
         for seed in range(3):
             kwargs = tiny.inputs(seed=seed)
-            backend = hero_fx.backend(inner="eager", num_steps=STEPS, interval=3, form=form, **options)
+            backend = hero_fx.backend(inner=tiny.INNER, num_steps=STEPS, interval=3, form=form, **options)
             ours = tiny.denoise(in_bfloat16().compiled(backend), halved(kwargs), tiny.timesteps(STEPS))
             # The float32 model starts from the same rounded weights and inputs: what differs is the arithmetic.
             exact = {

@@ -119,7 +119,7 @@ def test_scores_and_gates_stay_as_they_are() -> None:
 @pytest.mark.parametrize("form", ["literal", "collapsed"])
 @pytest.mark.parametrize("options", [{}, {"policy": "lean"}, {"policy": "toca"}, {"unsampled": "gate"}], ids=str)
 def test_trajectory_with_whole_numbers(options: dict[str, Any], form: str) -> None:
-    options = {"inner": "eager", "num_steps": 12, "interval": 3, "form": form, **options}
+    options = {"inner": tiny.INNER, "num_steps": 12, "interval": 3, "form": form, **options}
     own, narrow = (hero_fx.backend(state_dtype=dtype, **options) for dtype in (None, torch.int8))
     theirs, ours = (
         tiny.denoise(tiny.captured().compiled(backend), tiny.inputs(), tiny.timesteps(12)) for backend in (own, narrow)
@@ -154,7 +154,7 @@ def test_trajectory(options: dict[str, Any]) -> None:
     captured, kwargs, times = tiny.captured(layers=2), tiny.inputs(), tiny.timesteps(6)
     found, sizes = {}, {}
     for dtype in (None, torch.bfloat16, FLOAT8):
-        backend = hero_fx.backend(inner="eager", state_dtype=dtype, **options)
+        backend = hero_fx.backend(inner=tiny.INNER, state_dtype=dtype, **options)
         found[dtype] = tiny.denoise(captured.compiled(backend), kwargs, times)
         sizes[dtype] = backend.stats().state_bytes
     near, far = (tiny.worst(found[dtype], found[None]) for dtype in (torch.bfloat16, FLOAT8))

@@ -20,7 +20,7 @@ from hero_fx.passes.record import RecordFeatures, attention_received, small_valu
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
 from hero_fx.steps import copy_graph
 
-from . import toys
+from . import tiny, toys
 from .steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers
 from .tracing import capture, equal, run_passes
 
@@ -246,7 +246,7 @@ def test_ops_of_a_cached_step(case: str, form: Literal["literal", "collapsed"]) 
     policy = case.split(",")[0]
     if policy in ("hero", "toca"):
         options = {**options, "grid": toys.GRID}
-    backend = hero_fx.backend(policy, inner="eager", form=form, **options)
+    backend = hero_fx.backend(policy, inner=tiny.INNER, form=form, **options)
     with torch.no_grad():
         backend(*captured())
     (steps,) = backend.graphs
@@ -256,7 +256,7 @@ def test_ops_of_a_cached_step(case: str, form: Literal["literal", "collapsed"]) 
 
 
 def test_a_cached_step_computes_sampled_tokens_only() -> None:
-    backend = hero_fx.backend(inner="eager", form="literal", grid=toys.GRID, refresh_layers=DEPTH, refresh_ratio=0.3)
+    backend = hero_fx.backend(inner=tiny.INNER, form="literal", grid=toys.GRID, refresh_layers=DEPTH, refresh_ratio=0.3)
     torch._dynamo.reset()
     call = toys.torch_compile(toys.toy(layers=DEPTH), backend=backend, fullgraph=True)
     outputs = toys.loop(call, toys.latents(), toys.times(6))

@@ -41,7 +41,7 @@ def test_lanes_with_texts_of_different_length() -> None:
     model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
     long = tiny.inputs()
     short = {**long, "encoder_hidden_states": long["encoder_hidden_states"][:, :5].clone()}
-    backend = hero_fx.backend(inner="eager", warmup=2)
+    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
     call = toys.torch_compile(model, backend=backend, fullgraph=True)
 
     def lane(kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -59,7 +59,7 @@ def test_lanes_with_texts_of_different_length() -> None:
 @pytest.mark.parametrize("with_index", [False, True])
 def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
     model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
-    backend = hero_fx.backend(inner="eager", warmup=2)
+    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
     call = toys.torch_compile(model, backend=backend, fullgraph=True)
     kwargs = tiny.inputs()
     step, seen = [0], []
@@ -156,7 +156,7 @@ def test_shapes_in_turns_own_their_state() -> None:
     model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
     shapes = [(2, (3, 4, 6)), (1, (2, 5, 3))]
     kwargs = [tiny.inputs(batch=batch, grid=grid) for batch, grid in shapes]
-    backend = hero_fx.backend(inner="eager", warmup=2)
+    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
     call = toys.torch_compile(model, backend=backend, fullgraph=True, dynamic=False)
 
     def at(i: int) -> Callable[..., Any]:
@@ -193,7 +193,7 @@ def test_too_many_calls_at_one_timestep() -> None:
 
 def test_lane_names_that_change_do_not_pile_up() -> None:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    backend = hero_fx.backend(inner="eager")
+    backend = hero_fx.backend(inner=tiny.INNER)
     call = toys.torch_compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         for request in range(6):
@@ -213,7 +213,7 @@ def test_inference_mode() -> None:
 
 def test_inference_mode_in_the_middle_of_a_trajectory() -> None:
     kwargs, times = tiny.inputs(), tiny.timesteps(STEPS)
-    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner="eager", warmup=2))
+    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=tiny.INNER, warmup=2))
     latents, outputs = kwargs["hidden_states"], []
     for i, t in enumerate(times):
         with torch.inference_mode(i % 3 == 0), torch.no_grad():

@@ -15,6 +15,7 @@ from hero_fx.graphs import render
 from hero_fx.passes.unmap import without_maps
 from hero_fx.steps import normalized
 
+from . import tiny
 from .tracing import capture, equal
 
 
@@ -97,7 +98,7 @@ class Blocks(nn.Module):
 @pytest.mark.filterwarnings("ignore")  # flex attention's own, of eager runs
 def test_a_block_mask_made_within_the_model() -> None:
     model, inputs = Blocks().eval().requires_grad_(False), (torch.randn(2, 32, 16), torch.tensor(0.9))
-    backend = hero_fx.backend(policy="fora", schedule=[True, False], inner="eager")
+    backend = hero_fx.backend(policy="fora", schedule=[True, False], inner=tiny.INNER)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         assert equal(compiled(*inputs), model(*inputs))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hero_fx
 
+from . import tiny
 from .examples import world
 from .tiny import randomized
 
@@ -202,7 +203,7 @@ def test_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("task", "steps", "counts"), [("planning", 10, (7, 3)), ("reconstruction", 12, (8, 4))])
 def test_compiled_with_hero_fx(task: str, steps: int, counts: tuple[int, int]) -> None:
     world_pipe, plain_pipe = pipe(), pipe()
-    backend = hero_fx.backend(interval=2, num_steps=steps, inner="eager")
+    backend = hero_fx.backend(interval=2, num_steps=steps, inner=tiny.INNER)
     world_pipe.transformer = torch.compile(world_pipe.transformer, backend=backend, fullgraph=True)
     plain = plain_pipe(video(), task, steps, generator=seeded()).latents
     first, second = (world_pipe(video(), task, steps, generator=seeded()).latents for _ in range(2))

@@ -1,4 +1,5 @@
-"""Every transformer of the zoo: full steps, baselines and HERO against hooks on the modules, one form against the other."""
+"""Every transformer of the zoo: full steps, baselines and HERO against hooks on the modules, one form against the other,
+and what AOTAutograd makes of the step graphs."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,13 +32,14 @@ FULL = [True, True, False, False, True, False, False, True, False, False]
 
 # These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
 BROKEN = ("hunyuan_video_15", "lumina2", "omnigen", "wan_animate_2", "qwen_image_21", "hidream_image")
-# Their graphs differ from another's here in sizes alone; tracing them takes the time that CI does not have.
+# Their graphs differ from another's here in sizes alone: they run once per policy, through AOTAutograd.
 TWINS = (
     "cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit", "flux_controlnet",
     "sd3_controlled", "sd3_controlnet", "qwen_image_controlled", "qwen_image_controlnet", "hunyuan_dit_controlnet",
     "sana_controlnet", "transformer_2d_patches",
 )  # fmt: skip
 NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
+WHOLE = [name for name in zoo.ZOO if name not in BROKEN]
 
 
 @dataclass
@@ -130,6 +133,22 @@ def hooked(model: Found, reference: Hooked, rows: Any = None) -> list[Tensor]:
         fulls += full
         outputs.append(first(out))
     return outputs
+
+
+@pytest.mark.parametrize("policy", ["hero", "lean"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_through_aot_autograd(name: str, policy: str) -> None:
+    """Default options: full steps give what the model gives, cached steps what their graphs give as they are."""
+    model = found(name)
+    grid = model.sample.grid or model.steps.structure.grid or (1, 1, model.steps.structure.image_tokens)
+    patch = tuple(map(min, (1, 2, 3), grid))
+    options = {"policy": policy, "refresh_ratio": 1 / 6, "patch": patch, "grid": model.sample.grid}
+    ours, graphs = (trajectory(model, model.stepper(inner=inner, **options)[0]) for inner in ("aot_eager", "eager"))
+    close(ours, graphs, 1e-5)
+    shares = [step / STEPS for step, full in enumerate(FULL) if full]
+    with torch.no_grad():
+        theirs = [first(model.sample.model(**model.sample.at(share), return_dict=False)) for share in shares]
+    close([out for out, full in zip(ours, FULL, strict=True) if full], theirs, 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -287,3 +306,22 @@ def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sana: l0_ffn and 2 more: aten.unflatten.int" in text
     assert "lumina2: no single graph, nor without hero_fx: Consider" in text
     assert "(use_mask = len(set(seq_lengths)) > 1  # diffusers/models/transformers/transformer_lumina2.py" in text
+
+
+def test_survey_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are kept as they are made; those that failed are made anew."""
+    file = tmp_path / "rows.jsonl"
+    failed = {"model": "dit", "policy": "lean", "inner": "aot_eager", "failed": "out of memory", "plain_fails": True}
+    file.write_text(json.dumps(failed) + "\n")
+    survey = example("zoo")
+    arguments = ["--models", "dit", "--inner", "aot_eager", "--output", str(file)]
+    survey.main([*arguments, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [failed, *rows] == [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["model"], row["policy"]) for row in rows] == [("dit", "hero"), ("dit", "lean")]
+    for row in rows:
+        assert (row["graphs"], row["breaks"], row["recompiles"]) == (1, 0, 0)
+        assert max(row["full_step_error"], row["cached_step_error"]) < 1e-5
+    survey.main(arguments)  # all is there
+    assert capsys.readouterr().out.count("\ndit ") == 2
+    assert "dit, lean: fails without hero_fx too: out of memory" in survey.as_step_table([failed])

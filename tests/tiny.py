@@ -14,6 +14,8 @@ from hero_fx._compat import argument_name
 
 TEXT, CHANNELS, WIDTH = 7, 4, 24
 GRID = (3, 4, 6)
+INNER = "aot_eager"
+"""What compiles step graphs in end-to-end tests: what Inductor is handed, where constants, aliases and in-place writes tell."""
 
 
 def randomized(model: Any, seed: int = 1) -> Any:

@@ -121,7 +121,7 @@ def in_turns(calls: list[Callable[..., Any]], starts: list[Tensor], times: list[
 
 def compiled(model: Any = None, **options: Any) -> tuple[Any, hero_fx.Backend]:
     """A toy compiled with HERO: of nine steps five are full."""
-    backend = hero_fx.backend(**{"inner": "eager", "grid": GRID, "warmup": 2, **options})
+    backend = hero_fx.backend(**{"inner": tiny.INNER, "grid": GRID, "warmup": 2, **options})
     return torch_compile(model or toy(), backend=backend, fullgraph=True), backend
 
 
