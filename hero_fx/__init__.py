@@ -3,6 +3,7 @@
 from .backends import Backend, Stats, backend
 from .checks import UnsupportedModel
 from .config import Config
+from .plan import Fingerprint, Plan, Timeline
 from .policy import Policy
 from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
 from .state import Session, reset, session
@@ -14,11 +15,14 @@ __all__ = [
     "Backend",
     "Config",
     "Explanation",
+    "Fingerprint",
     "Flops",
+    "Plan",
     "Policy",
     "Session",
     "Stats",
     "StepGraphs",
+    "Timeline",
     "UnsupportedModel",
     "backend",
     "explain",

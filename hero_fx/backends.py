@@ -6,18 +6,25 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from hero_fx.passes.branches import Structure
 from hero_fx.passes.emit import slots_of, value_of
+from hero_fx.passes.pipeline import PassRecord
 
 from . import _compat
 from .checks import UnsupportedModel, check_call, check_graph, check_structure, find_timestep
 from .config import Config
 from .diffusers_context import listen
-from .policy import Policy
+from .fingerprint import check_fingerprint
+from .forecast import build_forecast
+from .plan import Plan
+from .planned import Planned
+from .policy import Forecast, Policy
 from .runtime import Step, Stepper
 from .steps import StepGraphs, build_steps, find_structure, normalized
 from .subclasses import Unwrapped, unwrap
@@ -106,7 +113,7 @@ class Backend:
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        return build_steps(steps.normal, steps.structure, policy, self.config)
+        return _build(steps.normal, steps.structure, policy, self.config)
 
     def stats(self) -> Stats:
         """Counts of full and cached steps, and bytes of feature state, over everything this backend compiled."""
@@ -138,7 +145,7 @@ class Backend:
             ) from error
         structure = find_structure(normal)
         try:
-            check_structure(normal, structure)
+            check_structure(normal, structure, forecast=isinstance(policy, Forecast))
         except UnsupportedModel as error:
             if not plain.kinds:
                 raise
@@ -147,7 +154,9 @@ class Backend:
                 "quantise activations too are not"
             ) from None
         timestep = find_timestep(normal, config.timestep)
-        return build_steps(normal, structure, policy, config, records), timestep
+        if config.plan is not None:
+            check_fingerprint(config, normal, structure)
+        return _build(normal, structure, policy, config, records), timestep
 
     def _compile(
         self,
@@ -167,6 +176,7 @@ class Backend:
             sampler=steps.sampler,
             timestep=timestep,
             context=listen(_compat.frame_module()),
+            planned=_planned(config),
         )
         self.graphs.append(steps)
         self.steppers.append(stepper)
@@ -183,6 +193,22 @@ class Backend:
                 "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes",
                 stacklevel=2,
             )
+
+
+def _build(
+    normal: fx.GraphModule, structure: Structure, policy: Policy, config: Config, records: tuple[PassRecord, ...] = ()
+) -> StepGraphs:
+    if isinstance(policy, Forecast):
+        return build_forecast(normal, structure, policy, config.state_dtype, records)
+    return build_steps(normal, structure, policy, config, records)
+
+
+def _planned(config: Config) -> Planned | None:
+    plan, timeline = config.plan, config.timeline
+    if timeline is None:
+        return None
+    assert isinstance(plan, Plan)
+    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
@@ -241,6 +267,8 @@ def backend(
     inner: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    plan: Plan | str | Path | None = None,
+    plan_mismatch: Literal["error", "warn"] = "error",
     strict: bool = True,
 ) -> Backend:
     """A torch.compile backend that caches features between denoising steps.
@@ -257,7 +285,8 @@ def backend(
     Args:
         policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
             hidden-state tensors whatever the depth); a baseline on the same machinery (`"fora"`, `"taylorseer"`,
-            `"toca"`, `"duca"`); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
+            `"toca"`, `"duca"`); `"forecast"` (cached steps run no layer and forecast the output by the coefficients of a
+            plan, which it needs); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
             the members of `hero_fx.Policy`.
         interval: N; a full step every N steps. 1 makes every step full.
         schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
@@ -290,6 +319,9 @@ def backend(
         seed: seed of the sampling.
         inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.
         mode, options: Inductor's, as in `torch.compile`; those given to `torch.compile` come on top.
+        plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
+            coefficients of cached steps; options given beside it must agree with it.
+        plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
         strict: raise if the model cannot be accelerated (True), or warn once and compile plainly (False).
 
     Returns:
@@ -324,6 +356,8 @@ def backend(
             inner=inner,
             mode=mode,
             options=options,
+            plan=plan,
+            plan_mismatch=plan_mismatch,
             strict=strict,
         )
     )

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from hero_fx.passes.emit import IndexSlot, ScalarSlot, Slot, StateSlot
+from hero_fx.passes.emit import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot
 
 from ._compat import Compiled
 from .diffusers_context import ContextListener
 from .guard import Call, TimestepReader
+from .planned import Planned
 from .policy import Policy
 from .schedule import Schedule
 from .selection import PatchSampler, Selection
@@ -100,6 +101,7 @@ class Stepper:
         sampler: PatchSampler | None,
         timestep: int,
         context: ContextListener | None = None,
+        planned: Planned | None = None,
     ) -> None:
         self.full = full
         self.cached = tuple(cached)
@@ -109,6 +111,7 @@ class Stepper:
         self.timestep = timestep
         self.reader = TimestepReader()
         self.context = context
+        self.planned = planned
         self.counts: Counter[str] = Counter()
         self.last: Call | None = None
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
@@ -122,20 +125,23 @@ class Stepper:
                 timestep = self.reader.read(inputs[self.timestep])
             call = trajectory.guard.advance(timestep, name=name, step_index=step_index)
             try:
-                return self._run(call, trajectory, inputs)
+                return self._run(call, trajectory, inputs, timestep)
             except BaseException:
                 # The state may be half written, and a call that is made again must not pass for the step's next lane.
                 trajectory.guard.reset()
                 raise
 
-    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any]) -> Any:
+    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any], timestep: tuple[float, float]) -> Any:
         if call.new_trajectory:
             trajectory.patterns.clear()
         pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
         trajectory.patterns[call.lane] = pattern
+        lane = list(trajectory.patterns).index(call.lane)
+        if self.planned is not None:
+            self.planned.check(call, pattern, lane, timestep)
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
         step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
-        extra = [self._fill(slot, call, state, pattern, step.device) for slot in step.slots]
+        extra = [self._fill(slot, call, lane, state, pattern, step.device) for slot in step.slots]
         with self._lock:
             self.counts["full" if call.full else "cached"] += 1
             self.last = call
@@ -145,6 +151,7 @@ class Stepper:
         self,
         slot: Slot,
         call: Call,
+        lane: int,
         state: dict[StateSlot, torch.Tensor],
         pattern: tuple[bool, ...],
         device: torch.device,
@@ -157,6 +164,9 @@ class Stepper:
             case IndexSlot(layer):
                 assert self.selections is not None
                 return self.selections.at(pattern)[layer or 0]
+            case TableSlot():
+                assert self.planned is not None
+                return self.planned.weight(slot, call, lane, device)
 
     def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
         """A 0-d tensor on the device, made once per value: x and 1 / d take few values, so none is copied per call."""
