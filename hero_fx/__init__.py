@@ -1,6 +1,7 @@
 """HERO step caching for diffusion transformers, as a torch.compile backend."""
 
 from .backends import Backend, Stats, backend
+from .calibration import Calibration, calibrate
 from .checks import UnsupportedModel
 from .config import Config
 from .plan import Fingerprint, Plan, Timeline
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Calibration",
     "Config",
     "Explanation",
     "Fingerprint",
@@ -25,6 +27,7 @@ __all__ = [
     "Timeline",
     "UnsupportedModel",
     "backend",
+    "calibrate",
     "explain",
     "flops",
     "reset",

@@ -251,3 +251,13 @@ def unlimited_tracing() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(  # type: ignore[no-any-return]
         recompile_limit=2**30, accumulated_recompile_limit=2**30, suppress_errors=False
     )
+
+
+def forget_code(model: torch.nn.Module) -> None:
+    """Drops what Dynamo has compiled of a module's forward, so that it does not count towards the recompile limit.
+
+    `reset_code` is what `torch._dynamo.reset_code` calls; the same from 2.11 to 2.15.
+    """
+    code = getattr(type(model).forward, "__code__", None)
+    if code is not None:
+        torch._dynamo.reset_code(code)  # type: ignore[attr-defined]

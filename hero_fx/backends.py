@@ -115,6 +115,26 @@ class Backend:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
         return _build(steps.normal, steps.structure, policy, self.config)
 
+    def follow(self, plan: Plan) -> None:
+        """Goes on by another plan for the same policy, options and outputs; nothing is compiled anew.
+
+        Raises:
+            ValueError: this backend has no plan, or one that step graphs depend on in another way.
+        """
+        old = self.config.plan
+        if not isinstance(old, Plan):
+            raise ValueError("this backend follows no plan: give it one with plan= when it is made")
+        ours, theirs = ((p.policy, dict(p.options), p.outputs, _shapes(p)) for p in (old, plan))
+        if ours != theirs:
+            raise ValueError(
+                "the plan differs in policy, options, outputs or the shapes of coefficients: make a new backend"
+            )
+        self.config = replace(self.config, plan=plan, schedule="uniform", num_steps=None)
+        for stepper in self.steppers:
+            stepper.planned = _planned(self.config)
+            stepper.store.schedule = self.config.make_schedule()
+            stepper.store.drop()
+
     def stats(self) -> Stats:
         """Counts of full and cached steps, and bytes of feature state, over everything this backend compiled."""
         return Stats(
@@ -201,6 +221,10 @@ def _build(
     if isinstance(policy, Forecast):
         return build_forecast(normal, structure, policy, config.state_dtype, records)
     return build_steps(normal, structure, policy, config, records)
+
+
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape[1:]) for line in plan.timelines for name, t in line.coefficients.items()}
 
 
 def _planned(config: Config) -> Planned | None:

@@ -331,7 +331,7 @@ def test_outputs_and_their_latents_are_found() -> None:
     gm = normal_form(Conditioned().eval().requires_grad_(False), sample[:, :3], time, numbers(2, 7, 6, seed=4))
     position = [n.meta["argument"] for n in gm.graph.find_nodes(op="placeholder")].index("timestep")
     assert [(r.axis, r.latent) for r in find_outputs(gm, position)] == [(1, "sample"), (2, "audio")]
-    with pytest.raises(ValueError, match="latent='time'.*sample"):
+    with pytest.raises(ValueError, match=r"latent=.time.*sample"):
         find_outputs(gm, position, "time")
 
 
