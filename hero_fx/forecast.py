@@ -13,7 +13,7 @@ from torch import fx
 from hero_fx.passes.branches import Structure
 from hero_fx.passes.cleanup import DropDeadCode
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.forecast import ForecastOutputs, OutputRule, RecordOutputs, outputs_of
+from hero_fx.passes.forecast import ForecastOutputs, OutputRule, RecordOutputs, arguments_of, outputs_of
 from hero_fx.passes.pipeline import PassRecord, Pipeline
 
 from .checks import UnsupportedModel
@@ -61,7 +61,7 @@ def build_forecast(
 def check_outputs(normal: fx.GraphModule, rules: Sequence[OutputRule]) -> None:
     """Refuses rules that do not fit the model's outputs and inputs."""
     outputs = outputs_of(normal)
-    names = {n.meta["argument"]: n for n in normal.graph.find_nodes(op="placeholder") if n.meta.get("model_input")}
+    names = arguments_of(normal)
     found = {i for i, output in enumerate(outputs) if _is_forecast(output)}
     ruled = {rule.index for rule in rules}
     if found != ruled:
@@ -127,14 +127,10 @@ def find_outputs(
     Raises:
         ValueError: `latent` names no argument that could be one.
     """
-    named = [latent] if isinstance(latent, str) else latent
-    inputs = normal.graph.find_nodes(op="placeholder")
-    candidates = [
-        node
-        for i, node in enumerate(inputs)
-        if i != timestep and node.meta.get("model_input") and _is_float(node)
-        and (named is None or node.meta["argument"] in named)
-    ]  # fmt: skip
+    wanted = [latent] if isinstance(latent, str) else latent
+    time = normal.graph.find_nodes(op="placeholder")[timestep]
+    floats = {name: node for name, node in arguments_of(normal).items() if _is_float(node) and node is not time}
+    candidates = {name: node for name, node in floats.items() if wanted is None or name in wanted}
     rules, used = [], set()
     for index, output in enumerate(outputs_of(normal)):
         if not _is_forecast(output):
@@ -142,22 +138,21 @@ def find_outputs(
         assert isinstance(output, fx.Node)
         rule = OutputRule(index=index, axis=None)
         shape = value_of(output).shape
-        options = [(n, axis) for n in candidates if (axis := _axis(value_of(n).shape, shape)) is not None]
-        options.sort(key=lambda option: value_of(option[0]).shape != shape)
+        options = [
+            (name, axis) for name, n in candidates.items() if (axis := _axis(value_of(n).shape, shape)) is not None
+        ]
+        options.sort(key=lambda option: value_of(candidates[option[0]]).shape != shape)
         if options:
-            node, axis = options[0]
-            used.add(node.meta["argument"])
-            if axis == _SAME:
-                axis = _channels(node)
-            rule = replace(rule, axis=axis, latent=node.meta["argument"])
+            name, axis = options[0]
+            used.add(name)
+            rule = replace(rule, axis=_channels(candidates[name]) if axis == _SAME else axis, latent=name)
         elif len(shape) > 1:
             rule = replace(rule, axis=1 if len(shape) in (4, 5) else len(shape) - 1)
         rules.append(rule)
-    if named is not None and (unused := set(named) - used):
-        known = ", ".join(n.meta["argument"] for n in inputs if n.meta.get("model_input") and _is_float(n))
+    if wanted is not None and (unused := set(wanted) - used):
         raise ValueError(
             f"latent={latent!r}: {', '.join(sorted(unused))} is no floating-point argument with the shape of an output, or "
-            f"more channels; the model's are {known}"
+            f"more channels; the model's are {', '.join(floats)}"
         )
     if not rules:
         raise UnsupportedModel("the model returns no floating-point tensor, so there is nothing to forecast")

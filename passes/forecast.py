@@ -11,6 +11,7 @@ one weight, and those are what a step graph is given: `v0`, `v1`, `v2` for v_i, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from torch import fx
 
 from .emit import Emitter, StateSlot, TableSlot, value_of
 
-__all__ = ["THETAS", "ForecastOutputs", "OutputRule", "RecordOutputs", "combination", "outputs_of"]
+__all__ = ["THETAS", "ForecastOutputs", "OutputRule", "RecordOutputs", "arguments_of", "combination", "outputs_of"]
 
 aten = torch.ops.aten
 
@@ -86,13 +87,23 @@ def outputs_of(gm: fx.GraphModule) -> tuple[Any, ...]:
     return tuple(own)
 
 
+def arguments_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """The inputs that a caller passes, by name; those that came as `*args` have one name, and are numbered in the order
+    in which the model reads them: `args[0]`."""
+    inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node.meta.get("model_input")]
+    names = [str(node.meta["argument"]) for node in inputs]
+    seen: Counter[str] = Counter()
+    result = {}
+    for name, node in zip(names, inputs, strict=True):
+        result[name if names.count(name) == 1 else f"{name}[{seen[name]}]"] = node
+        seen[name] += 1
+    return result
+
+
 def _latent(emitter: Emitter, rule: OutputRule, output: fx.Node) -> fx.Node:
     """The noisy latent of an output: an input, or the channels of it that are one; call inside `emitter.before(...)`."""
-    source: fx.Node = next(
-        node
-        for node in emitter.graph.find_nodes(op="placeholder")
-        if node.meta.get("model_input") and node.meta["argument"] == rule.latent
-    )
+    assert rule.latent is not None
+    source = arguments_of(emitter.gm)[rule.latent]
     shape, of = value_of(source).shape, value_of(output).shape
     if shape == of or rule.axis is None:
         return source

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -16,7 +17,8 @@ import hero_fx
 from hero_fx.forecast import find_outputs
 from hero_fx.graphs import graph_diff, op_count, render
 from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.forecast import ForecastOutputs, OutputRule, RecordOutputs
+from hero_fx.passes.emit import value_of
+from hero_fx.passes.forecast import ForecastOutputs, OutputRule, RecordOutputs, arguments_of
 from hero_fx.plan import Plan, Timeline
 from hero_fx.steps import copy_graph
 
@@ -342,6 +344,26 @@ def test_channels_of_a_video_are_found_wherever_they_lie() -> None:
     assert (rule.axis, rule.latent) == (2, "hidden_states")
 
 
+def test_arguments_without_names_are_told_apart() -> None:
+    """A decorated forward takes `*args`: all of them have that name."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Conditioned()
+
+        def forward(self, *args: Tensor) -> Any:
+            return self.inner(*args)
+
+    model = Wrapped().eval().requires_grad_(False)
+    gm = normal_form(model, numbers(2, 3, 4, 6, seed=3), tiny.timesteps(1).expand(2), numbers(2, 7, 6, seed=4))
+    names = arguments_of(gm)
+    (time,) = [name for name, node in names.items() if not value_of(node).is_floating_point()]
+    found = find_outputs(gm, gm.graph.find_nodes(op="placeholder").index(names[time]))
+    assert [value_of(names[str(rule.latent)]).shape for rule in found] == [(2, 3, 4, 6), (2, 7, 6)]
+    assert all(str(rule.latent).startswith("args[") for rule in found)
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 def test_forecast_needs_a_plan() -> None:
     with pytest.raises(ValueError, match="needs a plan"):
@@ -355,6 +377,29 @@ def run(plan: Plan, steps: int = STEPS, shift: float = 0, calls: int = 1, batch:
         for t in tiny.timesteps(steps) - shift:
             for _ in range(calls):
                 call(**kwargs, timestep=t.expand(batch), return_dict=False)
+
+
+def test_state_of_aether_is_under_a_tenth_of_a_gigabyte() -> None:
+    """At batch 2 in bfloat16; its latent is the first 56 of 96 channels."""
+    config = {
+        "num_attention_heads": 48, "attention_head_dim": 64, "num_layers": 2, "in_channels": 96, "out_channels": 56,
+        "time_embed_dim": 512, "text_embed_dim": 4096, "use_rotary_positional_embeddings": True, "sample_width": 90,
+        "sample_height": 60, "sample_frames": 41,
+    }  # fmt: skip
+    rule = OutputRule(index=0, axis=2, latent="hidden_states")
+    backend = hero_fx.backend(plan=plan_of(rule, theta(1, 1, 56, 1, 1)), plan_mismatch="warn")
+    with torch.device("meta"), torch.no_grad():
+        model: Any = CogVideoXTransformer3DModel(**config)
+        model = model.bfloat16().eval()
+        call = {
+            "hidden_states": torch.empty(2, 11, 96, 60, 90, dtype=torch.bfloat16),
+            "encoder_hidden_states": torch.empty(2, 226, 4096, dtype=torch.bfloat16),
+            "timestep": torch.empty(2),
+            "image_rotary_emb": (torch.empty(14850, 64), torch.empty(14850, 64)),
+        }
+        with pytest.warns(UserWarning, match="another model"):
+            steps = hero_fx.trace(model, backend=backend, return_dict=False, **call)
+    assert steps.state_bytes == 5 * 2 * 11 * 56 * 60 * 90 * 2 < 0.1e9
 
 
 def simple(**more: Any) -> Plan:

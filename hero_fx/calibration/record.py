@@ -21,7 +21,7 @@ from hero_fx.fingerprint import fingerprint_of
 from hero_fx.forecast import find_outputs
 from hero_fx.guard import TimestepGuard, TimestepReader
 from hero_fx.passes.emit import StateSlot, value_of
-from hero_fx.passes.forecast import OutputRule, outputs_of
+from hero_fx.passes.forecast import OutputRule, arguments_of, outputs_of
 from hero_fx.passes.weigh import family_of
 from hero_fx.plan import Fingerprint
 from hero_fx.schedule import Uniform
@@ -111,7 +111,8 @@ class Recorder:
             for policy, backend in self.tapped.items()
             if (tap := self._tap(policy, backend, gm, inputs)) is not None
         ]
-        places = {n.meta["argument"]: i for i, n in enumerate(normal.graph.find_nodes(op="placeholder"))}
+        inputs_of = normal.graph.find_nodes(op="placeholder")
+        places = {name: inputs_of.index(node) for name, node in arguments_of(normal).items()}
         first = next(value for value in outputs_of(normal) if isinstance(value, fx.Node))
         self.batch = int(value_of(first).shape[0])
         guard, reader = TimestepGuard(Uniform(interval=1)), TimestepReader()

@@ -20,9 +20,10 @@ from hero_fx.backends import Backend, backend
 from hero_fx.fingerprint import fingerprint_of
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.forecast import outputs_of
-from hero_fx.plan import POLICIES, Plan, Timeline
+from hero_fx.plan import Plan, Timeline
 from hero_fx.report import flops
 
+from .arguments import check, numbers_of
 from .record import Recorder, Recording
 from .report import Calibration, Candidate
 from .search import Schedule, improve, pairs, seed_schedule
@@ -162,9 +163,9 @@ def calibrate(
     Raises:
         ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits.
     """
-    fitted = _numbers("scenes", scenes, 0)
-    held = _numbers("holdout", holdout, max(fitted) + 1)
-    _check(num_steps, budget, policies, search, full_steps, fitted, held, history, samples, by)
+    fitted = numbers_of("scenes", scenes, 0)
+    held = numbers_of("holdout", holdout, max(fitted) + 1)
+    check(num_steps, budget, policies, search, full_steps, fitted, held, history, samples, by)
     if num_steps <= FEW:
         log.warning(
             "num_steps=%d: with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 "
@@ -201,44 +202,6 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         _compat.forget_code(model)
-
-
-def _numbers(name: str, given: int | Sequence[int], start: int) -> tuple[int, ...]:
-    if isinstance(given, int):
-        if isinstance(given, bool) or given < 1:
-            raise ValueError(f"{name}={given!r} must be at least 1, or the numbers of trajectories")
-        return tuple(range(start, start + given))
-    numbers = tuple(given)
-    if not numbers or len(set(numbers)) < len(numbers) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"{name}={given!r} must be a count of at least 1, or different numbers of trajectories")
-    return numbers
-
-
-def _check(
-    num_steps: int, budget: int | float, policies: Sequence[str], search: int, full_steps: Collection[int],
-    scenes: tuple[int, ...], holdout: tuple[int, ...], history: int, samples: int, by: Collection[str],
-) -> None:  # fmt: skip
-    for name, value, least in (("num_steps", num_steps, 2), ("search", search, 1), ("samples", samples, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1 <= budget < math.inf:
-        raise ValueError(
-            f"budget={budget!r} must be a number of full steps (an int), or a speed-up (a float, at least 1.0)"
-        )
-    if isinstance(budget, int) and budget > num_steps:
-        raise ValueError(f"budget={budget!r} full steps, but num_steps={num_steps}; a speed-up is a float, such as 2.0")
-    if history not in (1, 2, 3):
-        raise ValueError(f"history={history!r} must be 1, 2 or 3")
-    for name, given, allowed in (("policies", policies, POLICIES), ("by", by, ("frames", "batch"))):
-        unknown = [value for value in given if value not in allowed]
-        if isinstance(given, str) or unknown or (name == "policies" and not given):
-            raise ValueError(f"{name}={given!r}: choose from {', '.join(map(repr, allowed))}, in a tuple or list")
-    if not all(isinstance(step, int) and 0 <= step < num_steps for step in full_steps):
-        raise ValueError(f"full_steps={tuple(full_steps)!r} must be steps from 0 to {num_steps - 1}")
-    if set(scenes) & set(holdout):
-        raise ValueError(
-            f"holdout={holdout!r}: trajectories that are fitted to tell nothing; give others than {scenes!r}"
-        )
 
 
 def _record(job: _Job, num_steps: int) -> None:
