@@ -48,6 +48,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "taylorseer": {"policy": "taylorseer"},
     "toca": {"policy": "toca"},
     "duca": {"policy": "duca"},
+    "forecast": {"policy": "forecast"},
 }
 """Options of `hero_fx.backend`, by the system's name; `eager` and `inductor` run without hero_fx."""
 STEPS = 50
@@ -104,7 +105,10 @@ class Bench:
             return System(name, model)
         if name == "inductor":
             return System(name, torch.compile(model, backend=inner, fullgraph=True))
-        backend = hero_fx.backend(schedule=self.mask, inner=inner, **SYSTEMS[name])
+        options = SYSTEMS[name]
+        if name == "forecast":
+            options = {"plan": extrapolated(self.mask), "plan_mismatch": "warn"}
+        backend = hero_fx.backend(schedule=self.mask, inner=inner, **options)
         return System(name, torch.compile(model, backend=backend, fullgraph=True), backend)
 
     def run(self) -> None:

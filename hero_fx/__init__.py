@@ -7,9 +7,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .backends import Backend, Stats, backend
+from .calibration import Calibration, calibrate
 from .calling import Calling, Session, calling, reset, session
 from .checks import UnsupportedModel
 from .config import Config
+from .plan import Fingerprint, Plan, Timeline
 from .policy import Policy
 from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
 from .steps import StepGraphs
@@ -24,19 +26,24 @@ __version__ = "0.1.0"
 __all__ = [
     "AmbiguousCall",
     "Backend",
+    "Calibration",
     "Calling",
     "Check",
     "Config",
     "Explanation",
+    "Fingerprint",
     "Flops",
+    "Plan",
     "Policy",
     "Session",
     "Stats",
     "StepGraphs",
+    "Timeline",
     "UnsupportedModel",
     "Verification",
     "analysis",
     "backend",
+    "calibrate",
     "calling",
     "explain",
     "flops",

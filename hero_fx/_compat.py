@@ -405,3 +405,13 @@ class StorageId:
 
     def __hash__(self) -> int:
         return hash(self._reference.cdata)
+
+
+def forget_code(model: torch.nn.Module) -> None:
+    """Drops what Dynamo has compiled of a module's forward, so that it does not count towards the recompile limit.
+
+    `reset_code` is what `torch._dynamo.reset_code` calls; the same from 2.11 to 2.15.
+    """
+    code = getattr(type(model).forward, "__code__", None)
+    if code is not None:
+        torch._dynamo.reset_code(code)  # type: ignore[attr-defined]

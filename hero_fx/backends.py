@@ -7,21 +7,27 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from hero_fx.passes.branches import Structure
 from hero_fx.passes.emit import slots_of, value_of
-from hero_fx.passes.pipeline import PassError
+from hero_fx.passes.pipeline import PassError, PassRecord
 
 from . import _compat
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep
 from .config import Config
 from .diffusers_context import entered, listen
 from .evidence import find_roles
+from .fingerprint import check_fingerprint
 from .flops import too_much_outside
-from .policy import Policy
+from .forecast import build_forecast
+from .plan import Plan
+from .planned import Planned
+from .policy import Forecast, Policy
 from .runtime import Inputs, Step, Stepper
 from .stack import warn
 from .steps import StepGraphs, build_steps, find_structure, normalized
@@ -129,7 +135,27 @@ class Backend:
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        return build_steps(steps.normal, steps.structure, policy, self.config)
+        return _build(steps.normal, steps.structure, policy, self.config)
+
+    def follow(self, plan: Plan) -> None:
+        """Goes on by another plan for the same policy, options and outputs; nothing is compiled anew.
+
+        Raises:
+            ValueError: this backend has no plan, or one that step graphs depend on in another way.
+        """
+        old = self.config.plan
+        if not isinstance(old, Plan):
+            raise ValueError("this backend follows no plan: give it one with plan= when it is made")
+        ours, theirs = ((p.policy, dict(p.options), p.outputs, _shapes(p)) for p in (old, plan))
+        if ours != theirs:
+            raise ValueError(
+                "the plan differs in policy, options, outputs or the shapes of coefficients: make a new backend"
+            )
+        self.config = replace(self.config, plan=plan, schedule="uniform", num_steps=None)
+        for stepper in self.steppers:
+            stepper.planned = _planned(self.config)
+            stepper.store.new_tracker = partial(_new_tracker, self.config.schedule_of, stepper.inputs.roles)
+            stepper.store.drop()
 
     @property
     def steppers(self) -> list[Stepper]:
@@ -180,7 +206,7 @@ class Backend:
                 f"or by .item() or nonzero(); pass such numbers as tensors ({str(cause).strip().splitlines()[0]})"
             ) from error
         try:
-            check_structure(normal, structure)
+            check_structure(normal, structure, forecast=isinstance(policy, Forecast))
         except UnsupportedModel as error:
             if not plain.kinds:
                 raise
@@ -189,7 +215,9 @@ class Backend:
                 "quantise activations too are not"
             ) from None
         timestep = find_timestep(normal, config.timestep)
-        return build_steps(normal, structure, policy, config, records), timestep
+        if config.plan is not None:
+            check_fingerprint(config, normal, structure)
+        return _build(normal, structure, policy, config, records), timestep
 
     def _compile(
         self,
@@ -214,6 +242,7 @@ class Backend:
             counts=self._counts,
             watch=self._watch.starts,
             again=_compat.recompile_reason(),
+            planned=_planned(config),
         )
         self._compiled.append(weakref.ref(stepper))
         self._watch.add(stepper)
@@ -254,6 +283,26 @@ def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(value_of(node), torch.Tensor)
+
+
+def _build(
+    normal: fx.GraphModule, structure: Structure, policy: Policy, config: Config, records: tuple[PassRecord, ...] = ()
+) -> StepGraphs:
+    if isinstance(policy, Forecast):
+        return build_forecast(normal, structure, policy, config.state_dtype, records)
+    return build_steps(normal, structure, policy, config, records)
+
+
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape[1:]) for line in plan.timelines for name, t in line.coefficients.items()}
+
+
+def _planned(config: Config) -> Planned | None:
+    plan, timeline = config.plan, config.timeline
+    if timeline is None:
+        return None
+    assert isinstance(plan, Plan)
+    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
@@ -314,6 +363,8 @@ def backend(
     inner: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    plan: Plan | str | Path | None = None,
+    plan_mismatch: Literal["error", "warn"] = "error",
     strict: bool = True,
 ) -> Backend:
     """A torch.compile backend that caches features between denoising steps.
@@ -330,7 +381,8 @@ def backend(
     Args:
         policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
             hidden-state tensors whatever the depth); a baseline on the same machinery (`"fora"`, `"taylorseer"`,
-            `"toca"`, `"duca"`); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
+            `"toca"`, `"duca"`); `"forecast"` (cached steps run no layer and forecast the output by the coefficients of a
+            plan, which it needs); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
             the members of `hero_fx.Policy`.
         interval: N; a full step every N steps. 1 makes every step full.
         schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
@@ -363,6 +415,9 @@ def backend(
         seed: seed of the sampling.
         inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.
         mode, options: Inductor's, as in `torch.compile`; those given to `torch.compile` come on top.
+        plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
+            coefficients of cached steps; options given beside it must agree with it.
+        plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
         strict: raise if the model cannot be accelerated (True), or warn once and compile plainly (False).
 
     Returns:
@@ -397,6 +452,8 @@ def backend(
             inner=inner,
             mode=mode,
             options=options,
+            plan=plan,
+            plan_mismatch=plan_mismatch,
             strict=strict,
         )
     )

@@ -115,8 +115,14 @@ def _moves_weights(module: torch.nn.Module) -> bool:
 _IF_WHOLE = "; if you did, a graph break split it: find the break with torch.compile(..., fullgraph=True)"
 
 
-def check_structure(normal: fx.GraphModule, structure: Structure) -> None:
-    """Refuses a graph without branches, of one block, or that begins or ends between layers."""
+def check_structure(normal: fx.GraphModule, structure: Structure, *, forecast: bool = False) -> None:
+    """Refuses a graph without branches, of one block, or that begins or ends between layers.
+
+    `forecast`: cached steps look at outputs alone, so that the graph needs no branches; that it is a whole model it needs.
+    """
+    if forecast:
+        _check_ends(normal, structure)
+        return
     if not structure.branches:
         raise UnsupportedModel(
             "no attention or FFN branch was found: no residual update x + f(x) of hidden states [batch, tokens, width]; "
@@ -134,6 +140,10 @@ def check_structure(normal: fx.GraphModule, structure: Structure) -> None:
             "one compiled graph, and their caches would mix: compile the whole transformer, torch.compile(model, ...)"
             f"{_IF_WHOLE}"
         )
+    _check_ends(normal, structure)
+
+
+def _check_ends(normal: fx.GraphModule, structure: Structure) -> None:
     nodes = {node.name: node for node in normal.graph.nodes}
     entering = [s.root for s in structure.streams if nodes[s.root].op == "placeholder"]
     returned = set(normal.graph.output_node().all_input_nodes)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from hero_fx.passes.plan import CachePoint, Keys, Text, Unsampled
 
-from .policy import DuCa, Fora, Hero, Policy, TaylorSeer, ToCa
+from .plan import Plan, Timeline, as_plan
+from .policy import DuCa, Fora, Forecast, Hero, Policy, TaylorSeer, ToCa
 from .schedule import Schedule, make_schedule
 
 __all__ = ["Config"]
 
-_POLICIES = ("hero", "lean", "fora", "taylorseer", "toca", "duca", "full")
+_POLICIES = ("hero", "lean", "fora", "taylorseer", "toca", "duca", "forecast", "full")
 _INNER = ("inductor", "aot_eager", "eager")
 _OBJECT = "a policy object"
 _SAMPLED = ("hero", "lean", _OBJECT)
@@ -42,7 +44,8 @@ class Config:
     """Every option of `hero_fx.backend`; see there for what they mean together."""
 
     policy: str | Policy = "hero"
-    """`"hero"`, `"lean"` (HERO with the least state), `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"full"`, or an object.
+    """`"hero"`, `"lean"` (HERO with the least state), `"fora"`, `"taylorseer"`, `"toca"`, `"duca"`, `"forecast"` (needs a
+    plan), `"full"`, or an object.
     `"full"` is plain compilation: every step is full, whatever the schedule, and there is no state."""
     interval: int = 2
     """N: a full step every N steps."""
@@ -93,10 +96,21 @@ class Config:
     """Inductor's mode, as in `torch.compile(mode=...)`."""
     options: Mapping[str, Any] | None = field(default=None, hash=False)
     """Inductor's options, as in `torch.compile(options=...)`."""
+    plan: Plan | str | Path | None = None
+    """A calibrated plan, or the path of one: it decides policy, schedule, `num_steps` and its own options."""
+    plan_mismatch: str = "error"
+    """Where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on."""
     strict: bool = True
     """True: a model that cannot be accelerated is an error; false: one warning, and plain compilation."""
 
     def __post_init__(self) -> None:
+        if self.plan is not None:
+            self._follow(as_plan(self.plan))
+        elif self.policy == "forecast":
+            raise ValueError(
+                "policy='forecast' needs a plan, for its coefficients are calibrated: plan=hero_fx.calibrate(...), or its path"
+            )
+        _one_of("plan_mismatch", self.plan_mismatch, ("error", "warn"))
         if isinstance(self.policy, str):
             _one_of("policy", self.policy, _POLICIES, "or a policy object")
             self._no_idle_options(self.policy)
@@ -150,6 +164,8 @@ class Config:
             isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)
         ):
             raise ValueError(f"state_dtype={dtype!r} must be a floating-point torch.dtype, torch.int8 or None")
+        if dtype is torch.int8 and self.policy == "forecast":
+            raise ValueError(f"state_dtype={dtype!r}: outputs have no tokens to scale by; give a floating-point dtype")
         if self.timestep is not None and not isinstance(self.timestep, str):
             _count("timestep", self.timestep, 0, "as a position among the graph's inputs; or give the argument's name")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -236,10 +252,37 @@ class Config:
                 return ToCa(ratio=self.refresh_ratio, interval=self.interval, text=self.text, cache_point=shallow)
             case "duca":
                 return DuCa(ratio=self.refresh_ratio, interval=self.interval, text=self.text, cache_point=shallow)
+            case "forecast":
+                assert isinstance(self.plan, Plan)
+                return Forecast(outputs=self.plan.outputs)
             case "full":
                 return None
         assert isinstance(self.policy, Policy)
         return self.policy
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """The part of the plan that is for this number of steps; None without a plan."""
+        return self.plan.timeline(self.num_steps) if isinstance(self.plan, Plan) else None
+
+    def _follow(self, plan: Plan) -> None:
+        """Takes over what the plan decides; what was given beside it must agree."""
+        timeline = plan.timeline(self.num_steps)
+        decided = {
+            "policy": plan.policy,
+            **plan.options,
+            "schedule": timeline.schedule,
+            "num_steps": timeline.num_steps,
+        }
+        defaults = {f.name: f.default for f in fields(Config)}
+        for name, value in decided.items():
+            given = getattr(self, name)
+            if name == "schedule" and not isinstance(given, str) and isinstance(given, Sequence):
+                given = tuple(map(bool, given))
+            if given not in (defaults[name], value):
+                raise ValueError(f"{name}={given!r}: the plan was calibrated for {value!r}; leave it out beside plan=")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "plan", plan)
 
     def _no_idle_options(self, policy: str) -> None:
         """An option that the policy does not look at must not be set: it would be ignored in silence."""

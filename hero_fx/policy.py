@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hero_fx.passes.branches import Branch, Structure
+from hero_fx.passes.forecast import OutputRule
 from hero_fx.passes.plan import (
     CachePoint,
     Extrapolate,
@@ -24,7 +25,7 @@ from hero_fx.passes.plan import (
     Unsampled,
 )
 
-__all__ = ["DuCa", "Fora", "Hero", "Policy", "TaylorSeer", "ToCa", "boundary"]
+__all__ = ["DuCa", "Fora", "Forecast", "Hero", "Policy", "TaylorSeer", "ToCa", "boundary"]
 
 
 @runtime_checkable
@@ -179,3 +180,19 @@ class DuCa:
 
     def kind(self, since_full: int) -> int:
         return 0 if since_full % 2 else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """Cached steps forecast the model's outputs by a plan's coefficients: no branch is looked at, no layer runs."""
+
+    outputs: tuple[OutputRule, ...]
+    name: str = "forecast"
+
+    def steps(self, structure: Structure) -> tuple[StepPlan, ...]:
+        """No plan for branches."""
+        return ()
+
+    def kind(self, since_full: int) -> int:
+        """There is one kind of cached step."""
+        return 0

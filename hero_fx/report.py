@@ -131,7 +131,8 @@ class Explanation:
     config: Config
 
     def __str__(self) -> str:
-        parts = (self._found(), self._layers(), self._cost(), self._state(), self._notes())
+        plan = "" if self.config.plan is None else str(self.config.plan)
+        parts = (self._found(), self._layers(), plan, self._cost(), self._state(), self._notes())
         return "\n\n".join(part for part in parts if part)
 
     def _found(self) -> str:
@@ -165,6 +166,8 @@ class Explanation:
         """One row per run of layers that are treated alike."""
         rows: list[list[str]] = []
         plans = self.steps.plans
+        if not plans:
+            return "a cached step runs no layer: it forecasts the outputs"
         for number, (branch, _) in enumerate(plans[0]):
             what = [describe(plan[number][1], self.steps) for plan in plans]
             streams = "+".join(self.steps.structure.streams[u.stream].name for u in branch.updates)
@@ -277,6 +280,8 @@ def _merge(rows: list[list[str]]) -> list[list[str]]:
 def _role(name: str) -> str:
     """`l3_attention_image_y0` -> `features Y_0`."""
     last = name.split("_")[-1]
+    if name.startswith("out"):
+        return "past outputs" if last[0] == "v" else "past latents"
     if last.startswith("y") and last[1:].isdigit():
         return f"features Y_{last[1:]}"
     if last in ("score", "stamp"):

@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from hero_fx.passes.emit import IndexSlot, ScalarSlot, Slot, StateSlot
+from hero_fx.passes.emit import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot
 
 from ._compat import Compiled
 from .calling import current_calling, current_session
 from .diffusers_context import Heard, heard
 from .evidence import Evidence, Roles, current_owner, marks
+from .planned import Planned
 from .policy import Policy
 from .schedule import Schedule
 from .selection import PatchSampler, Selection
 from .stack import warn
 from .state import StateStore, Trajectory
 from .steps import StateSpec, StepGraphs
-from .timestep import AmbiguousCall, TimestepReader
+from .timestep import AmbiguousCall, Timestep, TimestepReader
 from .tracker import Call, Tracker
 from .weights import Model, Weights
 
@@ -130,6 +131,7 @@ class Stepper:
         counts: Counter[str] | None = None,
         watch: Callable[[Stepper, str, Model, Evidence], None] | None = None,
         again: str | None = None,
+        planned: Planned | None = None,
     ) -> None:
         """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
         steps are counted; `watch` is told where a trajectory starts; `again`: why the model was compiled once more."""
@@ -144,6 +146,7 @@ class Stepper:
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
+        self.planned = planned
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.last: Call | None = None
         self._context = context
@@ -164,7 +167,7 @@ class Stepper:
         try:
             if call.new_trajectory and self._watch is not None:
                 self._watch(self, session, model, evidence)
-            return self._run(call, trajectory, inputs)
+            return self._run(call, trajectory, inputs, evidence.timestep)
         except BaseException:
             # The state may be half written, and a call that is made again must not pass for the step's next lane.
             trajectory.tracker.reset()
@@ -211,20 +214,28 @@ class Stepper:
             num_steps=num_steps,
         )
 
-    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any]) -> Any:
+    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any], timestep: Timestep) -> Any:
         if call.new_trajectory:
             trajectory.patterns.clear()
         pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
         trajectory.patterns[call.lane] = pattern
+        lane = list(trajectory.patterns).index(call.lane)
+        if self.planned is not None:
+            self.planned.check(call, pattern, lane, timestep)
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
         self._count(call, trajectory)
-        return self._step(call, state, pattern, inputs)
+        return self._step(call, lane, state, pattern, inputs)
 
     def _step(
-        self, call: Call, state: dict[StateSlot, torch.Tensor], pattern: tuple[bool, ...], inputs: Sequence[Any]
+        self,
+        call: Call,
+        lane: int,
+        state: dict[StateSlot, torch.Tensor],
+        pattern: tuple[bool, ...],
+        inputs: Sequence[Any],
     ) -> Any:
         step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
-        return step.run(*inputs, *(self._fill(slot, call, state, pattern, step.device) for slot in step.slots))
+        return step.run(*inputs, *(self._fill(slot, call, lane, state, pattern, step.device) for slot in step.slots))
 
     def _count(self, call: Call, trajectory: Trajectory) -> None:
         """Counts the call, and its step: as cached where some call of it is."""
@@ -251,12 +262,13 @@ class Stepper:
         else:
             log.info("%s", message)
         call = Call(0, 0, True, 0, 0, 0, True, 0)
-        return self._step(call, self.store.new_lane(), (True,), inputs)
+        return self._step(call, 0, self.store.new_lane(), (True,), inputs)
 
     def _fill(
         self,
         slot: Slot,
         call: Call,
+        lane: int,
         state: dict[StateSlot, torch.Tensor],
         pattern: tuple[bool, ...],
         device: torch.device,
@@ -269,6 +281,9 @@ class Stepper:
             case IndexSlot(layer):
                 assert self.selections is not None
                 return self.selections.at(pattern)[layer or 0]
+            case TableSlot():
+                assert self.planned is not None
+                return self.planned.weight(slot, call, lane, device)
 
     def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
         """A 0-d tensor on the device, made once per value: x and 1 / d take few values, so none is copied per call."""

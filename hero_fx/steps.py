@@ -31,6 +31,7 @@ from hero_fx.passes.plan import Fallback, Recording, Refresh, ScoredRefresh, Ste
 from hero_fx.passes.record import RecordFeatures
 from hero_fx.passes.refresh import RefreshBranches, RefreshScored
 from hero_fx.passes.unflatten import UnflattenProducts
+from hero_fx.passes.weigh import WeighFeatures
 
 from . import _compat
 from .config import Config
@@ -194,6 +195,12 @@ def _build_steps(
         done += _on_all(full, cached, "merge", (merge, DropDeadCode()))
         unread = DropUnreadState(read=state_read(full, cached))
         done += _on_all(full, cached, "state", (unread, WriteBytes()))
+    if config.timeline is not None:
+        tables = {
+            name: tuple(table.shape[2:]) for name, table in config.timeline.coefficients.items() if "@" not in name
+        }
+        for number, gm in enumerate(cached):
+            done += Pipeline(label=f"cached{number}_plan", passes=(WeighFeatures(tables=tables),))(gm)
     if config.state_dtype is torch.int8:
         done += _on_all(full, cached, "int8", (QuantizeState(),))
     done += _on_all(full, cached, "fuse", (FuseUpdates(),))

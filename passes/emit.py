@@ -7,6 +7,7 @@ an extra input means is in `node.meta["slot"]`, one of the frozen dataclasses be
 `StateSlot`    a tensor of feature state, updated in place by a `copy_` at the end of the graph
 `ScalarSlot`   a 0-d tensor with a number of this call (steps since the last full step, ...)
 `IndexSlot`    indices [K] of the sampled image tokens of this step
+`TableSlot`    coefficients of this step from a calibrated plan, by channel
 =============  ==================================================================================
 """
 
@@ -26,7 +27,8 @@ from hero_fx._compat import FakeTensor, FakeTensorMode, unbound_sizes
 from .attention import ATTENTION
 
 __all__ = [
-    "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "by_name", "drop_dead_code", "slots_of", "value_of",
+    "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "TableSlot", "by_name", "drop_dead_code", "slots_of",
+    "value_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -56,7 +58,19 @@ class IndexSlot:
     layer: int | None
 
 
-Slot = StateSlot | ScalarSlot | IndexSlot
+@dataclass(frozen=True, slots=True)
+class TableSlot:
+    """Coefficients that a calibrated plan has for the step of the call: what a term of a table is multiplied with."""
+
+    table: str
+    """`out0` for an output of the model, the name of the features for theirs."""
+    term: str
+    """`v0`, `x`, ... for an output (see `ForecastOutputs`), `y0`, `y1`, ... for features."""
+    shape: tuple[int, ...]
+    """What the input has: it broadcasts to what it is multiplied with."""
+
+
+Slot = StateSlot | ScalarSlot | IndexSlot | TableSlot
 
 
 def value_of(node: fx.Node) -> Any:
@@ -162,6 +176,12 @@ class Emitter:
         with self.mode:
             like = torch.empty(count, dtype=torch.int64, device=device)
         return self._input(IndexSlot(layer), "idx" if layer is None else f"idx_{layer}", like)
+
+    def table(self, slot: TableSlot, device: torch.device) -> fx.Node:
+        """The input for a float32 tensor of coefficients; products with it are float32 at least."""
+        with self.mode:
+            like = torch.empty(slot.shape, dtype=torch.float32, device=device)
+        return self._input(slot, f"{slot.table}_{slot.term}_weight", like)
 
     def erase_input(self, node: fx.Node) -> None:
         """Removes an extra input that nothing reads."""

@@ -8,7 +8,10 @@ The text stream ``[B, S, D]`` and the image stream ``[B, N, D]`` are one tensor 
 
 For every branch the state holds a list Y: ``Y[0] = C`` of the last full step and
 ``Y[i] = (Y[i-1] - Y[i-1] as it was before that full step) / d``, d = distance of the last two full steps.
-x steps after a full step the estimate of C is ``sum_i Y[i] * x**i / i!`` (HERO's Eq. 6 is the case i <= 1).
+x steps after a full step the estimate of C is ``sum_i Y[i] * x**i / i!`` (HERO's Eq. 6 is the case i <= 1). A calibrated
+plan has other weights in the place of ``x**i / i!``, also for i = 0 where no rows are refreshed.
+
+A forecast looks at no branch: see ``forecast``.
 """
 
 from __future__ import annotations
@@ -133,11 +136,11 @@ def differences(c: Tensor, before: Sequence[Tensor], order: int, d: int, fulls: 
     return y
 
 
-def drift(y: Sequence[Tensor], x: int) -> Tensor:
-    """What the estimate x steps after the full step adds to ``Y[0]``."""
+def drift(y: Sequence[Tensor], x: int, weight: Callable[[int], Tensor | float] | None = None) -> Tensor:
+    """What the estimate x steps after the full step adds to ``Y[0]``; ``weight``: i -> what a plan has for x^i / i!."""
     total = torch.zeros_like(y[0])
     for i in range(1, len(y)):
-        total = total + y[i] * (x**i / math.factorial(i))
+        total = total + y[i] * (x**i / math.factorial(i) if weight is None else weight(i))
     return total
 
 
@@ -179,6 +182,13 @@ class Step:
     rotary: tuple[Tensor, Tensor] | None
     """Joint tables (cos, sin), ``[S+N, head_dim]``."""
     n_text: int
+    weights: Callable[[int, int], Tensor | float] | None
+    """(layer, i) -> a plan's weight of ``Y[i]``; None: Taylor's."""
+
+    def weight(self, layer: int) -> Callable[[int], Tensor | float] | None:
+        """Those of a layer."""
+        weights = self.weights
+        return None if weights is None else lambda i: weights(layer, i)
 
 
 class Reference:
@@ -223,13 +233,14 @@ class Reference:
         encoder_hidden_states: Tensor,
         timestep: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        weights: Callable[[int, int], Tensor | float] | None = None,
     ) -> Tensor:
         """One call of the model, ``[B, frames, channels, height, width]``.
 
         kind: "full" or "cached"; policy "full" computes everything either way. x, for cached steps: steps
         since the last full step. d, for full steps: distance to the full step before, ignored if fulls is 0.
         fulls: full steps before this one. indices, for cached steps of hero: layer -> sampled image tokens
-        ``[K]``, all different.
+        ``[K]``, all different. weights, for cached steps of a plan: (layer, i) -> what ``Y[i]`` is multiplied with.
         """
         if kind not in ("full", "cached"):
             raise ValueError(f"kind={kind!r}: use 'full' or 'cached'")
@@ -237,7 +248,7 @@ class Reference:
             raise ValueError(f"kind={kind!r}, fulls={fulls}: no full step came before; start with fulls=0")
         model, n_text = self.model, encoder_hidden_states.shape[1]
         rotary = None if image_rotary_emb is None else joint_rotary(image_rotary_emb, n_text)
-        step = Step(x=x, d=d, fulls=fulls, indices=indices, rotary=rotary, n_text=n_text)
+        step = Step(x=x, d=d, fulls=fulls, indices=indices, rotary=rotary, n_text=n_text, weights=weights)
         compute = self._full if kind == "full" or self.config.policy == "full" else self._cached
         with torch.no_grad():
             emb = model.time_embedding(model.time_proj(timestep).to(hidden_states.dtype))
@@ -269,15 +280,15 @@ class Reference:
 
         Norm and modulation act on each token alone, so rows may as well be picked after them.
         """
-        y = self.y[layer, branch]
-        estimate = y[0] + drift(y, step.x)
+        y, weight = self.y[layer, branch], step.weight(layer)
         rows = self._rows(layer, branch, inputs, step)
         if rows is None:
-            return estimate
+            return y[0] * (1 if weight is None else weight(0)) + drift(y, step.x, weight)
+        estimate = y[0] + drift(y, step.x, weight)
         f = self._features(layer, branch, pick(inputs, rows), rows, step)
         fresh = self._cache_of(layer, f, pick(gate, rows))
         # Y[0] is set such that the estimate at this x is the fresh value; without Y[1] it is the fresh value.
-        self.y[layer, branch] = [put(y[0], rows, fresh - pick(drift(y, step.x), rows)), *y[1:]]
+        self.y[layer, branch] = [put(y[0], rows, fresh - pick(drift(y, step.x, weight), rows)), *y[1:]]
         return put(estimate, rows, fresh)
 
     def _features(self, layer: int, branch: str, inputs: Tensor, rows: Tensor | None, step: Step) -> Tensor:
@@ -372,11 +383,13 @@ def trajectory(
     mask: Sequence[bool],
     indices: Callable[[int, int], Tensor] | None,
     inputs: Callable[[int], dict[str, Any]],
+    weights: Callable[[int, int, int], Tensor | float] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the output of every step of a denoising loop; ``mask[step]`` says which steps are full.
 
     indices: (step, layer) -> sampled image tokens ``[K]``. inputs: step -> tensor arguments of
-    ``Reference.run``; asked for when the step is due, so they may depend on the outputs before.
+    ``Reference.run``; asked for when the step is due, so they may depend on the outputs before. weights: a plan's, by
+    (step, layer, i).
     """
     if not mask or not mask[0]:
         raise ValueError("mask: the first step must be full")
@@ -387,9 +400,55 @@ def trajectory(
             assert indices is not None
             return indices(step, layer)
 
+        def of_term(layer: int, term: int, step: int = step) -> Tensor | float:
+            assert weights is not None
+            return weights(step, layer, term)
+
         x, d = (0, step - last) if full else (step - last, 0)
         sampled = None if indices is None else of_layer
         kind = "full" if full else "cached"
-        yield reference.run(kind=kind, x=x, d=d, fulls=fulls, indices=sampled, **inputs(step))
+        chosen = None if weights is None else of_term
+        yield reference.run(kind=kind, x=x, d=d, fulls=fulls, indices=sampled, weights=chosen, **inputs(step))
         if full:
             last, fulls = step, fulls + 1
+
+
+# ------------------------------------------------------------------------------------------------- output forecast
+def forecast(theta: Sequence[Tensor], v: Sequence[Tensor], x: Sequence[Tensor], x_k: Tensor | None) -> Tensor:
+    """The output at step k from those of the last full steps i > j > l, ``v = (v_i, v_j, v_l)``, and the latents.
+
+    ``(1 + t0) v_i + t1 (v_i - v_j) + t2 (v_i - v_l) + t3 (x_k - x_i) + t4 (x_i - x_j)``. Steps that there were not are
+    zeros; a shorter ``v`` has no further terms, and without a latent (x_k is None) the last two are left out.
+    """
+    result = (1 + theta[0]) * v[0]
+    for t, before in zip(theta[1:], v[1:], strict=False):
+        result = result + t * (v[0] - before)
+    if x_k is not None:
+        result = result + theta[3] * (x_k - x[0]) + theta[4] * (x[0] - x[1])
+    return result
+
+
+def forecast_trajectory(
+    model: Callable[[int], Tensor],
+    theta: Tensor,
+    mask: Sequence[bool],
+    latent: Callable[[int], Tensor] | None,
+    history: int = 3,
+) -> Iterator[Tensor]:
+    """Yield the output of every step; ``theta [T, 5, ...]`` broadcasts to outputs.
+
+    model, latent: step -> output, noisy latent of its inputs; asked for when the step is due.
+    """
+    v: list[Tensor] = []
+    x: list[Tensor] = []
+    for step, full in enumerate(mask):
+        x_k = None if latent is None else latent(step)
+        if full:
+            out = model(step)
+            v = [out, *v]
+            x = [] if x_k is None else [x_k, *x]
+        else:
+            none = torch.zeros_like(v[0])
+            past_v = (v + [none] * history)[:history]
+            out = forecast(list(theta[step]), past_v, x if x_k is None else ([*x, torch.zeros_like(x_k)])[:2], x_k)
+        yield out

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hero_fx.passes.branches import Structure, find_branches
 from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.emit import IndexSlot, ScalarSlot, slots_of, value_of
+from hero_fx.passes.emit import IndexSlot, ScalarSlot, TableSlot, slots_of, value_of
 from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.functionalize import Functionalize
 from hero_fx.passes.normalize import DropIdentities
@@ -117,6 +117,8 @@ class Toy:
                 case IndexSlot():
                     assert index is not None
                     extra.append(index)
+                case TableSlot():
+                    raise AssertionError("plans have tests of their own")
                 case _:
                     extra.append(self.state.setdefault(slot.name, torch.zeros(like.shape, dtype=like.dtype)))
         with torch.no_grad():

@@ -14,6 +14,10 @@ from hero_fx.config import Config
 from hero_fx.policy import Fora
 
 BAD: list[tuple[dict[str, Any], str]] = [
+    ({"plan": 3}, "neither a hero_fx.Plan nor the path of one"),
+    ({"plan": "nowhere.safetensors"}, "there is no such file"),
+    ({"plan_mismatch": "ignore"}, "'error', 'warn'"),
+    ({"policy": "forecast"}, "needs a plan"),
     ({"policy": "heroic"}, "is not one of 'hero', .*'full' or a policy object"),
     ({"policy": 3}, "neither a name .* nor an object with name, steps and kind"),
     ({"policy": Fora}, "neither a name .* nor an object with name, steps and kind"),

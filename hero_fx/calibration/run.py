@@ -1,0 +1,333 @@
+"""`hero_fx.calibrate`: records a model, fits every candidate, searches its schedule, and returns the best plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from hero_fx import _compat
+from hero_fx.backends import Backend, backend
+from hero_fx.fingerprint import fingerprint_of
+from hero_fx.passes.emit import value_of
+from hero_fx.passes.forecast import outputs_of
+from hero_fx.plan import Plan, Timeline
+from hero_fx.report import flops
+
+from .arguments import check, numbers_of
+from .record import Recorder, Recording
+from .report import Calibration, Candidate
+from .search import Schedule, improve, pairs, seed_schedule
+from .tables import Features, Outputs, Predictor, by_parts
+
+__all__ = ["calibrate", "relative_l2"]
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[Any, int], Any]
+Distances = Callable[[Any, Any], Mapping[str, float]]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hero": {"cache_point": "post_gate", "unsampled": "extrapolate"},
+    "taylorseer": {"cache_point": "post_gate"},
+    "lean": {},
+}
+"""By policy, the options under which caches are behind the gates and merge, so that few coefficients say it all."""
+FEW = 8
+"""Steps up to which caching has little to gain."""
+
+
+def relative_l2(sample: Any, reference: Any) -> dict[str, float]:
+    """The relative L2 distance of a sample to a reference; one figure per tensor of a tuple, list or dict."""
+    pairs = (
+        [(str(name), sample[name], reference[name]) for name in reference]
+        if isinstance(reference, Mapping)
+        else [(f"sample {i}", a, b) for i, (a, b) in enumerate(zip(sample, reference, strict=True))]
+        if isinstance(reference, (tuple, list))
+        else [("sample", sample, reference)]
+    )
+    return {name: float((a.float() - b.float()).norm() / b.float().norm()) for name, a, b in pairs}
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the parts of a calibration share."""
+
+    model: Any
+    run: Run
+    recorder: Recorder
+    recordings: list[Recording]
+    finals: dict[int, Any]
+    scenes: tuple[int, ...]
+    holdout: tuple[int, ...]
+    distances: Distances
+    options: dict[str, Any]
+    store: _Store
+    seed: int
+    evaluations: int
+    must: tuple[int, ...]
+    searched: int
+    """Trajectories that an evaluation of the search runs."""
+    bar: Any = None
+
+
+@dataclass(slots=True)
+class _Store:
+    """What has been evaluated, kept in a file so that a calibration that was cut off goes on."""
+
+    path: Path | None
+    known: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            self.known = json.loads(self.path.read_text())
+
+    def put(self, key: str, found: Mapping[str, float]) -> None:
+        self.known[key] = dict(found)
+        if self.path is not None:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.known))
+            part.replace(self.path)
+
+
+def calibrate(
+    model: Any,
+    run: Run,
+    *,
+    num_steps: int,
+    budget: int | float,
+    scenes: int | Sequence[int] = 4,
+    holdout: int | Sequence[int] = 2,
+    policies: Sequence[str] = ("forecast",),
+    seed: int = 0,
+    search: int = 60,
+    full_steps: Collection[int] = (),
+    latent: str | Sequence[str] | None = None,
+    by: Collection[Literal["frames", "batch"]] = (),
+    history: int = 3,
+    distances: Distances = relative_l2,
+    samples: int = 2048,
+    folder: str | Path | None = None,
+    inner: Any = "inductor",
+    timestep: str | int | None = None,
+) -> Calibration:
+    """Learns a plan from a few trajectories of full compute.
+
+    ::
+
+        def run(model, i):
+            pipe.transformer = model
+            return pipe(prompts[i], generator=torch.Generator().manual_seed(i), output_type="latent").frames
+
+
+        found = hero_fx.calibrate(pipe.transformer, run, num_steps=50, budget=2.5)
+        print(found)
+        found.plan.save("plan.safetensors")
+
+    Every trajectory runs once in full and is kept as inner products; all least-squares problems are solved from these. The
+    schedule starts from dynamic programming on one-step errors and is improved by running it: what counts is the distance of
+    the final sample to full compute. The same seed gives the same plan.
+
+    Args:
+        model: the module to be compiled, in eval mode.
+        run: makes trajectory i with the model it is given, from the same noise each time, and returns its final sample: a
+            tensor, or a tuple, list or dict of them. All calls have the same shapes.
+        num_steps: T, the steps of a trajectory, which `run` has to make.
+        budget: how much may be computed: a number of full steps (an int), or a speed-up by FLOPs, attention's included (a
+            float).
+        scenes: the trajectories to fit to, by number; an int n means 0 .. n - 1.
+        holdout: those that errors are reported on; an int n means the n that follow.
+        policies: the candidates: of `"forecast"`, `"hero"`, `"taylorseer"`, `"lean"`.
+        search: how many schedules each candidate may try by running them; 1 takes that of dynamic programming.
+        full_steps: steps that must be full, because they have an effect besides their output (they write a KV cache).
+        latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
+        by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
+        history: how many past outputs a forecast is made from, 1 to 3.
+        distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
+        samples: positions of an output, per frame and row of the batch, that are recorded.
+        folder: where evaluations are kept, so that a run that is cut off goes on.
+        inner, timestep: as in `hero_fx.backend`.
+
+    Returns:
+        The best plan and what was compared; print it, and `.plot(path)` draws it.
+
+    Raises:
+        ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits.
+    """
+    fitted = numbers_of("scenes", scenes, 0)
+    held = numbers_of("holdout", holdout, max(fitted) + 1)
+    check(num_steps, budget, policies, search, full_steps, fitted, held, history, samples, by)
+    if num_steps <= FEW:
+        log.warning(
+            "num_steps=%d: with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 "
+            "times); the report says what is lost", num_steps,
+        )  # fmt: skip
+    tapped = {p: backend(p, **OPTIONS[p], inner=inner, timestep=timestep) for p in policies if p != "forecast"}
+    recorder = Recorder(
+        tapped, backend("fora", inner=inner, timestep=timestep),
+        latent=latent, samples=samples, feature_samples=max(64, samples // 8), seed=seed,
+    )  # fmt: skip
+    store = _Store(None if folder is None else Path(folder) / "evaluations.json")
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    options = {"inner": inner, "timestep": timestep}
+    job = _Job(
+        getattr(model, "_orig_mod", model), run, recorder, [], {}, fitted, held, distances, options, store, seed, search,
+        tuple(full_steps), min(2, len(fitted)),
+    )  # fmt: skip
+    with torch.no_grad(), _compat.unlimited_tracing(), _forgotten(job.model):
+        _record(job, num_steps)
+        candidates = [c for policy in policies if (c := _candidate(job, policy, budget, by, history)) is not None]
+    if not candidates:
+        why = "; ".join(f"{policy}: {reason}" for policy, reason in recorder.unsupported.items())
+        raise ValueError(f"policies={tuple(policies)!r}: none of them fits this model ({why})")
+    return Calibration(
+        candidates=tuple(sorted(candidates, key=lambda c: c.score)), unsupported=dict(recorder.unsupported)
+    )
+
+
+@contextmanager
+def _forgotten(model: torch.nn.Module) -> Iterator[None]:
+    """Leaves no compiled code behind, which would count towards Dynamo's limit for the compile that follows."""
+    try:
+        yield
+    finally:
+        _compat.forget_code(model)
+
+
+def _record(job: _Job, num_steps: int) -> None:
+    compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
+    for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
+        job.finals[i] = job.run(compiled, i)
+        recording = job.recorder.finish()
+        if len(recording.timesteps) != num_steps:
+            raise ValueError(
+                f"num_steps={num_steps}, but run(model, {i}) made {len(recording.timesteps)} steps: make both agree"
+            )
+        if job.recordings and recording.timesteps != job.recordings[0].timesteps:
+            raise ValueError(f"run(model, {i}) went through other timesteps than run(model, {job.scenes[0]})")
+        if i in job.scenes:
+            job.recordings.append(recording)
+    for rule in job.recorder.rules:
+        if rule.latent is None:
+            log.warning(
+                "output %d: no argument holds its noisy latent in channels that change together from step to step, so it is "
+                "forecast from past outputs alone; name the argument with latent=", rule.index,
+            )  # fmt: skip
+
+
+def _candidate(job: _Job, policy: str, budget: int | float, by: Collection[str], history: int) -> Candidate | None:
+    if policy in job.recorder.unsupported:
+        return None
+    predictor, base = _predictor(job, policy, by, history)
+    steps = len(job.recordings[0].timesteps)
+    plan = _plan(job, base, predictor, tuple(True for _ in range(steps)))
+    chosen = backend(plan=plan, **job.options)
+    compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
+    job.run(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
+    graphs = chosen.graphs[-1]
+    share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
+    full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / (1 - share))
+    reach = max(4, math.ceil(3 * steps / max(1, full)))
+    if full < 1 + bool(job.must):
+        job.recorder.unsupported[policy] = (
+            f"its cached steps cost {share:.0%} of full ones, too much for budget={budget}"
+        )
+        return None
+    asked = pairs(steps, reach)
+    errors = dict(zip(asked, predictor.errors(asked), strict=True))
+    seed = seed_schedule(errors, steps, full, reach=reach, must=job.must)
+    evaluate = _Evaluator(job, base, predictor, chosen, compiled)
+    with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
+        best, _ = improve(seed, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
+    error = evaluate.errors(best, job.holdout)
+    speed = steps / (full + (steps - full) * share)
+    final = _plan(job, base, predictor, best, error=error, speed=speed)
+    tried = tuple((full, schedule, value) for schedule, value in evaluate.scores.items())
+    return Candidate(
+        policy=policy, plan=final, seeded=seed, error=error, speed=speed, share=share,
+        score=_log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
+    )  # fmt: skip
+
+
+def _predictor(job: _Job, policy: str, by: Collection[str], history: int) -> tuple[Predictor, dict[str, Any]]:
+    recorder, recordings = job.recorder, tuple(job.recordings)
+    lanes = next(iter(recordings[0].outputs.values())).shape[0]
+    notes = {"fitted to": f"{len(recordings)} trajectories", "errors on": f"{len(job.holdout)} others"}
+    base: dict[str, Any] = {
+        "policy": policy, "model": recorder.fingerprint, "lanes": lanes, "batch": recorder.batch, "notes": notes,
+    }  # fmt: skip
+    if policy == "forecast":
+        values = outputs_of(recorder.normal)
+        ranks = tuple(value_of(values[rule.index]).dim() for rule in recorder.rules)
+        rules = tuple(replace(rule, history=history) for rule in recorder.rules)
+        rules = by_parts(rules, ranks, by, recorder.batch)
+        base["outputs"] = rules
+        base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, rules)
+        return Outputs(recordings, rules, ranks), base
+    base["options"] = OPTIONS[policy]
+    base["model"] = replace(recorder.fingerprint, outputs=())
+    names = [n.removeprefix(f"{policy}/") for n in recordings[0].features if n.startswith(f"{policy}/")]
+    refreshed = frozenset(n for n in names if n.startswith(("sum_l0_", "l0_"))) if policy == "hero" else frozenset()
+    return Features(recordings, policy, 1, refreshed), base
+
+
+def _plan(job: _Job, base: Mapping[str, Any], predictor: Predictor, schedule: Schedule, **more: Any) -> Plan:
+    line = Timeline(
+        schedule=schedule, timesteps=job.recordings[0].timesteps, coefficients=predictor.tables(schedule), **more
+    )
+    return Plan(timelines=(line,), **base)
+
+
+class _Evaluator:
+    """Runs schedules."""
+
+    def __init__(
+        self, job: _Job, base: Mapping[str, Any], predictor: Predictor, chosen: Backend, compiled: Any
+    ) -> None:
+        self.job, self.base, self.predictor, self.chosen, self.compiled = job, base, predictor, chosen, compiled
+        self.scores: dict[Schedule, float] = {}
+
+    def score(self, schedule: Schedule) -> float:
+        """Sum of the logarithms of all distances, mean over the trajectories that are searched on."""
+        self.scores[schedule] = _log_sum(self.errors(schedule, self.job.scenes[: self.job.searched]))
+        if self.job.bar is not None:
+            self.job.bar.update()
+        return self.scores[schedule]
+
+    def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
+        """Distances to full compute, mean over trajectories."""
+        plan, total = None, dict[str, float]()
+        for i in numbers:
+            key = self._key(schedule, i)
+            if key not in self.job.store.known:
+                if plan is None:
+                    plan = _plan(self.job, self.base, self.predictor, schedule)
+                    self.chosen.follow(plan)
+                self.chosen.reset()
+                sample = self.job.run(self.compiled, i)
+                self.job.store.put(key, self.job.distances(sample, self.job.finals[i]))
+            for name, value in self.job.store.known[key].items():
+                total[name] = total.get(name, 0.0) + value / len(numbers)
+        return total
+
+    def _key(self, schedule: Schedule, i: int) -> str:
+        """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
+        of = [
+            self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
+            "".join("01"[full] for full in schedule), str(self.job.recordings[0].timesteps),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
+
+
+def _log_sum(error: Mapping[str, float]) -> float:
+    return sum(math.log(max(value, 1e-12)) for value in error.values())

@@ -1,0 +1,118 @@
+"""Which steps are full: dynamic programming on one-step errors as a seed, then moves that the true final error decides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from .solve import Past
+
+__all__ = ["improve", "pairs", "seed_schedule"]
+
+POWER = 2
+"""Of a segment's error: above 1, because one bad stretch hurts more than its share."""
+
+Schedule = tuple[bool, ...]
+
+
+def pairs(steps: int, reach: int) -> list[Past]:
+    """Every cached step with two full steps before it that dynamic programming may ask for: at most `reach` steps apart."""
+    found = []
+    for i in range(steps):
+        before: list[tuple[int, ...]] = [(i,)] if i == 0 else [(i, j) for j in range(max(0, i - reach), i)]
+        found += [Past(k, fulls) for fulls in before for k in range(i + 1, min(steps, i + reach))]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    cost: float
+    fulls: tuple[int, ...]
+
+
+def seed_schedule(
+    errors: dict[Past, float], steps: int, full: int, *, reach: int, must: Collection[int] = ()
+) -> Schedule:
+    """The schedule of `full` full steps with the least sum over segments of (sum of errors)^2.
+
+    Args:
+        errors: of every past of `pairs(steps, reach)`.
+        must: steps that have to be full.
+
+    Raises:
+        ValueError: so few full steps do not reach over all steps, or hold those that must be full.
+    """
+    best: dict[tuple[int, ...], _State] = {(0,): _State(0.0, (0,))}
+    needed = sorted({0, *must})
+    for _ in range(full - 1):
+        after: dict[tuple[int, ...], _State] = {}
+        for past, state in best.items():
+            total, i = 0.0, past[0]
+            for n in range(i + 1, min(steps, i + reach + 1)):
+                found = after.get((n, i))
+                cost = state.cost + total**POWER
+                if found is None or cost < found.cost:
+                    after[n, i] = _State(cost, (*state.fulls, n))
+                if n in needed or Past(n, past) not in errors:
+                    break
+                total += errors[Past(n, past)]
+        best = after
+    ends = []
+    for past, state in best.items():
+        rest = [Past(k, past) for k in range(past[0] + 1, steps)]
+        if all(p in errors and p.step not in needed for p in rest):
+            ends.append((state.cost + sum(errors[p] for p in rest) ** POWER, state.fulls))
+    if not ends:
+        raise ValueError(
+            f"{full} full steps do not reach over {steps} steps"
+            f"{f' with the steps {needed} full' if len(needed) > 1 else ''}: allow more full steps"
+        )
+    chosen = set(min(ends)[1])
+    return tuple(step in chosen for step in range(steps))
+
+
+def improve(
+    start: Schedule,
+    objective: Callable[[Schedule], float],
+    *,
+    evaluations: int,
+    seed: int,
+    must: Collection[int] = (),
+    report: Callable[[Schedule, float], None] | None = None,
+) -> tuple[Schedule, float]:
+    """Moves full steps, one at a time, wherever that lowers the objective; at most so many evaluations.
+
+    First each full step to a neighbouring place, then to any free one, in an order that the seed decides.
+    """
+    rng = random.Random(seed)
+    best, value, spent = start, objective(start), 1
+    tried = {start}
+    moved = True
+    while moved and spent < evaluations:
+        moved = False
+        for schedule in _moves(best, rng, must):
+            if spent >= evaluations:
+                break
+            if schedule in tried:
+                continue
+            tried.add(schedule)
+            found = objective(schedule)
+            spent += 1
+            if found < value:
+                best, value, moved = schedule, found, True
+                if report is not None:
+                    report(best, value)
+                break
+    return best, value
+
+
+def _moves(schedule: Schedule, rng: random.Random, must: Collection[int]) -> Sequence[Schedule]:
+    fixed = {0, *must}
+    fulls = [s for s, full in enumerate(schedule) if full and s not in fixed]
+    free = [s for s, full in enumerate(schedule) if not full]
+    near = [(a, b) for a in fulls for b in (a - 1, a + 1) if b in free]
+    far = [(a, b) for a in fulls for b in free if abs(a - b) > 1]
+    rng.shuffle(near)
+    rng.shuffle(far)
+    return [tuple(s == b or (full and s != a) for s, full in enumerate(schedule)) for a, b in (*near, *far)]

@@ -1,0 +1,178 @@
+"""From recordings to a plan's tables: what cached steps are multiplied with, for a policy and a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hero_fx.passes.forecast import THETAS, OutputRule
+
+from .record import Recording, frames_axis
+from .search import Schedule
+from .solve import Fit, Past, fit, past_of
+
+__all__ = ["Features", "Outputs", "Predictor"]
+
+
+class Predictor:
+    """What fits the cached steps of one policy."""
+
+    def errors(self, pasts: Sequence[Past]) -> list[float]:
+        """One-step errors, as far as they move the sample, for dynamic programming."""
+        raise NotImplementedError
+
+    def tables(self, schedule: Schedule) -> dict[str, Tensor]:
+        """Coefficients by table, [steps, terms, ...]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs(Predictor):
+    """Policy "forecast"."""
+
+    recordings: tuple[Recording, ...]
+    rules: tuple[OutputRule, ...]
+    ranks: tuple[int, ...]
+    """Of the outputs."""
+
+    def ruled(self) -> tuple[OutputRule, ...]:
+        """The rules as a plan has them."""
+        return self.rules
+
+    def _gram(self, rule: OutputRule) -> Tensor:
+        """[lanes, groups or 1, frames or 1, channels, M, M], summed over trajectories, and over what shares coefficients."""
+        gram = torch.stack([r.outputs[rule.table] for r in self.recordings]).double().mean(dim=0)
+        if rule.groups == 1:
+            gram = gram.mean(dim=1, keepdim=True)
+        return gram if rule.frames is not None else gram.mean(dim=2, keepdim=True)
+
+    def _fit(self, rule: OutputRule, pasts: Sequence[Past]) -> tuple[Fit, torch.Size]:
+        gram, steps = self._gram(rule), len(self.recordings[0].timesteps)
+        flat = gram.flatten(0, 3)
+        return fit(flat, pasts, steps=steps, history=rule.history, latent=rule.latent is not None), gram.shape[:4]
+
+    def errors(self, pasts: Sequence[Past]) -> list[float]:
+        total = torch.zeros(len(pasts), dtype=torch.float64)
+        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=0).square()  # [T, lanes, groups]
+        at = torch.tensor([p.step for p in pasts])
+        for rule in self.rules:
+            gram, steps = self._gram(rule), gains.shape[0]
+            parts = [
+                fit(g, pasts[n : n + 2048], steps=steps, history=rule.history, latent=rule.latent is not None).error
+                for g in [gram.flatten(0, 3)]
+                for n in range(0, len(pasts), 2048)
+            ]
+            error = torch.cat(parts, dim=1).reshape(*gram.shape[:4], -1)
+            # In units of what the channel holds at the end of the trajectory: of its latent, or of its output.
+            power = gram.diagonal(dim1=-2, dim2=-1)[..., -1].mean(dim=(0, 1, 2)).clamp(min=1e-12)
+            relative = (error.mean(dim=2) / power[None, None, :, None]).mean(dim=2)  # [lanes, groups, pasts]
+            weight = gains[at].permute(1, 2, 0)
+            weight = weight if relative.shape[1] == weight.shape[1] else weight.mean(dim=1, keepdim=True)
+            total += (relative * weight).sum(dim=(0, 1))
+        return total.tolist()
+
+    def tables(self, schedule: Schedule) -> dict[str, Tensor]:
+        pasts, result = past_of(schedule), {}
+        for rule, rank in zip(self.rules, self.ranks, strict=True):
+            found, (lanes, groups, frames, channels) = self._fit(rule, pasts)
+            theta = found.theta.reshape(lanes, groups, frames, channels, len(pasts), found.theta.shape[-1]).float()
+            for lane in range(lanes):
+                table = torch.zeros(len(schedule), THETAS, *_layout(rule, rank, groups, frames, channels))
+                for n, past in enumerate(pasts):
+                    values = theta[lane, :, :, :, n]  # [groups, frames, channels, terms]
+                    table[past.step, : values.shape[-1]] = _place(rule, rank, values.movedim(-1, 0))
+                result[rule.table if lane == 0 else f"{rule.table}@{lane}"] = table
+        return result
+
+
+def _layout(rule: OutputRule, rank: int, groups: int, frames: int, channels: int) -> tuple[int, ...]:
+    sizes = [groups] + [1] * (rank - 1)
+    if rule.axis is not None:
+        sizes[rule.axis] = channels
+    if rule.frames is not None:
+        sizes[rule.frames] = frames
+    return tuple(sizes)
+
+
+def _place(rule: OutputRule, rank: int, values: Tensor) -> Tensor:
+    """[terms, groups, frames, channels] in the axes of the output: [terms, *layout]."""
+    terms, groups, frames, channels = values.shape
+    if rule.frames is not None and rule.axis is not None and rule.axis < rule.frames:
+        values = values.transpose(2, 3)
+    return values.reshape(terms, *_layout(rule, rank, groups, frames, channels))
+
+
+def by_parts(
+    rules: Sequence[OutputRule], ranks: Sequence[int], parts: Collection[str], batch: int
+) -> tuple[OutputRule, ...]:
+    """Rules with coefficients by frame and by part of the batch, where these are asked for and there are any."""
+    return tuple(
+        replace(
+            rule,
+            frames=frames_axis(rule, rank) if "frames" in parts else None,
+            groups=batch if "batch" in parts else 1,
+        )
+        for rule, rank in zip(rules, ranks, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Features(Predictor):
+    """Policies that extrapolate features: their Taylor weights, fitted."""
+
+    recordings: tuple[Recording, ...]
+    policy: str
+    order: int
+    refreshed: frozenset[str]
+    """Features of which cached steps write rows: Y_0 keeps the weight 1."""
+
+    def _grams(self) -> dict[str, Tensor]:
+        prefix = f"{self.policy}/"
+        names = [name for name in self.recordings[0].features if name.startswith(prefix)]
+        return {
+            name.removeprefix(prefix): torch.stack([r.features[name] for r in self.recordings])
+            .double()
+            .mean(dim=(0, 1))
+            for name in names
+        }
+
+    def _fit(self, name: str, gram: Tensor, pasts: Sequence[Past]) -> Fit:
+        scale = name not in self.refreshed
+        return fit(gram, pasts, steps=gram.shape[-1], history=self.order + 1, latent=False, scale=scale)
+
+    def errors(self, pasts: Sequence[Past]) -> list[float]:
+        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=(0, 2, 3)).square()
+        total = torch.zeros(len(pasts), dtype=torch.float64)
+        for name, gram in self._grams().items():
+            error = self._fit(name, gram, pasts).error.sum(dim=0)
+            total += error / gram.diagonal(dim1=-2, dim2=-1).sum(dim=0)[-1].clamp(min=1e-12)
+        return (total * gains[torch.tensor([p.step for p in pasts])]).tolist()
+
+    def tables(self, schedule: Schedule) -> dict[str, Tensor]:
+        pasts, result = past_of(schedule), {}
+        for name, gram in self._grams().items():
+            theta = self._fit(name, gram, pasts).theta.float()  # [channels, pasts, 3]
+            table = torch.zeros(len(schedule), self.order + 1, gram.shape[0])
+            table[:, 0] = 1
+            for n, past in enumerate(pasts):
+                table[past.step] = _weights(theta[:, n], past, self.order)
+            result[name] = table
+        return result
+
+
+def _weights(theta: Tensor, past: Past, order: int) -> Tensor:
+    """What Y_0, Y_1, Y_2 are multiplied with, from θ of (F_i), (F_i - F_j), (F_i - F_l): [order + 1, channels]."""
+    i, *before = past.fulls
+    d = i - before[0] if before else 0
+    e = before[0] - before[1] if len(before) > 1 else 0
+    weights = [1 + theta[:, 0], torch.zeros_like(theta[:, 0]), torch.zeros_like(theta[:, 0])]
+    if order > 1 and e:
+        # Y_2 = ((F_i - F_j) / d - (F_j - F_l) / e) / d, and θ2 (F_i - F_l) = θ2 (F_i - F_j) + θ2 (F_j - F_l).
+        weights[2] = -theta[:, 2] * d * e
+        weights[1] = d * (theta[:, 1] + theta[:, 2]) - weights[2] / d
+    elif order > 0 and d:
+        weights[1] = d * theta[:, 1]
+    return torch.stack(weights[: order + 1])

@@ -1,0 +1,282 @@
+"""Calibrated plans: which steps are full and what cached steps are multiplied with, learned from a model before the run.
+
+`hero_fx.calibrate` makes a plan and `hero_fx.backend(plan=...)` follows it. A plan is plain data. In a file it is a
+safetensors archive: the coefficients are its tensors, everything else is JSON in its metadata, and nothing is executed when
+it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from hero_fx.passes.forecast import OutputRule
+
+__all__ = ["POLICIES", "Fingerprint", "Plan", "Timeline", "as_plan"]
+
+POLICIES = ("forecast", "hero", "taylorseer", "lean")
+"""Policies that a plan can have coefficients for."""
+_FORMAT, _VERSION = "hero_fx.plan", 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    """What a model is, as far as a plan depends on it; weights are not in it, so a fine-tuned model may use its plan."""
+
+    name: str = ""
+    """Class of the module."""
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Its configuration, where it has one (diffusers' models do): values that JSON holds."""
+    depth: int = 0
+    """Layers that were found."""
+    width: int = 0
+    """Of the first residual stream."""
+    outputs: tuple[tuple[int, ...], ...] = ()
+    """Channels that each forecast output and its frames have: sizes of the axes that coefficients are given for."""
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs in another model, one phrase each: `num_layers is 16 here and 12 in the plan`."""
+        mine, theirs = self._flat(), other._flat()
+        return [
+            f"{name} is {theirs.get(name)!r} here and {mine.get(name)!r} in the plan"
+            for name in dict.fromkeys((*mine, *theirs))
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def _flat(self) -> dict[str, Any]:
+        flat = {name: value for name, value in asdict(self).items() if name != "config"}
+        flat["class"] = flat.pop("name")
+        flat["outputs"] = tuple(map(tuple, self.outputs))
+        return flat | {f"config.{name}": value for name, value in self.config.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Timeline:
+    """A plan for one number of steps."""
+
+    schedule: tuple[bool, ...]
+    """One truth value per step, true = full."""
+    timesteps: tuple[float, ...]
+    """What the model's timestep input holds at each step (the highest of its values)."""
+    coefficients: Mapping[str, Tensor]
+    """By table. Outputs: `out0` [steps, 5, groups, ...], θ0 .. θ4 of each step (see `hero_fx.passes.forecast`), in the
+    output's axes, of size 1 where all share them. Features: [steps, terms, channels], what Y_0, Y_1, ... are multiplied
+    with. Rows of full steps are not read. `name@1` holds for the second call of a step, and so on, where it is there."""
+    error: Mapping[str, float] = field(default_factory=dict)
+    """Predicted relative L2 distance of the final sample to full compute, on trajectories that were not fitted."""
+    speed: float = 0.0
+    """Predicted speed-up by FLOPs, with attention; 0 where it was not counted."""
+
+    def __post_init__(self) -> None:
+        steps = len(self.schedule)
+        if not steps or not self.schedule[0]:
+            raise ValueError(f"schedule={self.schedule!r}: its first step must be full")
+        if len(self.timesteps) != steps:
+            raise ValueError(f"timesteps={self.timesteps!r} has {len(self.timesteps)} values for {steps} steps")
+        for name, table in self.coefficients.items():
+            if table.dim() < 2 or table.shape[0] != steps or not table.is_floating_point():
+                raise ValueError(
+                    f"coefficients[{name!r}] has shape {tuple(table.shape)} and dtype {table.dtype}; it must be "
+                    f"floating-point, [{steps} steps, terms, ...]"
+                )
+            if not bool(table.isfinite().all()):
+                raise ValueError(f"coefficients[{name!r}] holds values that are not finite")
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.schedule)
+
+    @property
+    def full(self) -> int:
+        """How many steps are full."""
+        return sum(self.schedule)
+
+    @property
+    def strip(self) -> str:
+        """The schedule as text: `█` for a full step, `·` for a cached one."""
+        return "".join("█" if full else "·" for full in self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Plan:
+    """What `hero_fx.calibrate` learned; `hero_fx.backend(plan=...)` follows it. Print it to read it."""
+
+    policy: str
+    """`"forecast"`, `"hero"`, `"taylorseer"` or `"lean"`."""
+    timelines: tuple[Timeline, ...]
+    """One or more, for different timesteps."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `hero_fx.backend` that its coefficients were fitted for."""
+    outputs: tuple[OutputRule, ...] = ()
+    """How each output is forecast (policy `"forecast"`)."""
+    model: Fingerprint = field(default_factory=Fingerprint)
+    lanes: int = 1
+    """Calls of the model per step: 2 for separate conditional and unconditional calls."""
+    batch: int = 1
+    """Rows of the batch per sample: 2 where guidance doubles it. The batch of a call must be a multiple of it."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What it was calibrated on, for people."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r} of a plan is not one of {', '.join(map(repr, POLICIES))}")
+        if not self.timelines:
+            raise ValueError("timelines=() is empty: a plan needs one for each number of steps it is for")
+        if (self.policy == "forecast") != bool(self.outputs):
+            raise ValueError(
+                f"outputs={self.outputs!r}: policy 'forecast' needs rules for outputs, and only it has them"
+            )
+        seen = [timeline.timesteps for timeline in self.timelines]
+        if len(set(seen)) < len(seen):
+            raise ValueError("two timelines have the same timesteps: which one is meant could not be told")
+        for timeline in self.timelines:
+            for rule in self.outputs:
+                if rule.table not in timeline.coefficients:
+                    raise ValueError(f"coefficients of the timeline of {timeline.num_steps} steps lack {rule.table!r}")
+
+    def timeline(self, num_steps: int | None) -> Timeline:
+        """The timeline of a number of steps; the only one for None.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        found = [t for t in self.timelines if num_steps is None or t.num_steps == num_steps]
+        if len(found) == 1:
+            return found[0]
+        known = ", ".join(str(t.num_steps) for t in self.timelines)
+        if not found:
+            raise ValueError(
+                f"num_steps={num_steps}: the plan is for {known} steps; run as many, or calibrate for {num_steps} steps"
+            )
+        raise ValueError(f"num_steps={num_steps}: the plan has timelines of {known} steps; say which with num_steps=")
+
+    def with_timelines(self, other: Plan) -> Plan:
+        """This plan with those of another for the same model and policy too.
+
+        Raises:
+            ValueError: they are not for the same model, policy, options and guidance.
+        """
+        mine, theirs = ((p.policy, dict(p.options), p.outputs, p.model, p.lanes, p.batch) for p in (self, other))
+        if mine != theirs:
+            raise ValueError("the plans differ in policy, options, outputs, model or guidance, so they stay two plans")
+        return Plan(
+            policy=self.policy, timelines=(*self.timelines, *other.timelines), options=self.options, outputs=self.outputs,
+            model=self.model, lanes=self.lanes, batch=self.batch, notes={**other.notes, **self.notes},
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors, timelines = {}, []
+        for number, timeline in enumerate(self.timelines):
+            for name, table in timeline.coefficients.items():
+                tensors[f"{number}/{name}"] = table.detach().to("cpu", torch.float32).contiguous().clone()
+            kept = {name: getattr(timeline, name) for name in ("schedule", "timesteps", "error", "speed")}
+            timelines.append({**kept, "error": dict(timeline.error)})
+        known = {
+            "policy": self.policy, "options": dict(self.options), "outputs": [asdict(rule) for rule in self.outputs],
+            "model": asdict(self.model), "lanes": self.lanes, "batch": self.batch, "notes": dict(self.notes),
+            "timelines": timelines,
+        }  # fmt: skip
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "plan": json.dumps(known)}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a file that `save` wrote; nothing in it is executed.
+
+        Raises:
+            ValueError: it is no such file, or of a later version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ValueError(f"plan={str(path)!r}: there is no such file; hero_fx.calibrate(...).save(path) writes one")
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"plan={str(path)!r} is no safetensors file: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"plan={str(path)!r} holds no plan; hero_fx.calibrate(...).save(path) writes one")
+        if metadata.get("version") != str(_VERSION):
+            raise ValueError(
+                f"plan={str(path)!r} has version {metadata.get('version')} of the format, and this hero_fx reads version "
+                f"{_VERSION}: calibrate anew, or use the hero_fx that wrote it"
+            )
+        try:
+            return cls._from(json.loads(metadata["plan"]), tensors)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"plan={str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _from(cls, known: dict[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+        timelines = []
+        for number, kept in enumerate(known.pop("timelines")):
+            prefix = f"{number}/"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            schedule, timesteps = tuple(map(bool, kept.pop("schedule"))), tuple(map(float, kept.pop("timesteps")))
+            timelines.append(Timeline(schedule=schedule, timesteps=timesteps, coefficients=own, **kept))
+        model = known.pop("model")
+        model["outputs"] = tuple(map(tuple, model["outputs"]))
+        outputs = tuple(OutputRule(**rule) for rule in known.pop("outputs"))
+        options = {n: tuple(v) if isinstance(v, list) else v for n, v in known.pop("options").items()}
+        return cls(
+            timelines=tuple(timelines), model=Fingerprint(**model), outputs=outputs, options=options, **known
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        calls = "one call" if self.lanes == 1 else f"{self.lanes} calls"
+        rows = [f"batch {self.batch} per sample" if self.batch > 1 else "one row of the batch per sample"]
+        lines = [
+            f"plan: policy {self.policy!r}{options}",
+            f"for {self.model.name or 'any model'}, {self.model.depth} layers of width {self.model.width}; {calls} a step, "
+            f"{rows[0]}",
+            *(f"output {rule.index}: {_describe(rule)}" for rule in self.outputs),
+            *(f"{name}: {note}" for name, note in self.notes.items()),
+            _table(self.timelines),
+        ]
+        return "\n".join(lines)
+
+
+def _describe(rule: OutputRule) -> str:
+    past = f"from the last {rule.history} outputs" if rule.history > 1 else "from the last output"
+    latent = f" and the latent in {rule.latent}, from channel {rule.start}" if rule.latent else ", without a latent"
+    apart = [name for name, has in (("channel", rule.axis is not None), ("frame", rule.frames is not None)) if has]
+    apart += ["part of the batch"] * (rule.groups > 1)
+    return f"{past}{latent}; coefficients by {', '.join(apart) or 'step alone'}"
+
+
+def _table(timelines: Sequence[Timeline]) -> str:
+    rows = []
+    for t in timelines:
+        error = ", ".join(f"{name} {value:.4f}" for name, value in t.error.items())
+        speed = f"{t.speed:.2f}" if t.speed else ""
+        span = f"{t.timesteps[0]:g} .. {t.timesteps[-1]:g}"
+        rows.append([t.num_steps, t.full, speed, error, span, t.strip])
+    heads = ["steps", "full", "speed-up", "predicted error", "timesteps", "schedule (█ full, · cached)"]
+    return tabulate(rows, headers=heads, disable_numparse=True)
+
+
+def as_plan(plan: Plan | str | Path) -> Plan:
+    """A plan, or the plan in a file.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    raise ValueError(f"plan={plan!r} is neither a hero_fx.Plan nor the path of one")

@@ -1,0 +1,280 @@
+"""Calibration: least squares, the search, and plans that come out of it, on toys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+from hero_fx.calibration.search import improve, pairs, seed_schedule
+from hero_fx.calibration.solve import Past, fit
+
+from . import toys
+from .steps_by_hand import numbers
+
+STEPS = 12
+
+
+# --------------------------------------------------------------------------------------------------- least squares
+def series(steps: int, channels: int = 2, positions: int = 50, seed: int = 1) -> Tensor:
+    return torch.randn(channels, steps, positions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gram(z: Tensor) -> Tensor:
+    return z @ z.transpose(1, 2)
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_coefficients_are_those_of_least_squares(history: int, latent: bool) -> None:
+    steps = 6
+    z = series(2 * steps)
+    found = fit(gram(z if latent else z[:, :steps]), [Past(5, (4, 2, 0))], steps=steps, history=history, latent=latent)
+    for c in range(2):
+        v, x = z[c, :steps], z[c, steps:]
+        columns = [v[4], v[4] - v[2], v[4] - v[0]][:history] + ([x[5] - x[4], x[4] - x[2]] if latent else [])
+        table = torch.stack(columns, dim=1)
+        solved = torch.linalg.lstsq(table, (v[5] - v[4])[:, None]).solution
+        theta = torch.cat([found.theta[c, 0, :history], found.theta[c, 0, 3:]])
+        torch.testing.assert_close(theta, solved[:, 0], atol=2e-3, rtol=2e-3)
+        residual = (table @ solved)[:, 0] - (v[5] - v[4])
+        torch.testing.assert_close(found.error[c, 0], residual.square().sum(), atol=1e-2, rtol=1e-2)
+
+
+def test_what_follows_a_rule_exactly_is_found() -> None:
+    v = series(4)
+    v[:, 3] = 1.5 * v[:, 2] - 0.5 * v[:, 1] + 0.1 * (v[:, 2] - v[:, 0])
+    found = fit(gram(v), [Past(3, (2, 1, 0))], steps=4, history=3, latent=False)
+    assert float(found.error.max()) < 1e-5
+    torch.testing.assert_close(found.theta[:, 0, 1], torch.full((2,), 0.5, dtype=torch.float64), atol=1e-2, rtol=0)
+
+
+def test_missing_full_steps_have_no_coefficients() -> None:
+    found = fit(gram(series(6)), [Past(1, (0,))], steps=3, history=3, latent=True)
+    assert float(found.theta[:, 0, [1, 2, 4]].abs().max()) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------- search
+def cost(schedule: Sequence[bool], errors: dict[Past, float]) -> float:
+    """The sum over segments of (sum of errors)^2, written down again."""
+    fulls = [s for s, full in enumerate(schedule) if full]
+    total = 0.0
+    for n, i in enumerate(fulls):
+        end = fulls[n + 1] if n + 1 < len(fulls) else len(schedule)
+        past = (i, fulls[n - 1]) if n else (i,)
+        total += sum(errors[Past(k, past)] for k in range(i + 1, end)) ** 2
+    return total
+
+
+@pytest.mark.parametrize("must", [(), (4,)])
+def test_dynamic_programming_finds_the_best(must: tuple[int, ...]) -> None:
+    steps, full = 8, 4
+    asked = pairs(steps, steps)
+    values = torch.rand(len(asked), generator=torch.Generator().manual_seed(3)).tolist()
+    errors = dict(zip(asked, values, strict=True))
+    found = seed_schedule(errors, steps, full, reach=steps, must=must)
+    others = [c for c in combinations(range(1, steps), full - 1) if set(must) <= set(c)]
+    best = min(cost([s == 0 or s in c for s in range(steps)], errors) for c in others)
+    assert cost(found, errors) == pytest.approx(best)
+    assert sum(found) == full
+    assert all(found[s] for s in must)
+
+
+def test_too_few_full_steps_are_refused() -> None:
+    asked = pairs(12, 3)
+    with pytest.raises(ValueError, match="2 full steps do not reach over 12 steps"):
+        seed_schedule(dict.fromkeys(asked, 1.0), 12, 2, reach=3)
+
+
+def test_moves_lower_the_objective_and_stop_in_time() -> None:
+    wanted = tuple(s in (0, 3, 7, 9) for s in range(10))
+    seen: list[tuple[bool, ...]] = []
+
+    def objective(schedule: tuple[bool, ...]) -> float:
+        seen.append(schedule)
+        return sum(a != b for a, b in zip(schedule, wanted, strict=True))
+
+    start = tuple(s < 4 for s in range(10))
+    best, value = improve(start, objective, evaluations=500, seed=0)
+    assert (best, value) == (wanted, 0)
+    assert all(sum(schedule) == 4 and schedule[0] for schedule in seen)
+    seen.clear()
+    kept, _ = improve(start, objective, evaluations=5, seed=0, must=(1,))
+    assert len(seen) == 5
+    assert kept[1]
+
+
+# --------------------------------------------------------------------------------------------------------- the whole
+def run(model: Any, i: int) -> Tensor:
+    """A trajectory of the toy from noise i."""
+    x = toys.latents(seed=100 + i)
+    with torch.no_grad():
+        for time in toys.times(STEPS):
+            x = x - model(x, time) / STEPS
+    return x
+
+
+def calibrated(model: Any = None, **options: Any) -> hero_fx.Calibration:
+    known: dict[str, Any] = {"num_steps": STEPS, "budget": 5, "scenes": 2, "holdout": 2, "search": 4, "inner": "eager"}
+    return hero_fx.calibrate(model or toys.toy(), options.pop("run", run), **known | options)
+
+
+def test_a_plan_beats_extrapolated_outputs_at_equal_full_steps() -> None:
+    """Those of the last full steps, extrapolated linearly from evenly spaced ones."""
+    model = toys.toy()
+    found = calibrated(model)
+    assert sum(found.plan.timelines[0].schedule) == 5
+    full = run(model, 2)
+    uniform, table, fulls = tuple(s in (0, 1, 4, 7, 10) for s in range(STEPS)), torch.zeros(STEPS, 5, 1, 1, 1), [0]
+    for s, is_full in enumerate(uniform):
+        if is_full:
+            fulls.append(s)
+        else:
+            table[s, 1] = (s - fulls[-1]) / (fulls[-1] - fulls[-2])
+    line = replace(found.plan.timelines[0], schedule=uniform, coefficients={"out0": table.expand(-1, -1, -1, -1, 6)})
+    taylor = replace(found.plan, timelines=(line,))
+    backends = {
+        "plan": hero_fx.backend(plan=found.plan, inner="aot_eager"),
+        "taylor": hero_fx.backend(plan=taylor, inner="aot_eager"),
+    }
+    off = {}
+    for name, chosen in backends.items():
+        sample = run(toys.torch_compile(model, chosen, fullgraph=True), 2)
+        off[name] = float((sample - full).norm() / full.norm())
+        assert chosen.stats().full_steps == 5
+    assert off["plan"] < off["taylor"]
+    # What is reported is what comes out: the mean over the trajectories that were held out.
+    other, expected = run(model, 3), found.candidates[0].error["sample"]
+    sample = run(toys.torch_compile(model, backends["plan"], fullgraph=True), 3)
+    assert (off["plan"] + float((sample - other).norm() / other.norm())) / 2 == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_plan(tmp_path: Path) -> None:
+    first, again = calibrated(folder=tmp_path), calibrated(folder=tmp_path)
+    assert first.plan.timelines[0].schedule == again.plan.timelines[0].schedule
+    assert torch.equal(first.plan.timelines[0].coefficients["out0"], again.plan.timelines[0].coefficients["out0"])
+    assert str(first) == str(again)
+
+
+@pytest.mark.parametrize("policy", ["hero", "taylorseer", "lean"])
+def test_features_are_calibrated_too(policy: str) -> None:
+    found = calibrated(toys.toy(layers=4), policies=(policy,), budget=6)
+    (candidate,) = found.candidates
+    assert candidate.policy == policy
+    assert 0 < candidate.error["sample"] < 0.1
+    assert all(table.shape[2:] == (toys.WIDTH,) for table in found.plan.timelines[0].coefficients.values())
+
+
+def test_candidates_are_compared_and_shown(tmp_path: Path) -> None:
+    found = calibrated(toys.toy(layers=4), policies=("forecast", "hero"), budget=1.5)
+    assert {c.policy for c in found.candidates} == {"forecast", "hero"}
+    assert found.candidates[0].score <= found.candidates[1].score
+    for part in ("forecast", "hero", "sample", "█"):
+        assert part in str(found)
+    found.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert all(c.speed >= 1.5 for c in found.candidates)
+
+
+def test_a_saved_plan_is_followed(tmp_path: Path) -> None:
+    model, path = toys.toy(), tmp_path / "plan.safetensors"
+    found = calibrated(model, full_steps=(7,))
+    found.plan.save(path)
+    assert found.plan.timelines[0].schedule[7]
+    samples = [
+        run(toys.torch_compile(model, hero_fx.backend(plan=plan, inner="eager"), fullgraph=True), 5)
+        for plan in (found.plan, path)
+    ]
+    assert torch.equal(*samples)
+
+
+def test_steps_must_be_as_many_as_said() -> None:
+    with pytest.raises(ValueError, match=r"num_steps=9, but run\(model, 0\) made 12 steps"):
+        calibrated(num_steps=9)
+
+
+def test_a_run_that_leaves_the_model_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="did not call the model"):
+        calibrated(run=lambda model, i: numbers(2, 3, seed=i))
+
+
+def test_few_steps_are_said_to_gain_little(caplog: pytest.LogCaptureFixture) -> None:
+    def short(model: Any, i: int) -> Tensor:
+        x = toys.latents(seed=i)
+        for time in toys.times(4):
+            x = x - model(x, time) / 4
+        return x
+
+    calibrated(num_steps=4, budget=3, run=short)
+    assert "caching gains little" in caplog.text
+
+
+def test_without_a_latent_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Packed(torch.nn.Module):
+        """Its output has another shape than its input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toys.toy()
+
+        def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+            out: Tensor = self.inner(latents, timestep)
+            return out.flatten(1)
+
+    def unpacked(model: Any, i: int) -> Tensor:
+        return run(lambda x, time: model(x, time).unflatten(1, x.shape[1:]), i)
+
+    found = calibrated(Packed().eval().requires_grad_(False), run=unpacked)
+    assert found.plan.outputs[0].latent is None
+    assert "past outputs alone" in caplog.text
+
+
+def test_conditioning_channels_are_told_from_the_latent() -> None:
+    """They stay from step to step; that they differ from trajectory to trajectory makes them no latent."""
+
+    class Told(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toys.toy()
+
+        def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+            out: Tensor = self.inner(latents[..., 2 : 2 + toys.CHANNELS] + latents[..., :1], timestep)
+            return out
+
+    def told(model: Any, i: int) -> Tensor:
+        hint = numbers(2, toys.TOKENS, 3, seed=i)
+        return run(lambda x, time: model(torch.cat([hint[..., :2], x, hint[..., 2:]], dim=2), time), i)
+
+    (rule,) = calibrated(Told().eval().requires_grad_(False), run=told).plan.outputs
+    assert (rule.latent, rule.start, rule.axis) == ("latents", 2, 2)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"num_steps": 1}, "num_steps=1"),
+    ({"budget": 0.5}, "budget=0.5"),
+    ({"budget": 13}, "budget=13 full steps, but num_steps=12"),
+    ({"budget": "fast"}, "budget='fast'"),
+    ({"scenes": 0}, "scenes=0"),
+    ({"scenes": [1, 1]}, "different numbers"),
+    ({"scenes": [1, 2], "holdout": [2]}, "holdout=.* tell nothing"),
+    ({"policies": ("toca",)}, "policies=.*choose from 'forecast'"),
+    ({"policies": "hero"}, "in a tuple or list"),
+    ({"search": 0}, "search=0"),
+    ({"full_steps": (12,)}, "full_steps=.*from 0 to 11"),
+    ({"history": 4}, "history=4"),
+    ({"by": ("channels",)}, "by=.*'frames', 'batch'"),
+    ({"samples": 0}, "samples=0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
+def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrated(**options)
