@@ -153,9 +153,7 @@ class Backend:
             )
         self.config = replace(self.config, plan=plan, schedule="uniform", num_steps=None)
         for stepper in self.steppers:
-            stepper.planned = _planned(self.config)
-            stepper.store.new_tracker = partial(_new_tracker, self.config.schedule_of, stepper.inputs.roles)
-            stepper.store.drop()
+            stepper.follow(self.config.schedule_of, _planned(self.config))
 
     @property
     def steppers(self) -> list[Stepper]:

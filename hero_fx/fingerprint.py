@@ -71,7 +71,9 @@ def check_fingerprint(config: Config, normal: fx.GraphModule, structure: Structu
         rule.index < len(values) and _has_axes(values[rule.index], rule) for rule in plan.outputs
     )  # what does not fit at all is refused by what builds the steps
     differs = (
-        plan.model.differences(fingerprint_of(normal, structure, _compat.frame_module(), plan.outputs)) if fits else []
+        plan.model.differences(fingerprint_of(normal, structure, _compat.frame_module(), plan.outputs))
+        if fits and plan.model is not None
+        else []
     )
     batches = {
         int(value_of(values[rule.index]).shape[0])

@@ -117,7 +117,8 @@ class Plan:
     """Options of `hero_fx.backend` that its coefficients were fitted for."""
     outputs: tuple[OutputRule, ...] = ()
     """How each output is forecast (policy `"forecast"`)."""
-    model: Fingerprint = field(default_factory=Fingerprint)
+    model: Fingerprint | None = None
+    """What it was calibrated on; None for a plan made by hand, which is not checked against the model."""
     lanes: int = 1
     """Calls of the model per step: 2 for separate conditional and unconditional calls."""
     batch: int = 1
@@ -184,7 +185,8 @@ class Plan:
             timelines.append({**kept, "error": dict(timeline.error)})
         known = {
             "policy": self.policy, "options": dict(self.options), "outputs": [asdict(rule) for rule in self.outputs],
-            "model": asdict(self.model), "lanes": self.lanes, "batch": self.batch, "notes": dict(self.notes),
+            "model": None if self.model is None else asdict(self.model), "lanes": self.lanes,
+            "batch": self.batch, "notes": dict(self.notes),
             "timelines": timelines,
         }  # fmt: skip
         metadata = {"format": _FORMAT, "version": str(_VERSION), "plan": json.dumps(known)}
@@ -228,11 +230,12 @@ class Plan:
             schedule, timesteps = tuple(map(bool, kept.pop("schedule"))), tuple(map(float, kept.pop("timesteps")))
             timelines.append(Timeline(schedule=schedule, timesteps=timesteps, coefficients=own, **kept))
         model = known.pop("model")
-        model["outputs"] = tuple(map(tuple, model["outputs"]))
+        if model is not None:
+            model = Fingerprint(**model | {"outputs": tuple(map(tuple, model["outputs"]))})
         outputs = tuple(OutputRule(**rule) for rule in known.pop("outputs"))
         options = {n: tuple(v) if isinstance(v, list) else v for n, v in known.pop("options").items()}
         return cls(
-            timelines=tuple(timelines), model=Fingerprint(**model), outputs=outputs, options=options, **known
+            timelines=tuple(timelines), model=model, outputs=outputs, options=options, **known
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -241,13 +244,18 @@ class Plan:
         rows = [f"batch {self.batch} per sample" if self.batch > 1 else "one row of the batch per sample"]
         lines = [
             f"plan: policy {self.policy!r}{options}",
-            f"for {self.model.name or 'any model'}, {self.model.depth} layers of width {self.model.width}; {calls} a step, "
-            f"{rows[0]}",
+            f"for {_named(self.model)}; {calls} a step, {rows[0]}",
             *(f"output {rule.index}: {_describe(rule)}" for rule in self.outputs),
             *(f"{name}: {note}" for name, note in self.notes.items()),
             _table(self.timelines),
         ]
         return "\n".join(lines)
+
+
+def _named(model: Fingerprint | None) -> str:
+    if model is None:
+        return "any model"
+    return f"{model.name or 'a model without a name'}, {model.depth} layers of width {model.width}"
 
 
 def _describe(rule: OutputRule) -> str:

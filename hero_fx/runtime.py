@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import factorial
 from typing import Any
 
@@ -112,6 +113,10 @@ class Selections:
         return drawn
 
 
+def _tracker(schedule: Callable[[int | None], Schedule], roles: Roles, before: int) -> Tracker:
+    return Tracker(schedule, roles=roles, trajectory=before)
+
+
 class Stepper:
     """The callable that Dynamo gets for one graph."""
 
@@ -142,7 +147,7 @@ class Stepper:
         self.graphs = graphs
         self.strict = strict
         self.again = again
-        self.store = StateStore(state, lambda before: Tracker(schedule, roles=inputs.roles, trajectory=before))
+        self.store = StateStore(state, partial(_tracker, schedule, inputs.roles))
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -153,6 +158,12 @@ class Stepper:
         self._watch = watch
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
         self._lock = threading.Lock()  # for what sessions share: the reader and the counts
+
+    def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
+        """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
+        self.planned = planned
+        self.store.new_tracker = partial(_tracker, schedule, self.inputs.roles)
+        self.store.drop()
 
     def __call__(self, *inputs: Any) -> Any:
         model = self.weights.model(inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hero_fx
-from hero_fx.calibration.search import improve, pairs, seed_schedule
+from hero_fx.calibration.search import even_schedule, improve, pairs, seed_schedule
 from hero_fx.calibration.solve import Past, fit
 
 from . import toys
@@ -102,13 +102,29 @@ def test_moves_lower_the_objective_and_stop_in_time() -> None:
         return sum(a != b for a, b in zip(schedule, wanted, strict=True))
 
     start = tuple(s < 4 for s in range(10))
-    best, value = improve(start, objective, evaluations=500, seed=0)
+    best, value = improve([start], objective, evaluations=500, seed=0)
     assert (best, value) == (wanted, 0)
     assert all(sum(schedule) == 4 and schedule[0] for schedule in seen)
     seen.clear()
-    kept, _ = improve(start, objective, evaluations=5, seed=0, must=(1,))
+    kept, _ = improve([start], objective, evaluations=5, seed=0, must=(1,))
     assert len(seen) == 5
     assert kept[1]
+
+
+@pytest.mark.parametrize("warmup", [1, 3])
+@pytest.mark.parametrize("full", [1, 2, 4, 7, 12, 29, 30])
+@pytest.mark.parametrize("must", [(), (5,)])
+def test_even_schedules_have_as_many_full_steps_as_asked(warmup: int, full: int, must: tuple[int, ...]) -> None:
+    must = must[: full - 1]
+    found = even_schedule(30, full, warmup, must)
+    assert sum(found) == full
+    assert all(found[: min(warmup, full - len(must))])
+    assert all(found[s] for s in must)
+    places = [s for s, is_full in enumerate(found) if is_full]
+    if 7 <= full <= 12 and not must:
+        gaps = [b - a for a, b in zip(places[warmup - 1 :], places[warmup:], strict=False)]
+        assert max(gaps) - min(gaps) <= 1
+        assert places[-1] == 29
 
 
 # --------------------------------------------------------------------------------------------------------- the whole

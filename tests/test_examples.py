@@ -31,7 +31,7 @@ def benchmark(*arguments: str) -> None:
 
 
 def test_benchmark_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["eager", "inductor", "hero", "duca"]
+    names = ["eager", "inductor", "hero", "duca", "forecast"]
     benchmark("--json", "--systems", ",".join(names))
     report = json.loads(capsys.readouterr().out)
     assert list(report["systems"]) == names
@@ -42,8 +42,9 @@ def test_benchmark_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert of["failed"] is None
         assert of["speedup_over_eager"] > 0
         assert of["speedup_over_inductor"] > 0
-        assert ("cached_s" in of) == (name in ("hero", "duca"))
-    hero = report["systems"]["hero"]
+        assert ("cached_s" in of) == (name in ("hero", "duca", "forecast"))
+    forecast, hero = report["systems"]["forecast"], report["systems"]["hero"]
+    assert forecast["ratio_by_flops"] == 0 < forecast["ratio"] < hero["ratio"]
     assert 0 < hero["ratio_by_flops"] < 1 < hero["speedup_by_flops"] < 2
     assert hero["ratio_quotient"] == pytest.approx(hero["ratio"] / hero["ratio_by_flops"])
     assert hero["reached"] == pytest.approx(hero["speedup_over_inductor"] / hero["speedup_by_flops"])

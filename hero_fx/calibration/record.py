@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from hero_fx import _compat
 from hero_fx.backends import Backend, compile_step
 from hero_fx.checks import check_call, check_graph, find_timestep
+from hero_fx.evidence import Evidence
 from hero_fx.fingerprint import fingerprint_of
 from hero_fx.forecast import find_outputs
-from hero_fx.guard import TimestepGuard, TimestepReader
 from hero_fx.passes.emit import StateSlot, value_of
 from hero_fx.passes.forecast import OutputRule, arguments_of, outputs_of
 from hero_fx.passes.weigh import family_of
@@ -27,6 +27,8 @@ from hero_fx.plan import Fingerprint
 from hero_fx.schedule import Uniform
 from hero_fx.steps import StepGraphs, copy_graph, find_structure, normalized
 from hero_fx.subclasses import unwrap
+from hero_fx.timestep import TimestepReader
+from hero_fx.tracker import Tracker
 
 __all__ = ["Recorder", "Recording", "frames_axis"]
 
@@ -115,18 +117,18 @@ class Recorder:
         places = {name: inputs_of.index(node) for name, node in arguments_of(normal).items()}
         first = next(value for value in outputs_of(normal) if isinstance(value, fx.Node))
         self.batch = int(value_of(first).shape[0])
-        guard, reader = TimestepGuard(Uniform(interval=1)), TimestepReader()
+        tracker, reader = Tracker(Uniform(interval=1)), TimestepReader()
 
         def call(*values: Any) -> Any:
             times = reader.read(values[position])
-            at = guard.advance(times)
+            at = tracker.advance(Evidence(timestep=times))
             if at.new_trajectory:
                 self._lanes.clear()
                 self._times.clear()
             outputs = run(*values)
             lane = self._lanes.setdefault(at.lane, _Lane())
             if at.step == len(self._times):
-                self._times.append(times[1])
+                self._times.append(max(times.values))
             for rule in self.rules:
                 latent = values[places[rule.latent]] if rule.latent is not None else None
                 self._keep(lane, rule, outputs[rule.index].detach(), latent)

@@ -21,8 +21,8 @@ class Candidate:
 
     policy: str
     plan: Plan
-    seeded: Schedule
-    """What dynamic programming gave."""
+    seeds: tuple[Schedule, ...]
+    """What the search started from: evenly spaced, and by dynamic programming."""
     error: Mapping[str, float]
     """Distances to full compute on trajectories that were not fitted."""
     speed: float

@@ -26,7 +26,7 @@ from hero_fx.report import flops
 from .arguments import check, numbers_of
 from .record import Recorder, Recording
 from .report import Calibration, Candidate
-from .search import Schedule, improve, pairs, seed_schedule
+from .search import Schedule, even_schedule, improve, pairs, seed_schedule
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -42,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lean": {},
 }
 """By policy, the options under which caches are behind the gates and merge, so that few coefficients say it all."""
+POWERS = (2.0, 1.0, 0.0)
+"""Of how far a step moves the sample, as weight of its error: errors of early steps grow on their way, so none is best."""
 FEW = 8
 """Steps up to which caching has little to gain."""
 
@@ -244,17 +246,19 @@ def _candidate(job: _Job, policy: str, budget: int | float, by: Collection[str],
         )
         return None
     asked = pairs(steps, reach)
-    errors = dict(zip(asked, predictor.errors(asked), strict=True))
-    seed = seed_schedule(errors, steps, full, reach=reach, must=job.must)
+    seeds = [even_schedule(steps, full, warmup, job.must) for warmup in (3, 1)]
+    for power in POWERS:
+        errors = dict(zip(asked, predictor.errors(asked, power), strict=True))
+        seeds.append(seed_schedule(errors, steps, full, reach=reach, must=job.must))
     evaluate = _Evaluator(job, base, predictor, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
-        best, _ = improve(seed, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
+        best, _ = improve(seeds, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
     error = evaluate.errors(best, job.holdout)
     speed = steps / (full + (steps - full) * share)
     final = _plan(job, base, predictor, best, error=error, speed=speed)
     tried = tuple((full, schedule, value) for schedule, value in evaluate.scores.items())
     return Candidate(
-        policy=policy, plan=final, seeded=seed, error=error, speed=speed, share=share,
+        policy=policy, plan=final, seeds=tuple(dict.fromkeys(seeds)), error=error, speed=speed, share=share,
         score=_log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
     )  # fmt: skip
 

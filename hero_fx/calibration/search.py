@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .solve import Past
 
-__all__ = ["improve", "pairs", "seed_schedule"]
+__all__ = ["even_schedule", "improve", "pairs", "seed_schedule"]
 
 POWER = 2
 """Of a segment's error: above 1, because one bad stretch hurts more than its share."""
@@ -72,8 +72,21 @@ def seed_schedule(
     return tuple(step in chosen for step in range(steps))
 
 
+def even_schedule(steps: int, full: int, warmup: int, must: Collection[int] = ()) -> Schedule:
+    """`full` full steps: those that must be, the first `warmup`, and the rest evenly spaced up to the last step."""
+    chosen = {0, *must}
+    chosen |= set(range(min(warmup, full - len(chosen) + 1)))
+    start, rest = min(warmup, full) - 1, full - len(chosen)
+    spread = [start + round(n * (steps - 1 - start) / rest) for n in range(1, rest + 1)]
+    chosen |= set(spread)
+    while len(chosen) < full:  # some fell on others: the farthest from all takes their place
+        free = [s for s in range(steps) if s not in chosen]
+        chosen.add(max(free, key=lambda s: min(abs(s - c) for c in chosen)))
+    return tuple(s in chosen for s in range(steps))
+
+
 def improve(
-    start: Schedule,
+    starts: Sequence[Schedule],
     objective: Callable[[Schedule], float],
     *,
     evaluations: int,
@@ -81,13 +94,16 @@ def improve(
     must: Collection[int] = (),
     report: Callable[[Schedule, float], None] | None = None,
 ) -> tuple[Schedule, float]:
-    """Moves full steps, one at a time, wherever that lowers the objective; at most so many evaluations.
+    """Takes the best start and moves full steps, one at a time, wherever that lowers the objective; at most so many
+    evaluations.
 
     First each full step to a neighbouring place, then to any free one, in an order that the seed decides.
     """
     rng = random.Random(seed)
-    best, value, spent = start, objective(start), 1
-    tried = {start}
+    tried = dict.fromkeys(starts[:evaluations])
+    found = {start: objective(start) for start in tried}
+    best, spent = min(found, key=found.__getitem__), len(found)
+    value = found[best]
     moved = True
     while moved and spent < evaluations:
         moved = False
@@ -96,11 +112,11 @@ def improve(
                 break
             if schedule in tried:
                 continue
-            tried.add(schedule)
-            found = objective(schedule)
+            tried[schedule] = None
+            new = objective(schedule)
             spent += 1
-            if found < value:
-                best, value, moved = schedule, found, True
+            if new < value:
+                best, value, moved = schedule, new, True
                 if report is not None:
                     report(best, value)
                 break

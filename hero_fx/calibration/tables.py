@@ -20,8 +20,8 @@ __all__ = ["Features", "Outputs", "Predictor"]
 class Predictor:
     """What fits the cached steps of one policy."""
 
-    def errors(self, pasts: Sequence[Past]) -> list[float]:
-        """One-step errors, as far as they move the sample, for dynamic programming."""
+    def errors(self, pasts: Sequence[Past], power: float) -> list[float]:
+        """Squared one-step errors for dynamic programming, times how far they move the next latent to that power."""
         raise NotImplementedError
 
     def tables(self, schedule: Schedule) -> dict[str, Tensor]:
@@ -54,9 +54,9 @@ class Outputs(Predictor):
         flat = gram.flatten(0, 3)
         return fit(flat, pasts, steps=steps, history=rule.history, latent=rule.latent is not None), gram.shape[:4]
 
-    def errors(self, pasts: Sequence[Past]) -> list[float]:
+    def errors(self, pasts: Sequence[Past], power: float) -> list[float]:
         total = torch.zeros(len(pasts), dtype=torch.float64)
-        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=0).square()  # [T, lanes, groups]
+        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=0).pow(power)  # [T, lanes, groups]
         at = torch.tensor([p.step for p in pasts])
         for rule in self.rules:
             gram, steps = self._gram(rule), gains.shape[0]
@@ -67,8 +67,8 @@ class Outputs(Predictor):
             ]
             error = torch.cat(parts, dim=1).reshape(*gram.shape[:4], -1)
             # In units of what the channel holds at the end of the trajectory: of its latent, or of its output.
-            power = gram.diagonal(dim1=-2, dim2=-1)[..., -1].mean(dim=(0, 1, 2)).clamp(min=1e-12)
-            relative = (error.mean(dim=2) / power[None, None, :, None]).mean(dim=2)  # [lanes, groups, pasts]
+            size = gram.diagonal(dim1=-2, dim2=-1)[..., -1].mean(dim=(0, 1, 2)).clamp(min=1e-12)
+            relative = (error.mean(dim=2) / size[None, None, :, None]).mean(dim=2)  # [lanes, groups, pasts]
             weight = gains[at].permute(1, 2, 0)
             weight = weight if relative.shape[1] == weight.shape[1] else weight.mean(dim=1, keepdim=True)
             total += (relative * weight).sum(dim=(0, 1))
@@ -143,8 +143,8 @@ class Features(Predictor):
         scale = name not in self.refreshed
         return fit(gram, pasts, steps=gram.shape[-1], history=self.order + 1, latent=False, scale=scale)
 
-    def errors(self, pasts: Sequence[Past]) -> list[float]:
-        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=(0, 2, 3)).square()
+    def errors(self, pasts: Sequence[Past], power: float) -> list[float]:
+        gains = torch.stack([r.gains for r in self.recordings]).double().mean(dim=(0, 2, 3)).pow(power)
         total = torch.zeros(len(pasts), dtype=torch.float64)
         for name, gram in self._grams().items():
             error = self._fit(name, gram, pasts).error.sum(dim=0)
