@@ -405,3 +405,8 @@ class StorageId:
 
     def __hash__(self) -> int:
         return hash(self._reference.cdata)
+
+    @property
+    def alive(self) -> bool:
+        """Whether someone still holds the memory."""
+        return not self._reference.expired()
