@@ -406,6 +406,11 @@ class StorageId:
     def __hash__(self) -> int:
         return hash(self._reference.cdata)
 
+    @property
+    def alive(self) -> bool:
+        """Whether someone still holds the memory."""
+        return not self._reference.expired()
+
 
 def forget_code(model: torch.nn.Module) -> None:
     """Drops what Dynamo has compiled of a module's forward, so that it does not count towards the recompile limit.

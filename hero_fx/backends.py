@@ -18,7 +18,7 @@ from hero_fx.passes.emit import slots_of, value_of
 from hero_fx.passes.pipeline import PassError, PassRecord
 
 from . import _compat
-from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep
+from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep, is_table
 from .config import Config
 from .diffusers_context import entered, listen
 from .evidence import find_roles
@@ -269,6 +269,8 @@ def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
     roots = [by_name[s.root] for s in steps.structure.streams if s.tokens.dim > 0 and not s.tokens.folded]
     sizes = [shape[0] for shape in outputs if len(shape)] + [value_of(root).shape[0] for root in roots]
     batch = frozenset(size for size in sizes if isinstance(size, int))
+    if is_table(steps.normal, nodes[timestep][1]):
+        batch = frozenset()  # tokens look their times up in it: its elements are not the batch's
     return Inputs(
         timestep=timestep,
         weights=weights,

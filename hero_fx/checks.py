@@ -17,7 +17,16 @@ from . import _compat
 from .other_caches import cache_in_the_way
 from .stack import modules_within
 
-__all__ = ["BuildError", "UnsupportedModel", "as_ours", "check_call", "check_graph", "check_structure", "find_timestep"]
+__all__ = [
+    "BuildError",
+    "UnsupportedModel",
+    "as_ours",
+    "check_call",
+    "check_graph",
+    "check_structure",
+    "find_timestep",
+    "is_table",
+]
 
 aten = torch.ops.aten
 
@@ -270,3 +279,23 @@ _SCALES = {
     aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.select.int, aten.type_as.default,
     aten.outer.default, aten.ger.default, aten.einsum.default,
 }  # fmt: skip
+
+
+_LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
+
+
+def is_table(normal: fx.GraphModule, timestep: fx.Node) -> bool:
+    """Whether a timestep input is a table of times that each token looks its own up in (a packed sequence)."""
+    values = {node for node in normal.graph.find_nodes(op="placeholder") if node.meta.get("model_input")}
+    of_time = {timestep}
+    for node in normal.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op != "call_function" or of_time.isdisjoint(sources):
+            values |= {node} if not values.isdisjoint(sources) else set()
+        elif node.target in _LOOKUPS and node.args[0] in of_time and not of_time.issuperset(sources):
+            return True
+        elif all(source in of_time or source not in values for source in sources):
+            of_time.add(node)
+        else:
+            values.add(node)
+    return False

@@ -39,6 +39,11 @@ class Mark:
         """Which part of a larger tensor it is, as the window of a sliding-window loop is; None for a whole tensor."""
         return self.view if self.part else None
 
+    @property
+    def alive(self) -> bool:
+        """Whether someone still holds the memory."""
+        return self.storage.alive
+
 
 def marks(tensors: Sequence[torch.Tensor]) -> tuple[Mark, ...]:
     """One mark for each tensor."""

@@ -86,6 +86,8 @@ class _Lane:
     """Positions of marks that were the same at its first two steps; None before the second."""
     doubt: frozenset[int] = frozenset()
     """Conditioning that was another at its second step than at its first: made anew, or of a new trajectory?"""
+    first: tuple[Mark, ...] = ()
+    """Of its first call, as long as there is a doubt."""
 
     def same(self, evidence: Evidence) -> frozenset[int]:
         """The positions at which a call shows what this lane's last call showed."""
@@ -150,6 +152,7 @@ class Tracker:
         self._last: Evidence | None = None
         self._direction = 0
         self._lanes: dict[int | str, _Lane] = {}
+        self._seen: set[tuple[int, Mark]] = set()  # all conditioning of this trajectory, by position
         # Whether the steps so far were views of one table; "doubt" where the second was of another than the first.
         self._table: Literal["same", "doubt", "no"] | None = None
         self._sure = False  # the present step is the next one in the table
@@ -211,14 +214,16 @@ class Tracker:
         self.trajectory += int(place.starts)
         self.step, self._last, self._direction = place.step, evidence, place.direction
         self._schedule, self._lanes = schedule, lanes
+        self._seen = set() if place.starts else self._seen
+        self._seen.update((p, evidence.marks[p]) for p in self._roles.conditioning)
         return Call(place.step, place.lane, full, since, gap, fulls, place.starts, self.trajectory, new_step)
 
     def _learn(self, lane: _Lane, evidence: Evidence, step: int) -> bool:
         """Notes which inputs of a lane stay the same; true where that leaves a doubt, so that the call must be full."""
         if lane.steady is not None:
-            lane.doubt = frozenset()
+            lane.doubt, lane.first = frozenset(), ()
             return False
-        lane.steady = lane.same(evidence)
+        lane.steady, lane.first = lane.same(evidence), lane.marks
         told = evidence.step_index is not None or self._sure
         lane.doubt = frozenset() if told else self._roles.conditioning - lane.steady
         if lane.doubt:
@@ -331,7 +336,7 @@ class Tracker:
         """The lane of another call at the timestep of the step; None where the call must be of the next step."""
         lanes = self._lanes_of(evidence)
         waiting = [key for key, lane in lanes.items() if lane.called != step]
-        if waiting:
+        if waiting and not self._reappears(evidence):
             return waiting[0]
         certain = evidence.step_index is None and self._moved_in_table(evidence) == 0
         if evidence.name is not None and lanes and (evidence.told or not certain):
@@ -357,11 +362,23 @@ class Tracker:
         if lanes:
             key, lane = next(iter(lanes.items()))
             same = lane.same(evidence)
-            changed = not (lane.steady or frozenset()) <= same or bool(lane.doubt & same)
+            # What is made anew at each call is gone two calls later; what is still held belongs to calls of its own.
+            held = any(lane.first[p].alive for p in lane.doubt)
+            changed = (
+                not (lane.steady or frozenset()) <= same or bool(lane.doubt & same) or held or self._reappears(evidence)
+            )
             return None if changed and evidence.step_index is None else key
         unlike = evidence.name is None and any(lane.name is None for lane in self._lanes.values())
         window = any(mark.place for mark in evidence.marks) and self._knows(evidence)
         return self._new_lane(evidence) if window or not unlike or evidence.step_index is not None else None
+
+    def _reappears(self, evidence: Evidence) -> bool:
+        """Whether some conditioning was seen before, but is not a lane's last: then it is not made anew at each call, and
+        neither are the calls in between of that lane."""
+        if evidence.name is not None:
+            return False
+        last = {(p, lane.marks[p]) for lane in self._lanes.values() for p in self._roles.conditioning}
+        return any((p, evidence.marks[p]) in self._seen - last for p in self._roles.conditioning)
 
     def _knows(self, evidence: Evidence) -> bool:
         """Whether all that stays the same in some lane is the same in a call."""

@@ -91,6 +91,8 @@ class RefreshBranches:
             fresh = subset.env[source]
             if strategy.keys == "sampled":
                 # Where no key is kept, they are another stream's: those are computed as the model does.
+                if fresh is None:
+                    _hoist(source, _first_reader(analysis))
                 args[argument], seen = (source, None) if fresh is None else (fresh, seen)
                 continue
             everything = strategy.keys == "all"
@@ -221,21 +223,26 @@ def _extrapolates(strategy: Strategy) -> bool:
     return isinstance(strategy, Refresh) and strategy.unsampled != "reuse"
 
 
+def _first_reader(analysis: Analysis) -> fx.Node:
+    """The first reader of a target: what is emitted for the branch stands in front of it."""
+    return min(user for t in analysis.targets for user in t.users)
+
+
+def _hoist(node: fx.Node, anchor: fx.Node) -> None:
+    """Moves a node that stands behind `anchor`, with all it is computed from, in front of it."""
+    if node >= anchor and node.op in ("call_function", "get_attr"):
+        for source in node.all_input_nodes:
+            _hoist(source, anchor)
+        anchor.prepend(node)
+
+
 def _anchor(analysis: Analysis) -> fx.Node:
     """The first reader of a target; what the emitted nodes need (gates, tables) is moved in front of it."""
-    anchor = min(user for t in analysis.targets for user in t.users)
-    inside = set(analysis.body)
-
-    def hoist(node: fx.Node) -> None:
-        if node >= anchor and node.op in ("call_function", "get_attr"):
-            for source in node.all_input_nodes:
-                hoist(source)
-            anchor.prepend(node)
-
+    anchor, inside = _first_reader(analysis), set(analysis.body)
     for node in analysis.body:
         for source in node.all_input_nodes:
             if source not in inside:
-                hoist(source)
+                _hoist(source, anchor)
     return anchor
 
 

@@ -404,7 +404,7 @@ def test_tokens_by_score_where_the_batch_is_not_in_front(policy: str, batch: int
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         toys.loop(call, start, times)
-    said = [re.match(r"hero_fx: (\w+) cannot be refreshed for sampled tokens only", str(w.message)) for w in caught]
+    said = [re.match(r"hero_fx: (\w+) cannot be cached as planned", str(w.message)) for w in caught]
     assert [found and found[1] for found in said] == ["l0_ffn", "l1_ffn"]
     assert [f.branch for f in hero.graphs[-1].fallbacks] == ["l0_ffn", "l1_ffn"]
     assert hero.stats().cached_steps

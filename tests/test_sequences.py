@@ -181,10 +181,12 @@ def word(call: Served) -> Iterator[None]:
             yield
 
 
-@pytest.mark.filterwarnings("ignore:hero_fx. inputs changed their shape")
+@pytest.mark.filterwarnings("ignore:hero_fx. another model takes over")  # each batch has a model of its own here
 @settings(max_examples=60, deadline=None)
 @given(calls=served(), interval=st.sampled_from([2, 3]))
 @example(calls=[Served(0, 1, 0, s, lane) for s in range(4) for lane in ([0, 1] if s != 2 else [1])], interval=3)
+@example(calls=[Served(0, 1, 0, s, s % 2) for s in range(5)], interval=3)
+@example(calls=[Served(0, 1, 0, s, lane) for s, lane in enumerate([1, 0, 2, 0, 1])], interval=3)
 @example(calls=[Served(0, 1, 0, 0, 0), *(Served(0, 1, 1, s, 0) for s in range(3, 7))], interval=3)
 def test_no_call_finds_the_features_of_another(calls: list[Served], interval: int) -> None:
     """A cached call has features of its own lane of its own run, whatever else is called; or it is refused."""
