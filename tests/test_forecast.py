@@ -427,13 +427,17 @@ def test_a_lane_that_misses_steps_is_refused() -> None:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     call = toys.torch_compile(model, hero_fx.backend(plan=simple(lanes=2), inner="eager"), fullgraph=True)
     time = tiny.timesteps(STEPS)
-    with torch.no_grad():
-        call(**kwargs, timestep=time[0].expand(2), return_dict=False)
-        call(**kwargs, timestep=time[0].expand(2), return_dict=False)
-        call(**kwargs, timestep=time[1].expand(2), return_dict=False)  # and no second call
-        call(**kwargs, timestep=time[2].expand(2), return_dict=False)
-        with pytest.raises(RuntimeError, match="was not called at every step"):
-            call(**kwargs, timestep=time[2].expand(2), return_dict=False)
+
+    def lane(name: str, step: int) -> None:
+        with torch.no_grad(), hero_fx.calling(lane=name, step_index=step):
+            call(**kwargs, timestep=time[step].expand(2), return_dict=False)
+
+    lane("cond", 0)
+    lane("uncond", 0)
+    lane("cond", 1)  # and no second call
+    lane("cond", 2)
+    with pytest.raises(RuntimeError, match="was not called at every step"):
+        lane("uncond", 2)
 
 
 def test_another_model_is_refused() -> None:
