@@ -218,7 +218,8 @@ def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
     for step, t in enumerate(torch.linspace(999, 19, STEPS).round().long().to(stepper.full.device)):
         inputs[stepper.inputs.timestep] = t.expand(2)
         start = time.perf_counter()
-        idle(*inputs)
+        with hero_fx.calling(step_index=step):
+            idle(*inputs)
         if not schedule.is_full(step):
             seconds.append(time.perf_counter() - start)
     return median(seconds)
