@@ -209,17 +209,18 @@ def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
     idle.weights = Weights(stepper.inputs.weights, idle.store.drop_model)
     if stepper.selections is not None:
         idle.selections = Selections(stepper.selections.sampler, stepper.selections.device)
+    planned = None
     if config.plan is not None:
         assert isinstance(config.plan, hero_fx.Plan)
-        idle.planned = Planned(config.plan.timelines[0], config.plan.outputs, config.plan.lanes, mismatch="error")
+        planned = Planned(config.plan.timelines[0], config.plan.outputs, config.plan.lanes, mismatch="error")
+    idle.follow(config.schedule_of, planned)
     schedule, seconds = config.make_schedule(), []
     values = [value_of(node) for node in stepper.graphs.normal.graph.find_nodes(op="placeholder")]
     inputs = [torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v for v in values]
     for step, t in enumerate(torch.linspace(999, 19, STEPS).round().long().to(stepper.full.device)):
         inputs[stepper.inputs.timestep] = t.expand(2)
         start = time.perf_counter()
-        with hero_fx.calling(step_index=step):
-            idle(*inputs)
+        idle(*inputs)
         if not schedule.is_full(step):
             seconds.append(time.perf_counter() - start)
     return median(seconds)

@@ -54,12 +54,18 @@ class Found:
 
     def stepper(self, **options: Any) -> tuple[Stepper, StepGraphs]:
         """What a backend with other options makes of the traced model."""
+        with torch.no_grad():
+            steps = _backend(self.sample, **options).rewrite(self.steps)
+        return self.compiled(steps, **options), steps
+
+    def compiled(self, steps: StepGraphs, **options: Any) -> Stepper:
+        """The step graphs that a backend with these options made, compiled."""
         backend = _backend(self.sample, **options)
         policy = backend.config.make_policy()
         assert isinstance(policy, Policy)
         with torch.no_grad():
-            timestep, steps = _position(self.gm, self.sample.time), backend.rewrite(self.steps)
-            return backend._compile(self.gm, self.inputs, backend.config, policy, steps, timestep), steps
+            timestep = _position(self.gm, self.sample.time)
+            return backend._compile(self.gm, self.inputs, backend.config, policy, steps, timestep)
 
     def call(self, run: Any, share: float) -> Tensor:
         """The model's first output at a share of the trajectory, by a compiled graph of it."""
@@ -143,8 +149,9 @@ def test_through_aot_autograd(name: str, policy: str) -> None:
     grid = model.sample.grid or model.steps.structure.grid or (1, 1, model.steps.structure.image_tokens)
     patch = tuple(map(min, (1, 2, 3), grid))
     options = {"policy": policy, "refresh_ratio": 1 / 6, "patch": patch, "grid": model.sample.grid}
-    ours, graphs = (trajectory(model, model.stepper(inner=inner, **options)[0]) for inner in ("aot_eager", "eager"))
-    close(ours, graphs, 1e-5)
+    run, steps = model.stepper(**options)  # the graphs as they are
+    ours = trajectory(model, model.compiled(steps, inner="aot_eager", **options))
+    close(ours, trajectory(model, run), 1e-5)
     shares = [step / STEPS for step, full in enumerate(FULL) if full]
     with torch.no_grad():
         theirs = [first(model.sample.model(**model.sample.at(share), return_dict=False)) for share in shares]
