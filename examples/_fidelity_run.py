@@ -17,11 +17,12 @@ from tqdm import tqdm
 import hero_fx
 from _fidelity_settings import Setting
 from hero_fx import passes
-from hero_fx.analysis import Features, Recorder, Stability
-from hero_fx.backends import graph_inputs
-from hero_fx.checks import find_timestep
-from hero_fx.passes.emit import slots_of
-from hero_fx.runtime import Step, Stepper
+from hero_fx.find_timestep import find_timestep
+from hero_fx.passes.rewrite.observe import Features
+from hero_fx.passes.slots import slots_of
+from hero_fx.runtime.inputs import graph_inputs
+from hero_fx.runtime.stepper import Step, Stepper
+from hero_fx.stability import Recorder, Stability
 from world.latents import encode
 from world.model import FRAMES, SIZE
 from world.pipeline import GUIDANCE, STEPS, WorldModelPipeline

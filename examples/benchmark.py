@@ -33,11 +33,12 @@ from tqdm import tqdm
 import hero_fx
 from _model import CONDITION, LATENT, Setting, rotary, world_model
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.forecast import OutputRule
-from hero_fx.planned import Planned
-from hero_fx.runtime import Selections, Stepper
-from hero_fx.state import StateStore
-from hero_fx.weights import Weights
+from hero_fx.passes.rewrite.forecast import OutputRule
+from hero_fx.runtime.filling import Selections
+from hero_fx.runtime.planned import Planned
+from hero_fx.runtime.state import StateStore
+from hero_fx.runtime.stepper import Stepper
+from hero_fx.runtime.weights import Weights
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "eager": {},

@@ -6,20 +6,23 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from hero_fx.passes.render import graph_counts_diff, graph_diff, op_count, render
+from hero_fx.runtime.calling import Calling, Session, calling, reset, session
+from hero_fx.runtime.timestep import AmbiguousCall
+from hero_fx.verification.trial import Check
+from hero_fx.verification.verify import Verification, verify
+
 from .backends import Backend, Stats, backend
 from .calibration import Calibration, calibrate
-from .calling import Calling, Session, calling, reset, session
 from .checks import UnsupportedModel
 from .config import Config
 from .plan import Fingerprint, Plan, Timeline
 from .policy import Policy
 from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
-from .steps import StepGraphs
-from .timestep import AmbiguousCall
-from .verify import Check, Verification, verify
+from .step_graphs import StepGraphs
 
 if TYPE_CHECKING:
-    from . import analysis
+    from . import stability
 
 __version__ = "0.1.0"
 
@@ -41,14 +44,18 @@ __all__ = [
     "Timeline",
     "UnsupportedModel",
     "Verification",
-    "analysis",
     "backend",
     "calibrate",
     "calling",
     "explain",
     "flops",
+    "graph_counts_diff",
+    "graph_diff",
+    "op_count",
+    "render",
     "reset",
     "session",
+    "stability",
     "step_kinds",
     "trace",
     "trajectory_flops",
@@ -59,7 +66,7 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take every name for a module
 
     def __getattr__(name: str) -> ModuleType:
-        """Imports `hero_fx.analysis` when it is first used: models that are only run do without it."""
-        if name == "analysis":
-            return import_module(".analysis", __name__)
+        """Imports `hero_fx.stability` when it is first used: models that are only run do without it."""
+        if name == "stability":
+            return import_module(".stability", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

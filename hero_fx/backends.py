@@ -13,28 +13,29 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from hero_fx.passes.branches import Structure
-from hero_fx.passes.emit import slots_of, value_of
-from hero_fx.passes.pipeline import PassError, PassRecord
+from hero_fx.passes import compat
+from hero_fx.passes.normalize.subclasses import Unwrapped, unwrap
+from hero_fx.passes.pipeline import PassError
+from hero_fx.runtime.diffusers_context import entered, listen
+from hero_fx.runtime.inputs import graph_inputs
+from hero_fx.runtime.planned import Planned
+from hero_fx.runtime.stepper import Stepper
+from hero_fx.runtime.watch import Watch
 
-from . import _compat
-from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure, find_timestep, is_table
+from . import dynamo
+from .build import build_steps, find_structure, normalized
+from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure
+from .compiling import _compile_plain, compile_step
 from .config import Config
-from .diffusers_context import entered, listen
-from .evidence import find_roles
+from .find_timestep import find_timestep
 from .fingerprint import check_fingerprint
 from .flops import too_much_outside
-from .forecast import build_forecast
 from .plan import Plan
-from .planned import Planned
 from .policy import Forecast, Policy
-from .runtime import Inputs, Step, Stepper
 from .stack import warn
-from .steps import StepGraphs, build_steps, find_structure, normalized
-from .subclasses import Unwrapped, unwrap
-from .watch import Watch
+from .step_graphs import StepGraphs
 
-__all__ = ["Backend", "Stats", "backend", "compile_step", "graph_inputs", "hero_fx"]
+__all__ = ["Backend", "Stats", "backend", "hero_fx"]
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Backend:
         *,
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> _compat.Compiled:
+    ) -> dynamo.Compiled:
         """Compiles one Dynamo graph; `mode` and `options` are torch.compile's and go to Inductor."""
         config = self.config
         if mode or options:
@@ -98,7 +99,7 @@ class Backend:
             steps, timestep = self._steps(plain, config, policy)
             stepper = self._compile(plain.gm, plain.inputs, config, policy, steps, timestep)
         except Exception as error:
-            if _compat.is_control_flow(error):
+            if dynamo.is_control_flow(error):
                 raise
             if config.strict:
                 raise as_ours(error) from error
@@ -135,7 +136,7 @@ class Backend:
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        return _build(steps.normal, steps.structure, policy, self.config)
+        return build_steps(steps.normal, steps.structure, policy, self.config)
 
     def follow(self, plan: Plan) -> None:
         """Goes on by another plan for the same policy, options and outputs; nothing is compiled anew.
@@ -189,15 +190,15 @@ class Backend:
     def _steps(self, plain: Unwrapped, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
         gm, inputs = plain.gm, plain.inputs
         check_call(gm, inputs)
-        if _compat.specialize(gm):
+        if dynamo.specialize(gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
         check_graph(gm)
         try:
-            normal, records = normalized(gm, inputs)
+            normal, records = normalized(gm, inputs, config.disable_passes)
             structure = find_structure(normal)
-        except (PassError, *_compat.DATA_DEPENDENT) as error:
+        except (PassError, *compat.DATA_DEPENDENT) as error:
             cause = error.__cause__ if isinstance(error, PassError) else error
-            if not isinstance(cause, _compat.DATA_DEPENDENT):
+            if not isinstance(cause, compat.DATA_DEPENDENT):
                 raise
             raise UnsupportedModel(
                 "the graph goes by values that only running it tells: by a Python number that changes from call to call, "
@@ -215,7 +216,7 @@ class Backend:
         timestep = find_timestep(normal, config.timestep)
         if config.plan is not None:
             check_fingerprint(config, normal, structure)
-        return _build(normal, structure, policy, config, records), timestep
+        return build_steps(normal, structure, policy, config, records), timestep
 
     def _compile(
         self,
@@ -235,11 +236,11 @@ class Backend:
             sampler=steps.sampler,
             inputs=graph_inputs(steps, timestep),
             graphs=steps,
-            context=entered(_compat.frame_module()),
+            context=entered(dynamo.frame_module()),
             strict=config.strict,
             counts=self._counts,
             watch=self._watch.starts,
-            again=_compat.recompile_reason(),
+            again=dynamo.recompile_reason(),
             planned=_planned(config),
         )
         self._compiled.append(weakref.ref(stepper))
@@ -249,48 +250,13 @@ class Backend:
 
     def _warn_of_limit(self, graphs: int) -> None:
         """Says ahead that Dynamo will not compile another shape of this model: what it says then names no mend."""
-        limit = _compat.last_recompile()
+        limit = dynamo.last_recompile()
         if limit is not None and graphs >= limit:
             warn(
                 f"hero_fx: every resolution and text length compiles once, this is number {graphs}, and "
                 f"torch._dynamo.config.recompile_limit={limit} allows no further one: the model would run uncompiled, or "
                 "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes"
             )
-
-
-def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
-    """What the inputs of a normalised graph are."""
-    nodes = [(i, node) for i, node in enumerate(steps.normal.graph.find_nodes(op="placeholder"))]
-    tensors = [(i, node) for i, node in nodes if isinstance(value_of(node), torch.Tensor)]
-    weights = tuple(i for i, node in tensors if not node.meta.get("model_input", True))
-    values = [(i, node) for i, node in tensors if i not in weights and i != timestep]
-    outputs = [value_of(node).shape for node in steps.normal.graph.output_node().all_input_nodes if _is_tensor(node)]
-    by_name = {node.name: node for node in steps.normal.graph.nodes}
-    roots = [by_name[s.root] for s in steps.structure.streams if s.tokens.dim > 0 and not s.tokens.folded]
-    sizes = [shape[0] for shape in outputs if len(shape)] + [value_of(root).shape[0] for root in roots]
-    batch = frozenset(size for size in sizes if isinstance(size, int))
-    if is_table(steps.normal, nodes[timestep][1]):
-        batch = frozenset()  # tokens look their times up in it: its elements are not the batch's
-    return Inputs(
-        timestep=timestep,
-        weights=weights,
-        values=tuple(i for i, _ in values),
-        roles=find_roles([value_of(node).shape for _, node in values], outputs, max(batch, default=1)),
-        batch=batch,
-        shapes=tuple((node.meta["argument"], value_of(node).shape) for i, node in tensors if i not in weights),
-    )
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.Tensor)
-
-
-def _build(
-    normal: fx.GraphModule, structure: Structure, policy: Policy, config: Config, records: tuple[PassRecord, ...] = ()
-) -> StepGraphs:
-    if isinstance(policy, Forecast):
-        return build_forecast(normal, structure, policy, config.state_dtype, records)
-    return build_steps(normal, structure, policy, config, records)
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -303,38 +269,6 @@ def _planned(config: Config) -> Planned | None:
         return None
     assert isinstance(plan, Plan)
     return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
-
-
-def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
-    """Hands a step graph to the inner compiler."""
-    _compat.copy_dynamo_marks(source, gm)
-    inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
-    mode = next(value.fake_mode for value in inputs if isinstance(value, _compat.FakeTensor))
-    run: _compat.Compiled
-    with _compat.no_autocast():
-        if config.inner == "eager":
-            run = gm.forward
-        elif config.inner == "aot_eager":
-            run = _compat.compile_with_aot_eager(gm, inputs, mode)
-        elif config.inner == "inductor":
-            run = _compat.compile_with_inductor(gm, inputs, mode, compile_mode=config.mode, options=config.options)
-        else:
-            assert callable(config.inner)
-            run = config.inner(gm, inputs)
-    run = _compat.without_autocast(run)
-    slots = list(slots_of(gm))
-    device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
-    state = [value_of(node).device for node, _ in slots]
-    return Step(run, tuple(slot for _, slot in slots), state[0] if state else device)
-
-
-def _compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> _compat.Compiled:
-    """What torch.compile does without hero_fx."""
-    if config.inner == "eager":
-        return gm.forward
-    if config.inner == "inductor":
-        return torch._TorchCompileInductorWrapper(config.mode, dict(config.options or {}), None)(gm, inputs)  # type: ignore[no-any-return]
-    return torch._dynamo.lookup_backend(config.inner)(gm, list(inputs))
 
 
 def backend(
@@ -365,6 +299,7 @@ def backend(
     options: Mapping[str, Any] | None = None,
     plan: Plan | str | Path | None = None,
     plan_mismatch: Literal["error", "warn"] = "error",
+    disable_passes: Sequence[str] = (),
     strict: bool = True,
 ) -> Backend:
     """A torch.compile backend that caches features between denoising steps.
@@ -418,6 +353,8 @@ def backend(
         plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
             coefficients of cached steps; options given beside it must agree with it.
         plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
+        disable_passes: names of passes to leave out, to find the one at fault: any of `hero_fx.stages.OPTIONAL`, which preserve
+            numerics.
         strict: raise if the model cannot be accelerated (True), or warn once and compile plainly (False).
 
     Returns:
@@ -454,6 +391,7 @@ def backend(
             options=options,
             plan=plan,
             plan_mismatch=plan_mismatch,
+            disable_passes=disable_passes,
             strict=strict,
         )
     )
@@ -465,7 +403,7 @@ def hero_fx(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> _compat.Compiled:
+) -> dynamo.Compiled:
     """The backend by name, without an import: `torch.compile(model, backend="hero_fx", options={"interval": 2})`.
 
     `options` are those of `backend`; Inductor's own go into `options={"options": {...}}`.

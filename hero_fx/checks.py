@@ -8,25 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from hero_fx.passes.axis import is_matmul
-from hero_fx.passes.branches import Structure
-from hero_fx.passes.emit import value_of
+from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.pipeline import PassError
 
-from . import _compat
+from . import dynamo
 from .other_caches import cache_in_the_way
 from .stack import modules_within
 
-__all__ = [
-    "BuildError",
-    "UnsupportedModel",
-    "as_ours",
-    "check_call",
-    "check_graph",
-    "check_structure",
-    "find_timestep",
-    "is_table",
-]
+__all__ = ["BuildError", "UnsupportedModel", "as_ours", "check_call", "check_graph", "check_structure"]
 
 aten = torch.ops.aten
 
@@ -52,7 +41,7 @@ def as_ours(error: Exception) -> Exception:
 
 def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Refuses training, autograd, and models that another cache works on."""
-    module = _compat.frame_module()
+    module = dynamo.frame_module()
     for running in (module, *modules_within()):
         cache = cache_in_the_way(running)
         if cache is not None:
@@ -66,7 +55,7 @@ def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
             "gradients are enabled (torch.is_grad_enabled()=True and parameters require them), but cached steps have no "
             "backward: call the model under torch.no_grad() or torch.inference_mode()"
         )
-    marks = _compat.dynamic_marks(gm)
+    marks = dynamo.dynamic_marks(gm)
     if marks:
         where = ", ".join(f"axes {', '.join(map(str, axes))} of {name}" for name, axes in marks.items())
         raise UnsupportedModel(
@@ -87,12 +76,12 @@ def _has_live_dropout(gm: fx.GraphModule) -> bool:
 
 def check_graph(gm: fx.GraphModule) -> None:
     """Refuses a part of a model that a graph break cut off."""
-    if _compat.frame_resumes_after_break():
+    if dynamo.frame_resumes_after_break():
         raise UnsupportedModel(
             "this graph is what follows a graph break, so the model's layers may be split over several graphs; "
             f"find the break with torch.compile(..., fullgraph=True) or TORCH_LOGS=graph_breaks and remove it{_offload_hint()}"
         )
-    reason = _compat.graph_break_reason(gm)
+    reason = dynamo.graph_break_reason(gm)
     if reason is not None:
         raise UnsupportedModel(
             f"a graph break ends this graph early ({reason.strip().splitlines()[0]}), so the model's layers may be split "
@@ -103,9 +92,9 @@ def check_graph(gm: fx.GraphModule) -> None:
 
 def _offload_hint() -> str:
     """What to do about hooks that move weights while the model runs; nothing if there are none."""
-    module = _compat.frame_module()
+    module = dynamo.frame_module()
     hooked = [name or "the model itself" for name, m in (module.named_modules() if module else ()) if _moves_weights(m)]
-    if not hooked and not _compat.frame_module_name().startswith(("accelerate.hooks", "diffusers.hooks")):
+    if not hooked and not dynamo.frame_module_name().startswith(("accelerate.hooks", "diffusers.hooks")):
         return ""
     where = f" ({len(hooked)} of its modules have one, the first is {hooked[0]})" if hooked else ""
     return (
@@ -167,111 +156,6 @@ def _check_ends(normal: fx.GraphModule, structure: Structure) -> None:
 _NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 
 
-def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
-    """Position of the graph input that carries the diffusion time.
-
-    By argument (`wanted`: a name, or a position among the graph's inputs), else by structure: an input that a sinusoidal
-    embedding is taken of; else one of [], [batch] or [batch, tokens] that has a usual name and is not used as text is.
-    Names choose between inputs that the structure does not tell apart.
-
-    Raises:
-        UnsupportedModel: there is none, or `wanted` names none, or an input that is no timestep.
-    """
-    inputs = normal.graph.find_nodes(op="placeholder")
-    tensors = [
-        (i, node)
-        for i, node in enumerate(inputs)
-        # An input without readers is a Python number that dynamic=True made a tensor of, and its value is baked in.
-        if node.meta.get("model_input") and isinstance(value_of(node), torch.Tensor) and node.users
-    ]
-    names = [node.meta["argument"] for _, node in tensors]
-    if wanted is not None:
-        for i, node in tensors:
-            if wanted in (node.meta["argument"], node.name, i):
-                _check_wanted(node, wanted)
-                return i
-        raise UnsupportedModel(
-            f"timestep={wanted!r} names no tensor input of the graph; its tensor inputs are {', '.join(names) or 'none'}"
-        )
-    alike = [(i, node) for i, node in tensors if _why_not(node) is None]
-    embedded = [(i, node) for i, node in alike if _feeds_sinusoid(node)]
-    named = [(i, node) for name in _NAMES for i, node in alike if node.meta["argument"] == name]
-    for i, _ in [*(pair for pair in named if pair in embedded), *embedded, *named]:
-        return i
-    raise UnsupportedModel(
-        f"no timestep was found among the graph's inputs {_listed(tensors)}{_numbers(inputs, names)}; name it with "
-        "hero_fx.backend(timestep='...'), and if the model is called with a Python number for it, pass a tensor"
-    )
-
-
-def _why_not(node: fx.Node) -> str | None:
-    """Why an input cannot be a timestep; None if it can."""
-    value = value_of(node)
-    if value.is_complex() or value.dtype == torch.bool:
-        return None  # as far as its shape goes; the first call says what is wrong with its dtype
-    if _feeds_sinusoid(node):
-        return None  # whatever its shape is: one time per frame may be [batch, 1, frames]
-    if value.dim() > 2:
-        return "it has more axes than batch and tokens"
-    if value.dim() < 2 or value.shape[-1] == 1:
-        return None
-    for user in _beneath_scales(node):
-        if user.target in _TABLES:
-            return "each of its rows is looked up in a table, as text is"
-        if is_matmul(user) and any(value_of(n).shape[-1:] == value.shape[-1:] for n in user.all_input_nodes[:1]):
-            return "its rows go into a matrix product, as vectors do"
-    return None
-
-
-def _check_wanted(node: fx.Node, wanted: str | int) -> None:
-    reason = _why_not(node)
-    if reason is not None:
-        shape = list(value_of(node).shape)
-        raise UnsupportedModel(
-            f"timestep={wanted!r} is {node.meta['argument']} {shape}, which is no timestep: {reason}; a timestep is [], "
-            "[batch] or [batch, tokens]. Name the input that holds the diffusion time, or leave timestep out"
-        )
-
-
-def _listed(tensors: Sequence[tuple[int, fx.Node]]) -> str:
-    """The tensor inputs, and why those with a timestep's name are none."""
-    words = []
-    for _, node in tensors:
-        name, reason = node.meta["argument"], _why_not(node)
-        words.append(f"{name} ({reason})" if reason and name in _NAMES else name)
-    return ", ".join(words) or "(none are tensors)"
-
-
-def _numbers(inputs: Sequence[fx.Node], names: Sequence[str]) -> str:
-    scalars = [
-        node.meta["argument"]
-        for node in inputs
-        if node.meta.get("model_input")
-        and node.meta["argument"] not in names  # sizes of tensors
-        and not (isinstance(value_of(node), torch.Tensor) and node.users)
-    ]
-    return f" (and the Python numbers {', '.join(scalars)})" if scalars else ""
-
-
-def _feeds_sinusoid(node: fx.Node) -> bool:
-    """True if sin and cos of (a scaled, broadcast copy of) the input are taken."""
-    found = {user.target for user in _beneath_scales(node)}
-    return {aten.sin.default, aten.cos.default} <= found
-
-
-def _beneath_scales(node: fx.Node) -> set[fx.Node]:
-    """What reads (a scaled, broadcast copy of) the input, and is more than such a copy."""
-    seen, todo, readers = {node}, [node], set[fx.Node]()
-    while todo:
-        for user in todo.pop().users:
-            if user.target not in _SCALES:
-                readers.add(user)
-            elif user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return readers
-
-
 _TABLES = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 _SCALES = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
@@ -282,20 +166,3 @@ _SCALES = {
 
 
 _LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
-
-
-def is_table(normal: fx.GraphModule, timestep: fx.Node) -> bool:
-    """Whether a timestep input is a table of times that each token looks its own up in (a packed sequence)."""
-    values = {node for node in normal.graph.find_nodes(op="placeholder") if node.meta.get("model_input")}
-    of_time = {timestep}
-    for node in normal.graph.nodes:
-        sources = node.all_input_nodes
-        if node.op != "call_function" or of_time.isdisjoint(sources):
-            values |= {node} if not values.isdisjoint(sources) else set()
-        elif node.target in _LOOKUPS and node.args[0] in of_time and not of_time.issuperset(sources):
-            return True
-        elif all(source in of_time or source not in values for source in sources):
-            of_time.add(node)
-        else:
-            values.add(node)
-    return False

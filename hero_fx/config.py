@@ -10,11 +10,12 @@ from typing import Any, get_args
 
 import torch
 
-from hero_fx.passes.plan import CachePoint, Keys, Text, Unsampled
+from hero_fx.passes.rewrite.plan import CachePoint, Keys, Text, Unsampled
 
 from .plan import Plan, Timeline, as_plan
 from .policy import DuCa, Fora, Forecast, Hero, Policy, TaylorSeer, ToCa
 from .schedule import Schedule, make_schedule
+from .stages import OPTIONAL
 
 __all__ = ["Config"]
 
@@ -100,6 +101,8 @@ class Config:
     """A calibrated plan, or the path of one: it decides policy, schedule, `num_steps` and its own options."""
     plan_mismatch: str = "error"
     """Where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on."""
+    disable_passes: Sequence[str] = ()
+    """Names of passes that are left out, to find the one at fault: any that preserves numerics (`hero_fx.stages.OPTIONAL`)."""
     strict: bool = True
     """True: a model that cannot be accelerated is an error; false: one warning, and plain compilation."""
 
@@ -170,6 +173,12 @@ class Config:
             _count("timestep", self.timestep, 0, "as a position among the graph's inputs; or give the argument's name")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be a whole number")
+        unknown = [name for name in self.disable_passes if name not in OPTIONAL]
+        if unknown or isinstance(self.disable_passes, str):
+            raise ValueError(
+                f"disable_passes={self.disable_passes!r} must be names of passes that preserve numerics: "
+                f"{', '.join(sorted(OPTIONAL))}"
+            )
         for name in ("age_weighting", "strict"):
             _one_of(name, getattr(self, name), (True, False))
         if not callable(self.inner):

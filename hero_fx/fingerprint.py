@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from hero_fx.passes.branches import Structure
+from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.forecast import OutputRule, outputs_of
+from hero_fx.passes.rewrite.forecast import OutputRule, outputs_of
 
-from . import _compat
+from . import dynamo
 from .checks import UnsupportedModel
 from .config import Config
 from .plan import Fingerprint, Plan
@@ -71,7 +71,7 @@ def check_fingerprint(config: Config, normal: fx.GraphModule, structure: Structu
         rule.index < len(values) and _has_axes(values[rule.index], rule) for rule in plan.outputs
     )  # what does not fit at all is refused by what builds the steps
     differs = (
-        plan.model.differences(fingerprint_of(normal, structure, _compat.frame_module(), plan.outputs))
+        plan.model.differences(fingerprint_of(normal, structure, dynamo.frame_module(), plan.outputs))
         if fits and plan.model is not None
         else []
     )

@@ -12,9 +12,11 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from hero_fx.passes.branches import Structure, body_of, module_path
+from hero_fx.passes.analysis.branches import body_of, module_path
+from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.analysis.tokens import is_matmul
+from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
-from hero_fx.passes.tokens import ATTENTION, is_matmul
 
 __all__ = ["Flops", "Outside", "flops", "outside", "too_much_outside"]
 

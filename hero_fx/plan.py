@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from hero_fx.passes.forecast import OutputRule
+from hero_fx.passes.rewrite.forecast import OutputRule
 
 __all__ = ["POLICIES", "Fingerprint", "Plan", "Timeline", "as_plan"]
 

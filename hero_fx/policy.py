@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from hero_fx.passes.branches import Branch, Structure
-from hero_fx.passes.forecast import OutputRule
-from hero_fx.passes.plan import (
+from hero_fx.passes.analysis.structure import Branch, Structure
+from hero_fx.passes.rewrite.forecast import OutputRule
+from hero_fx.passes.rewrite.plan import (
     CachePoint,
     Extrapolate,
     Keys,

@@ -11,15 +11,15 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from hero_fx.passes.plan import Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy
+from hero_fx.passes.rewrite.plan import Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy
 
-from . import _compat
+from . import dynamo
 from .backends import Backend
 from .backends import backend as make_backend
 from .config import Config
 from .flops import Flops, flops, outside, too_much_outside
 from .policy import Policy
-from .steps import StepGraphs
+from .step_graphs import StepGraphs
 
 __all__ = ["Explanation", "Flops", "explain", "flops", "look_at_graph", "step_kinds", "trace", "trajectory_flops"]
 
@@ -66,9 +66,9 @@ def trace(model: Callable[..., Any], *args: Any, backend: Backend | None = None,
     Raises:
         ValueError: the model cannot be accelerated; the message says why.
     """
-    backend = backend or _compat.backend_of(model, Backend) or make_backend()
+    backend = backend or dynamo.backend_of(model, Backend) or make_backend()
     assert isinstance(backend, Backend)
-    return look_at_graph(_compat.uncompiled(model), args, kwargs, backend.trace)
+    return look_at_graph(dynamo.uncompiled(model), args, kwargs, backend.trace)
 
 
 def look_at_graph(
@@ -80,13 +80,13 @@ def look_at_graph(
     """What `look` says of the Dynamo graph of a call and its example inputs; nothing is compiled or run."""
     seen: list[T] = []
 
-    def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> _compat.Compiled:
+    def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> dynamo.Compiled:
         seen.append(look(gm, inputs))
         raise _TracedOnly  # here, not at the call: so Dynamo keeps no code, and its recompile limit stays whole
 
     compiled = torch.compile(model, backend=capture)
     try:
-        with torch.no_grad(), _compat.unlimited_tracing():
+        with torch.no_grad(), dynamo.unlimited_tracing():
             compiled(*args, **kwargs)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
@@ -119,7 +119,7 @@ def explain(
                 "this backend has compiled nothing yet: call the compiled model once, or explain the model"
             )
         return Explanation(model_or_backend.graphs[-1], model_or_backend.config)
-    chosen = backend or _compat.backend_of(model_or_backend, Backend) or make_backend()
+    chosen = backend or dynamo.backend_of(model_or_backend, Backend) or make_backend()
     return Explanation(trace(model_or_backend, *args, backend=chosen, **kwargs), chosen.config)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["ATTENTION", "AttentionOp", "argument_of", "with_arguments"]
+from .ops import argument_of
+
+__all__ = ["ATTENTION", "AttentionOp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,30 +109,3 @@ def _name(target: Any) -> str:
 
 ATTENTION: Mapping[Any, AttentionOp] = _Table()
 """By call target."""
-
-
-def _parameters(node: fx.Node) -> list[Any]:
-    schema = getattr(node.target, "_schema", None)
-    return [] if schema is None else list(schema.arguments)
-
-
-def argument_of(node: fx.Node, name: str, default: Any = None) -> Any:
-    """The argument `name` of a call as it is given, by default, or `default` where the op has none of that name."""
-    for position, parameter in enumerate(_parameters(node)):
-        if parameter.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, parameter.default_value if parameter.has_default_value() else default)
-    return default
-
-
-def with_arguments(node: fx.Node, changes: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """(args, kwargs) of a call with some arguments replaced."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for position, parameter in enumerate(_parameters(node)):
-        if parameter.name in changes:
-            if position < len(args):
-                args[position] = changes[parameter.name]
-            else:
-                kwargs[parameter.name] = changes[parameter.name]
-    return args, kwargs

@@ -15,74 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx._compat import FakeTensor, FakeTensorMode, unbound_sizes
+from hero_fx.passes.compat import FakeTensor, FakeTensorMode
 
-from .attention import ATTENTION
+from .compat import unbound_sizes
+from .ops import has_side_effect
+from .slots import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot, slots_of
 
-__all__ = [
-    "Emitter", "IndexSlot", "ScalarSlot", "Slot", "StateSlot", "TableSlot", "by_name", "drop_dead_code", "slots_of",
-    "value_of",
-]  # fmt: skip
+__all__ = ["Emitter", "by_name", "drop_dead_code", "value_of"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class StateSlot:
-    """One tensor of feature state, the same in all step graphs of a compiled model."""
-
-    name: str
-    """For people."""
-    of: tuple[Any, ...] = ()
-    """What it holds: two tensors whose names come out the same are two all the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScalarSlot:
-    """A number of the call: `x` (steps since the last full step), `x2`, ... (x^i / i!), `inverse_gap_1`, ..."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class IndexSlot:
-    """Indices of the sampled image tokens; `layer` is None where all layers share one selection."""
-
-    layer: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class TableSlot:
-    """Coefficients that a calibrated plan has for the step of the call: what a term of a table is multiplied with."""
-
-    table: str
-    """`out0` for an output of the model, the name of the features for theirs."""
-    term: str
-    """`v0`, `x`, ... for an output (see `ForecastOutputs`), `y0`, `y1`, ... for features."""
-    shape: tuple[int, ...]
-    """What the input has: it broadcasts to what it is multiplied with."""
-
-
-Slot = StateSlot | ScalarSlot | IndexSlot | TableSlot
 
 
 def value_of(node: fx.Node) -> Any:
     """The fake value of a node of a normalised graph (for an output with several values, a tuple)."""
     return node.meta["val"]
-
-
-def slots_of(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Slot]]:
-    """The extra inputs of a rewritten graph, in order."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if "slot" in node.meta:
-            yield node, node.meta["slot"]
 
 
 def by_name(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -223,16 +175,7 @@ def drop_dead_code(graph: fx.Graph) -> int:
     """Removes unused nodes that have no side effect; in-place ops and graph inputs stay."""
     removed = 0
     for node in reversed(graph.nodes):
-        if node.op in ("call_function", "get_attr") and not node.users and not _has_side_effect(node):
+        if node.op in ("call_function", "get_attr") and not node.users and not has_side_effect(node):
             graph.erase_node(node)
             removed += 1
     return removed
-
-
-def _has_side_effect(node: fx.Node) -> bool:
-    # Not `node.is_impure()`: to that attention is impure, because it could draw dropout masks.
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return node.target not in ATTENTION  # it may write to what it is given (a Triton kernel does)
-    return node.op == "call_function" and node.is_impure()

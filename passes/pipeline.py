@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from hero_fx.graphs import graph_diff, op_count, render
+from .render import graph_diff, op_count, render
 
 __all__ = ["Pass", "PassError", "PassRecord", "Pipeline"]
 

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from hero_fx.passes.analysis.follow import follow
+from hero_fx.passes.analysis.tokens import Segment, Tokens
+from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter
-from hero_fx.passes.subset import Rows, Subset, check_whole
-from hero_fx.passes.tokens import ATTENTION, Segment, Tokens, follow
+from hero_fx.passes.rewrite.subset import Rows, Subset, check_whole
 
 from .tracing import trace
 

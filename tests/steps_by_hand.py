@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from hero_fx.passes.branches import Structure, find_branches
-from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.emit import IndexSlot, ScalarSlot, TableSlot, slots_of, value_of
-from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
-from hero_fx.passes.functionalize import Functionalize
-from hero_fx.passes.normalize import DropIdentities
-from hero_fx.passes.plan import StepPlan, Strategy, recordings
-from hero_fx.passes.record import RecordFeatures
-from hero_fx.passes.refresh import RefreshBranches, RefreshScored
-from hero_fx.steps import copy_graph
+from hero_fx.passes.analysis.branches import find_branches
+from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.emit import value_of
+from hero_fx.passes.normalize.functionalize import Functionalize
+from hero_fx.passes.normalize.identities import DropIdentities
+from hero_fx.passes.rewrite.extrapolate import ExtrapolateBranches, ReuseBranches
+from hero_fx.passes.rewrite.plan import StepPlan, Strategy, recordings
+from hero_fx.passes.rewrite.record import RecordFeatures
+from hero_fx.passes.rewrite.refresh import RefreshBranches
+from hero_fx.passes.rewrite.refresh_scored import RefreshScored
+from hero_fx.passes.simplify.cleanup import DropDeadCode
+from hero_fx.passes.slots import IndexSlot, ScalarSlot, TableSlot, slots_of
+from hero_fx.step_graphs import copy_graph
 
 from .tracing import outputs, run_passes, trace
 

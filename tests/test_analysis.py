@@ -10,12 +10,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx
 
 import hero_fx
-from hero_fx import analysis
-from hero_fx.graphs import graph_diff
-from hero_fx.passes.branches import find_branches
-from hero_fx.passes.observe import ReturnFeatures
+from hero_fx import stability as analysis
+from hero_fx.build import normalized
+from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.pipeline import Pipeline
-from hero_fx.steps import copy_graph, normalized
+from hero_fx.passes.render import graph_diff
+from hero_fx.passes.rewrite.observe import ReturnFeatures
+from hero_fx.step_graphs import copy_graph
 
 from . import layers, tiny, toys
 from .test_branches import joint, single

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import hero_fx
+from hero_fx.passes.analysis.follow import follow
+from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 from hero_fx.passes.attention import ATTENTION
-from hero_fx.passes.plan import Refresh, ScoredRefresh
-from hero_fx.passes.tokens import NoRule, Segment, Tokens, follow
+from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 
 from . import tiny, toys
 from .attention_ops import registered

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hero_fx import _compat
-from hero_fx.graphs import graph_diff, render
-from hero_fx.passes.autocast import ResolveAutocast
-from hero_fx.passes.normalize import normalize
-from hero_fx.steps import copy_graph
+from hero_fx.passes import compat
+from hero_fx.passes.normalize.autocast import ResolveAutocast
+from hero_fx.passes.normalize.trace import normalize
+from hero_fx.passes.render import graph_diff, render
+from hero_fx.step_graphs import copy_graph
 
 from . import tiny, toys
 from .tracing import capture, equal, normal_form, run_passes
@@ -320,7 +320,7 @@ class Drawn(toys.ToyDiT):
 
 def region(enabled: bool | None) -> Any:
     """A region, or none of its own."""
-    return nn.Identity().eval() and (_compat.autocast(()) if enabled is None else on(enabled))
+    return nn.Identity().eval() and (compat.autocast(()) if enabled is None else on(enabled))
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

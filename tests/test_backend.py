@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
 
 import hero_fx
-from hero_fx.graphs import op_count
-from hero_fx.passes.branches import Structure
-from hero_fx.passes.plan import Extrapolate, Full, Reuse, StepPlan
+from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.render import op_count
+from hero_fx.passes.rewrite.plan import Extrapolate, Full, Reuse, StepPlan
 
 from . import tiny, toys
 

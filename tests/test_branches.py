@@ -12,9 +12,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hero_fx.passes.branches import Structure, body_of, find_branches, find_grid
+from hero_fx.build import normalized
+from hero_fx.passes.analysis.branches import body_of, find_branches
+from hero_fx.passes.analysis.streams import find_grid
+from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.emit import by_name
-from hero_fx.steps import normalized
 
 from . import tiny
 from .layers import D, Layer, Model, Part, attend, norm

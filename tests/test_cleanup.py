@@ -7,11 +7,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.graphs import graph_diff, render
-from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.extrapolate import ReuseBranches
-from hero_fx.passes.plan import Full, Reuse
-from hero_fx.steps import copy_graph
+from hero_fx.passes.render import graph_diff, render
+from hero_fx.passes.rewrite.extrapolate import ReuseBranches
+from hero_fx.passes.rewrite.plan import Full, Reuse
+from hero_fx.passes.simplify.cleanup import DropDeadCode
+from hero_fx.step_graphs import copy_graph
 
 from .steps_by_hand import Toy, attentions
 from .tracing import equal, run_passes, trace

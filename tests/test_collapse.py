@@ -13,12 +13,15 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hero_fx
-from hero_fx.graphs import graph_diff, op_count, render
-from hero_fx.passes.cleanup import DropDeadCode, DropUnreadState
-from hero_fx.passes.collapse import CommonSubexpressions, ForwardGathers, SinkScatters, WriteRows
-from hero_fx.passes.emit import IndexSlot, ScalarSlot, StateSlot, value_of
-from hero_fx.passes.merge import MergeCaches, find_merges
+from hero_fx.passes.emit import value_of
 from hero_fx.passes.pipeline import Pass, Pipeline
+from hero_fx.passes.render import graph_diff, op_count, render
+from hero_fx.passes.simplify.cleanup import DropDeadCode, DropUnreadState
+from hero_fx.passes.simplify.common_subexpressions import CommonSubexpressions
+from hero_fx.passes.simplify.merge import MergeCaches, find_merges
+from hero_fx.passes.simplify.scatters import ForwardGathers, SinkScatters
+from hero_fx.passes.simplify.write_rows import WriteRows
+from hero_fx.passes.slots import IndexSlot, ScalarSlot, StateSlot
 
 from . import tiny
 

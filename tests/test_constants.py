@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import hero_fx
-from hero_fx.graphs import graph_diff, render
-from hero_fx.passes.constants import WriteLiterals
+from hero_fx.passes.normalize.constants import WriteLiterals
+from hero_fx.passes.render import graph_diff, render
 
 from . import tiny, toys
 from .tracing import equal, run_passes, trace

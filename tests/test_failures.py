@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import hero_fx
 from hero_fx.checks import BuildError
+from hero_fx.passes.render import op_count
 
 from . import tiny, toys
 
@@ -160,8 +161,8 @@ def test_written_out_attention_is_cached_but_not_refreshed() -> None:
     assert [branch.kind for branch in steps.structure.branches] == ["attention", "ffn"] * len(model.blocks)
     assert [fallback.branch for fallback in steps.fallbacks] == ["l0_attention"]
     (cached,) = steps.cached
-    ops = hero_fx.graphs.op_count(cached)
-    assert (ops["aten.softmax"], hero_fx.graphs.op_count(steps.full)["aten.softmax"]) == (1, len(model.blocks))
+    ops = op_count(cached)
+    assert (ops["aten.softmax"], op_count(steps.full)["aten.softmax"]) == (1, len(model.blocks))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,13 +14,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 import hero_fx
-from hero_fx.forecast import find_outputs
-from hero_fx.graphs import graph_diff, op_count, render
-from hero_fx.passes.cleanup import DropDeadCode
+from hero_fx.outputs import find_outputs
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.forecast import ForecastOutputs, OutputRule, RecordOutputs, arguments_of
+from hero_fx.passes.render import graph_diff, op_count, render
+from hero_fx.passes.rewrite.forecast import ForecastOutputs, OutputRule, RecordOutputs, arguments_of
+from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.plan import Plan, Timeline
-from hero_fx.steps import copy_graph
+from hero_fx.step_graphs import copy_graph
 
 from . import tiny, toys
 from .reference import forecast_trajectory

@@ -10,9 +10,9 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.graphs import graph_diff, op_count
-from hero_fx.passes.fused import FuseUpdates, SplitUpdates
-from hero_fx.steps import copy_graph
+from hero_fx.passes.normalize.fused_updates import FuseUpdates, SplitUpdates
+from hero_fx.passes.render import graph_diff, op_count
+from hero_fx.step_graphs import copy_graph
 
 from . import tiny, toys
 from .tracing import equal, run_passes, trace

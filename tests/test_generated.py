@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hero_fx
-from hero_fx._compat import argument_name
 from hero_fx.checks import UnsupportedModel
+from hero_fx.passes.compat import argument_name
 
 from . import small
 from .small import POLICIES, TOKENS, WIDTH, norm

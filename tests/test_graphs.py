@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from hero_fx.graphs import graph_counts_diff, graph_diff, op_count, render
+from hero_fx.passes.render import graph_counts_diff, graph_diff, op_count, render
 
 
 def trace(function: Callable[..., Any], *shapes: tuple[int, ...]) -> fx.GraphModule:

@@ -9,9 +9,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from hero_fx.graphs import graph_diff
-from hero_fx.passes.groups import JoinGroups
-from hero_fx.steps import copy_graph
+from hero_fx.passes.normalize.join_groups import JoinGroups
+from hero_fx.passes.render import graph_diff
+from hero_fx.step_graphs import copy_graph
 
 from .tracing import equal, run_passes, trace
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import hero_fx
-from hero_fx.passes.emit import Emitter, StateSlot, slots_of, value_of
-from hero_fx.steps import check_state
+from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.slots import StateSlot, slots_of
+from hero_fx.step_graphs import check_state
 
 from . import small
 from .small import FULL, Block, hero, run

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import by_name
-from hero_fx.passes.memory import Memory, is_functional, written_by
+from hero_fx.passes.ops import is_functional, written_by
 
 from .tracing import capture, normal_form, trace
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import hero_fx
-from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.emit import StateSlot
-from hero_fx.passes.merge import MergeCaches, find_merges
+from hero_fx.passes.simplify.cleanup import DropDeadCode
+from hero_fx.passes.simplify.merge import MergeCaches, find_merges
+from hero_fx.passes.slots import StateSlot
 
 from . import toys
 from .test_collapse import graph, run, tensors

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hero_fx
-from hero_fx.graphs import op_count
-from hero_fx.passes.narrow import QuantizeState, WriteBytes
+from hero_fx.passes.render import op_count
+from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
 
 from . import tiny
 from .test_collapse import graph, outputs, run

@@ -12,10 +12,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from hero_fx._compat import FakeTensor
-from hero_fx.graphs import graph_diff, op_count, render
-from hero_fx.passes.functionalize import Functionalize
-from hero_fx.passes.normalize import DropIdentities, normalize
+from hero_fx.passes.compat import FakeTensor
+from hero_fx.passes.normalize.functionalize import Functionalize
+from hero_fx.passes.normalize.identities import DropIdentities
+from hero_fx.passes.normalize.trace import normalize
+from hero_fx.passes.render import graph_diff, op_count, render
 
 from .tracing import capture, equal, normal_form, outputs, run_passes, trace
 

@@ -7,8 +7,8 @@ from typing import Any
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from hero_fx.graphs import graph_diff, render
-from hero_fx.passes.outputs import OwnOutputs
+from hero_fx.passes.render import graph_diff, render
+from hero_fx.passes.rewrite.outputs import OwnOutputs
 
 from .test_collapse import assert_same, graph, outputs, tensors
 from .tracing import run_passes

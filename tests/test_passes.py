@@ -12,13 +12,23 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import hero_fx
-from hero_fx.graphs import graph_diff, op_count, render
-from hero_fx.passes.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.pipeline import Pass
-from hero_fx.passes.plan import CachePoint, Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy, recordings
-from hero_fx.passes.record import RecordFeatures, attention_received, small_values
-from hero_fx.passes.refresh import RefreshBranches, RefreshScored
-from hero_fx.steps import copy_graph
+from hero_fx.passes.render import graph_diff, op_count, render
+from hero_fx.passes.rewrite.extrapolate import ExtrapolateBranches, ReuseBranches
+from hero_fx.passes.rewrite.plan import (
+    CachePoint,
+    Extrapolate,
+    Full,
+    Refresh,
+    Reuse,
+    ScoredRefresh,
+    Strategy,
+    recordings,
+)
+from hero_fx.passes.rewrite.record import RecordFeatures, attention_received, small_values
+from hero_fx.passes.rewrite.refresh import RefreshBranches
+from hero_fx.passes.rewrite.refresh_scored import RefreshScored
+from hero_fx.step_graphs import copy_graph
 
 from . import tiny, toys
 from .steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers

@@ -14,9 +14,9 @@ from torch._logging import _internal
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx.graphs import render
 from hero_fx.passes import pipeline
 from hero_fx.passes.pipeline import Pass, PassError, Pipeline
+from hero_fx.passes.render import render
 
 aten = torch.ops.aten
 LOGGER = "hero_fx.passes.pipeline"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import hero_fx
-from hero_fx.passes.forecast import OutputRule
+from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Fingerprint, Plan, Timeline
 
 MASK = (True, True, False, True)

@@ -11,12 +11,23 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.graphs import graph_diff
-from hero_fx.passes.axis import Segment, Tokens
-from hero_fx.passes.plan import CachePoint, Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy, Text, Unsampled
-from hero_fx.passes.record import key_slots
-from hero_fx.passes.refresh import RefreshBranches, RefreshScored, best_tokens
-from hero_fx.steps import copy_graph
+from hero_fx.passes.analysis.tokens import Segment, Tokens
+from hero_fx.passes.render import graph_diff
+from hero_fx.passes.rewrite.plan import (
+    CachePoint,
+    Extrapolate,
+    Full,
+    Refresh,
+    Reuse,
+    ScoredRefresh,
+    Strategy,
+    Text,
+    Unsampled,
+)
+from hero_fx.passes.rewrite.record import key_slots
+from hero_fx.passes.rewrite.refresh import RefreshBranches
+from hero_fx.passes.rewrite.refresh_scored import RefreshScored, best_tokens
+from hero_fx.step_graphs import copy_graph
 
 from .steps_by_hand import BATCH, GRID, IMAGE, TEXT, WIDTH, Toy, attentions, ffns, joint, norm, numbers
 from .tracing import run_passes

@@ -17,7 +17,7 @@ from expecttest import assert_expected_inline
 from torch._dynamo.utils import counters
 
 import hero_fx
-from hero_fx.passes.plan import Fallback
+from hero_fx.passes.rewrite.plan import Fallback
 
 from . import tiny, toys
 

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hero_fx
-from hero_fx.passes.emit import StateSlot, slots_of
+from hero_fx.passes.slots import StateSlot, slots_of
 from hero_fx.schedule import Schedule
 
 from . import tiny

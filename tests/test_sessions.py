@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import hero_fx
-from hero_fx.timestep import TimestepReader
+from hero_fx.runtime.timestep import TimestepReader
 
 from . import tiny, toys
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hero_fx.passes.branches import find_branches
+from hero_fx.passes.analysis.branches import find_branches
 
 from .tracing import normal_form
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.graphs import graph_diff, op_count, render
+from hero_fx.passes.analysis.tokens import Segment, Tokens
 from hero_fx.passes.emit import Emitter
-from hero_fx.passes.subset import Rows, Subset
-from hero_fx.passes.tokens import Segment, Tokens
+from hero_fx.passes.render import graph_diff, op_count, render
+from hero_fx.passes.rewrite.subset import Rows, Subset
 
 from .axis import BATCH, IMAGE, TEXT, TOKENS, WIDTH, Text, attend_to_all, check, emit_subset, kept_rows, stream
 from .tracing import trace

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from hero_fx.timestep import AmbiguousCall, TimestepReader
+from hero_fx.runtime.timestep import AmbiguousCall, TimestepReader
 
 DTYPES = [torch.int64, torch.int32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -10,7 +10,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.tokens import _RULES, NoRule, Segment, Tokens, follow
+from hero_fx.passes.analysis.follow import _RULES, follow
+from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 
 from .axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
 from .tracing import trace

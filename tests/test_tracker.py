@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hero_fx.evidence import Evidence
+from hero_fx.runtime.evidence import Evidence
+from hero_fx.runtime.timestep import Timestep
+from hero_fx.runtime.tracker import Call, Tracker
 from hero_fx.schedule import Explicit, Schedule, Toca, Uniform
-from hero_fx.timestep import Timestep
-from hero_fx.tracker import Call, Tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

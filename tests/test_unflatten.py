@@ -9,11 +9,11 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from hero_fx.graphs import graph_diff
-from hero_fx.passes.cleanup import DropDeadCode
-from hero_fx.passes.functionalize import Functionalize
-from hero_fx.passes.unflatten import UnflattenProducts
-from hero_fx.steps import copy_graph
+from hero_fx.passes.normalize.functionalize import Functionalize
+from hero_fx.passes.normalize.unflatten import UnflattenProducts
+from hero_fx.passes.render import graph_diff
+from hero_fx.passes.simplify.cleanup import DropDeadCode
+from hero_fx.step_graphs import copy_graph
 
 from .tracing import equal, run_passes, trace
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import hero_fx
-from hero_fx.graphs import render
-from hero_fx.passes.unmap import without_maps
-from hero_fx.steps import normalized
+from hero_fx.build import normalized
+from hero_fx.passes.normalize.unmap import without_maps
+from hero_fx.passes.render import render
 
 from . import tiny
 from .tracing import capture, equal

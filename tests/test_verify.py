@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import hero_fx
-from hero_fx import steps, weights
-from hero_fx.example import look, times_from, twin_of
-from hero_fx.passes import branches, collapse, memory, normalize
-from hero_fx.passes.autocast import ResolveAutocast
-from hero_fx.passes.outputs import OwnOutputs
+from hero_fx import build as steps
+from hero_fx.passes.analysis import branches, memory
+from hero_fx.passes.normalize import trace as normalize
+from hero_fx.passes.normalize.autocast import ResolveAutocast
+from hero_fx.passes.rewrite.outputs import OwnOutputs
+from hero_fx.passes.simplify import scatters as collapse
+from hero_fx.runtime import weights
+from hero_fx.verification.example import look, times_from, twin_of
 
 from . import defects, tiny, toys
 

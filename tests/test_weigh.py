@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import hero_fx
-from hero_fx.graphs import graph_diff, render
-from hero_fx.passes.emit import ScalarSlot, StateSlot, TableSlot, slots_of
-from hero_fx.passes.plan import Extrapolate, Full
-from hero_fx.passes.weigh import WeighFeatures, family_of
+from hero_fx.passes.render import graph_diff, render
+from hero_fx.passes.rewrite.plan import Extrapolate, Full
+from hero_fx.passes.rewrite.weigh import WeighFeatures, family_of
+from hero_fx.passes.slots import ScalarSlot, StateSlot, TableSlot, slots_of
 from hero_fx.plan import Plan, Timeline
 
 from . import tiny

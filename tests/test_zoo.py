@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import hero_fx
-from hero_fx._compat import argument_name
 from hero_fx.backends import Backend
+from hero_fx.passes.compat import argument_name
 from hero_fx.policy import Policy
 from hero_fx.report import Explanation
-from hero_fx.runtime import Stepper
-from hero_fx.steps import StepGraphs
+from hero_fx.runtime.stepper import Stepper
+from hero_fx.step_graphs import StepGraphs
 
 from .examples import example
 from .zoo_reference import Hooked, feature_modules

@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from hero_fx import Backend
-from hero_fx._compat import argument_name
+from hero_fx.passes.compat import argument_name
 
 TEXT, CHANNELS, WIDTH = 7, 4, 24
 GRID = (3, 4, 6)

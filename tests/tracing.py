@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx._compat import new_fake_mode, to_fake
+from hero_fx.build import normalized
+from hero_fx.passes.compat import new_fake_mode, to_fake
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
-from hero_fx.steps import normalized
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:

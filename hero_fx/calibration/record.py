@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hero_fx import _compat
-from hero_fx.backends import Backend, compile_step
-from hero_fx.checks import check_call, check_graph, find_timestep
-from hero_fx.evidence import Evidence
+from hero_fx import dynamo
+from hero_fx.backends import Backend
+from hero_fx.build import find_structure, normalized
+from hero_fx.checks import check_call, check_graph
+from hero_fx.compiling import compile_step
+from hero_fx.find_timestep import find_timestep
 from hero_fx.fingerprint import fingerprint_of
-from hero_fx.forecast import find_outputs
-from hero_fx.passes.emit import StateSlot, value_of
-from hero_fx.passes.forecast import OutputRule, arguments_of, outputs_of
-from hero_fx.passes.weigh import family_of
+from hero_fx.outputs import find_outputs
+from hero_fx.passes.emit import value_of
+from hero_fx.passes.normalize.subclasses import unwrap
+from hero_fx.passes.rewrite.forecast import OutputRule, arguments_of, outputs_of
+from hero_fx.passes.rewrite.weigh import family_of
+from hero_fx.passes.slots import StateSlot
 from hero_fx.plan import Fingerprint
+from hero_fx.runtime.evidence import Evidence
+from hero_fx.runtime.timestep import TimestepReader
+from hero_fx.runtime.tracker import Tracker
 from hero_fx.schedule import Uniform
-from hero_fx.steps import StepGraphs, copy_graph, find_structure, normalized
-from hero_fx.subclasses import unwrap
-from hero_fx.timestep import TimestepReader
-from hero_fx.tracker import Tracker
+from hero_fx.step_graphs import StepGraphs, copy_graph
 
 __all__ = ["Recorder", "Recording", "frames_axis"]
 
@@ -99,13 +103,13 @@ class Recorder:
         plain = unwrap(gm, inputs)
         gm, inputs = plain.gm, plain.inputs
         check_call(gm, inputs)
-        _compat.specialize(gm)
+        dynamo.specialize(gm)
         check_graph(gm)
         normal, _ = normalized(gm, inputs)
         structure, config = find_structure(normal), self.options.config
         position = find_timestep(normal, config.timestep)
         self.rules = find_outputs(normal, position, self.latent)
-        self.module = _compat.frame_module()
+        self.module = dynamo.frame_module()
         self.normal, self.structure = normal, structure
         run = compile_step(gm, copy_graph(normal), config).run
         taps = [

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from hero_fx import _compat
+from hero_fx import dynamo
 from hero_fx.backends import Backend, backend
 from hero_fx.fingerprint import fingerprint_of
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.forecast import outputs_of
+from hero_fx.passes.rewrite.forecast import outputs_of
 from hero_fx.plan import Plan, Timeline
 from hero_fx.report import flops
 
@@ -186,7 +186,7 @@ def calibrate(
         getattr(model, "_orig_mod", model), run, recorder, [], {}, fitted, held, distances, options, store, seed, search,
         tuple(full_steps), min(2, len(fitted)),
     )  # fmt: skip
-    with torch.no_grad(), _compat.unlimited_tracing(), _forgotten(job.model):
+    with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
         _record(job, num_steps)
         candidates = [c for policy in policies if (c := _candidate(job, policy, budget, by, history)) is not None]
     if not candidates:
@@ -203,7 +203,7 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _compat.forget_code(model)
+        dynamo.forget_code(model)
 
 
 def _record(job: _Job, num_steps: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hero_fx.passes.forecast import THETAS, OutputRule
+from hero_fx.passes.rewrite.forecast import THETAS, OutputRule
 
 from .record import Recording, frames_axis
 from .search import Schedule

@@ -1,0 +1,66 @@
+"""What the extra inputs of a step graph are filled with: numbers of the call and selected tokens."""
+
+from __future__ import annotations
+
+import threading
+from math import factorial
+
+import torch
+
+from hero_fx.selection import PatchSampler, Selection
+
+from .tracker import Call
+
+__all__ = ["Selections", "scalar_value"]
+
+
+def scalar_value(name: str, call: Call) -> float:
+    """The number that a `ScalarSlot` stands for at a call.
+
+    `x<i>`: x^i / i!, with x the steps since the last full step (`x` is `x1`). `inverse_gap_<i>`: 1 / d, with d the
+    distance of this full step to the one before, or 0 while there have been fewer than i full steps: then the i-th
+    difference does not exist yet.
+    """
+    if name.startswith("inverse_gap_"):
+        return 1.0 / call.gap if call.fulls >= int(name.removeprefix("inverse_gap_")) else 0.0
+    power = int(name.removeprefix("x") or 1)
+    return float(call.since_full**power) / factorial(power)
+
+
+class Selections:
+    """The selections of a trajectory, drawn once: they depend on the seed and on which steps were full, nothing else."""
+
+    def __init__(self, sampler: PatchSampler, device: torch.device, most: int = 512) -> None:
+        self.sampler = sampler
+        self.device = device
+        self._known: dict[tuple[bool, ...], tuple[torch.Tensor, ...]] = {}
+        self._most = most
+        self._frontier: tuple[tuple[bool, ...], Selection] = ((), sampler.start())
+        self._lock = threading.Lock()
+
+    def at(self, pattern: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+        """Indices [K] on the device, one tensor per draw, for a call that is cached after the calls of `pattern`.
+
+        `pattern` says of each call of the lane in this trajectory whether it was full, up to and with this one.
+        """
+        with self._lock:
+            if pattern not in self._known:
+                if len(self._known) >= self._most:
+                    self._known.clear()
+                drawn = self._draw(pattern)
+                self._known[pattern] = tuple(row.to(self.device) for row in drawn)
+            return self._known[pattern]
+
+    def _draw(self, pattern: tuple[bool, ...]) -> torch.Tensor:
+        done, selection = self._frontier
+        if pattern[: len(done)] != done or len(done) >= len(pattern):
+            done, selection = (), self.sampler.start()
+        drawn: torch.Tensor | None = None
+        for full in pattern[len(done) :]:
+            if full:
+                selection.refreshed()
+            else:
+                drawn = selection.draw()
+        self._frontier = (pattern, selection)
+        assert drawn is not None, "selections are for cached steps"
+        return drawn

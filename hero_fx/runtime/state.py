@@ -1,0 +1,137 @@
+"""Feature state: one set of tensors per (compiled graph, model, session, lane), allocated once, updated in place."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hero_fx.passes.slots import StateSlot
+from hero_fx.step_graphs import StateSpec
+
+from .calling import watch_state
+from .evidence import Evidence, Owner
+from .timestep import AmbiguousCall
+from .tracker import Tracker
+from .weights import Model
+
+__all__ = ["StateStore", "Trajectory"]
+
+_MOST_OWNERS = 16
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """Where one session's denoising loop stands in one model, and its feature state by lane."""
+
+    tracker: Tracker
+    lanes: dict[int | str, dict[StateSlot, torch.Tensor]] = field(default_factory=dict)
+    patterns: dict[int | str, tuple[bool, ...]] = field(default_factory=dict)
+    """Per lane, which calls of the trajectory were full so far: what the selections depend on."""
+    caches: bool = False
+    """Whether a call of the present step was cached."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    owner: Owner | None = None
+    """Where its calls come from; kept for the default session alone."""
+    others: OrderedDict[Owner, Tracker] = field(default_factory=OrderedDict)
+    """Trajectories of other threads or tasks that this one took the place of."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of feature state held."""
+        return sum(t.nbytes for lane in list(self.lanes.values()) for t in lane.values())
+
+    def claim(self, owner: Owner, evidence: Evidence, new: Callable[[int], Tracker]) -> None:
+        """Notes where a call without a session comes from.
+
+        Raises:
+            AmbiguousCall: it would go on with a trajectory whose calls come from elsewhere.
+        """
+        if self.owner is None or self.owner == owner:
+            self.owner = owner
+            return
+        own = self.others.get(owner)
+        if not self.tracker.starts(evidence) or not (own is None or own.starts(evidence)):
+            raise AmbiguousCall(
+                f"calls without a session come from {owner} and from {self.owner} in turns: if they are of several requests, "
+                "each mixes with the others' trajectory. Enter hero_fx.session(...) in the function that calls the model, or "
+                "use hero_fx.calling(session=...) around each call, also for one request whose calls run on several threads; "
+                "after a warm-up on another thread call hero_fx.reset()"
+            )
+        self.others.pop(owner, None)
+        self.others[self.owner] = self.tracker
+        if len(self.others) > _MOST_OWNERS:
+            self.others.popitem(last=False)
+        self.owner, self.tracker = owner, new(self.tracker.trajectory)
+
+
+class StateStore:
+    """The trajectories of one compiled graph, by session and model."""
+
+    def __init__(self, specs: Sequence[StateSpec], new_tracker: Callable[[int], Tracker]) -> None:
+        """`new_tracker` makes a tracker, given how many trajectories there were before."""
+        self.specs = tuple(specs)
+        self.new_tracker = new_tracker
+        self._trajectories: dict[tuple[str, Model], Trajectory] = {}
+        self._lock = threading.RLock()  # freeing tensors may call back into it
+        watch_state(self)
+
+    def trajectory(self, session: str, model: Model) -> Trajectory:
+        """A session's trajectory of a model, new if it has none."""
+        with self._lock:
+            key = session, model
+            if key not in self._trajectories:
+                self._trajectories[key] = Trajectory(self.new_tracker(0))
+            return self._trajectories[key]
+
+    def of_session(self, session: str) -> Iterator[tuple[Model, Trajectory]]:
+        """The trajectories of one session."""
+        with self._lock:
+            found = [(model, t) for (name, model), t in self._trajectories.items() if name == session]
+        yield from found
+
+    def lane(self, trajectory: Trajectory, lane: int | str, *, fresh: bool) -> dict[StateSlot, torch.Tensor]:
+        """The state of a lane; `fresh` zeroes it in place, so that addresses stay what compiled graphs know."""
+        if lane not in trajectory.lanes:
+            # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
+            for old in trajectory.lanes.keys() - trajectory.patterns.keys():
+                del trajectory.lanes[old]
+            trajectory.lanes[lane] = self.new_lane()
+        elif fresh:
+            for tensor in trajectory.lanes[lane].values():
+                tensor.zero_()
+        return trajectory.lanes[lane]
+
+    def new_lane(self) -> dict[StateSlot, torch.Tensor]:
+        """State tensors of zeros."""
+        # Plain tensors even under torch.inference_mode: a later call outside of it must be able to update them.
+        with torch.inference_mode(False):
+            return {spec.slot: torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in self.specs}
+
+    def drop(self, session: str | None = None) -> None:
+        """Forgets one session, or all of them, and frees their state."""
+        self._drop(lambda name, _: session is None or name == session)
+
+    def drop_model(self, model: Model) -> None:
+        """Forgets a model whose weights are gone."""
+        self._drop(lambda _, other: other is model)
+
+    def _drop(self, chosen: Callable[[str, Model], bool]) -> None:
+        with self._lock:
+            for key in [key for key in self._trajectories if chosen(*key)]:
+                del self._trajectories[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of feature state held by all sessions."""
+        with self._lock:
+            return sum(t.nbytes for t in self._trajectories.values())
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Sessions that hold state; the empty name is the default one."""
+        with self._lock:
+            return tuple(dict.fromkeys(name for name, _ in self._trajectories))

@@ -1,0 +1,130 @@
+"""Which values of a graph share memory, and where the graph writes to it.
+
+A model may write to its own buffers, and to temporaries through views that have no functional form; `Functionalize` leaves
+such writes alone. A node whose memory is written to has not one value but one before each write and one behind it, so a pass
+may compute it elsewhere, or take another node for it, only where no write lies between. This analysis answers that.
+
+Memory is told apart as plain `torch.compile` does it: inputs of the graph share memory if they did when it was traced, and a
+call's result shares memory with an argument where the op's schema, or the fake values, say that it may. Ops whose schema is
+silent about a view they can return are listed.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from hero_fx.passes.ops import arguments_of, is_operator, nodes_in, written_by
+
+__all__ = ["Memory"]
+
+aten = torch.ops.aten
+
+# These can return their first argument, or a view of it, and their schemas do not say so.
+_SILENT_VIEWS = (
+    aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.type_as, aten.meshgrid,
+    aten.broadcast_tensors, aten.einsum, aten._unsafe_view,
+)  # fmt: skip
+
+
+class Memory:
+    """The memory of a graph as it is now; nodes that are added later are not known to it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        nodes = list(graph.nodes)
+        self._position = {node: i for i, node in enumerate(nodes)}
+        self._above: dict[object, object] = {}
+        for node in nodes:
+            for storage in _storages(node):
+                self._join(node, storage)
+            for source in _may_show(node):
+                self._join(node, source)
+        self._writes: dict[object, list[int]] = defaultdict(list)
+        self._opaque: list[int] = []
+        for i, node in enumerate(nodes):
+            for written in written_by(node):
+                at = self._writes[self._memory(written)]
+                if at[-1:] != [i]:
+                    at.append(i)
+            if node.op == "call_function" and not is_operator(node):
+                self._opaque.append(i)
+        self._returned = {self._memory(node) for node in graph.output_node().all_input_nodes}
+        self._shown: dict[object, list[fx.Node]] = defaultdict(list)
+        for node in nodes:
+            self._shown[self._memory(node)].append(node)
+
+    def _memory(self, item: object) -> object:
+        path = []
+        while item in self._above:
+            path.append(item)
+            item = self._above[item]
+        self._above.update(dict.fromkeys(path, item))
+        return item
+
+    def _join(self, a: object, b: object) -> None:
+        a, b = self._memory(a), self._memory(b)
+        if a is not b and a != b:
+            self._above[a] = b
+
+    def shown(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes whose values may lie in the memory of a node's, itself included, in order."""
+        return self._shown[self._memory(node)]
+
+    def written(self, node: fx.Node, after: fx.Node | None = None, before: fx.Node | None = None) -> bool:
+        """Whether the memory of a value is written to at all, or by a call between two others."""
+        first = -1 if after is None else self._position[after]
+        last = len(self._position) if before is None else self._position[before]
+        return any(first < i < last for i in self._writes.get(self._memory(node), ()))
+
+    def version(self, node: fx.Node, reader: fx.Node) -> int:
+        """How many writes to the memory of a value come before a reader: equal for two that read the same."""
+        return bisect_left(self._writes.get(self._memory(node), ()), self._position[reader])
+
+    def regions(self, node: fx.Node) -> int:
+        """How many calls that are no operators come before a node: between equal numbers no autocast begins or ends."""
+        return bisect_left(self._opaque, self._position[node])
+
+    def returned(self, node: fx.Node) -> bool:
+        """Whether the graph's output may show the memory of a value."""
+        return self._memory(node) in self._returned
+
+
+def _storages(node: fx.Node) -> Iterator[object]:
+    value = node.meta.get("val")
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(part, torch.Tensor) and not torch._C._functorch.is_batchedtensor(part):
+            yield "storage", int(part.untyped_storage()._cdata)
+
+
+def _may_show(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the result of a call may lie in, by the op alone: fake values grow stale in rewrites."""
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem:
+        return node.all_input_nodes
+    if not isinstance(node.target, torch._ops.OpOverload) or _copies(node):
+        return []
+    schema = node.target._schema
+    if node.target.overloadpacket in _SILENT_VIEWS:
+        sources = list(nodes_in(node.args))
+        return sources if len(sources) == 1 or node.target.overloadpacket is not aten.einsum else []
+    if not any(result.alias_info is not None for result in schema.returns):
+        return []
+    shown = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+    return list(nodes_in(value for name, value in arguments_of(node) if name in shown))
+
+
+def _copies(node: fx.Node) -> bool:
+    """True for a cast to another dtype or device: it has memory of its own."""
+    if getattr(node.target, "overloadpacket", None) not in (aten.to, aten.type_as):
+        return False
+    source = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    value = node.meta.get("val")
+    if not isinstance(source, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return False
+    return source.dtype != value.dtype or source.device != value.device

@@ -1,0 +1,144 @@
+"""The token axis of a tensor as segments of token sources, and the ops that hold a layer's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from hero_fx.passes.attention import ATTENTION, AttentionOp
+from hero_fx.passes.emit import value_of
+
+__all__ = [
+    "ATTENTION", "AttentionOp", "Folded", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
+    "one_input", "rank_of", "sizes_of",
+]  # fmt: skip
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start:stop` of a source (a residual stream's own tokens, or tokens that only the branch knows)."""
+
+    source: str
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.source}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Where a tensor's token axis is (from the left) and what lies along it."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+    outer: int = 1
+    """How many times the tokens follow each other along the axis (a batch in front of them is folded in)."""
+    inner: int = 1
+    """How many values each token has along the axis (frames behind them are folded in)."""
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return sum(s.length for s in self.segments)
+
+    @property
+    def folded(self) -> bool:
+        """Whether the axis holds more than tokens."""
+        return self.outer * self.inner > 1
+
+    @property
+    def size(self) -> int:
+        """The size of the axis."""
+        return self.outer * self.length * self.inner
+
+    def at(self, dim: int) -> Tokens:
+        return Tokens(dim, self.segments, self.outer, self.inner)
+
+    def cut(self, start: int, stop: int) -> Tokens:
+        """The tokens `start:stop` of this axis. Raises Folded if it holds more than tokens."""
+        if self.folded and (start, stop) != (0, self.size):
+            raise Folded
+        if self.folded:
+            return self
+        kept, offset = [], 0
+        for segment in self.segments:
+            low, high = max(start, offset), min(stop, offset + segment.length)
+            if low < high:
+                kept.append(Segment(segment.source, segment.start + low - offset, segment.start + high - offset))
+            offset += segment.length
+        return Tokens(self.dim, tuple(kept))
+
+    def __str__(self) -> str:
+        fold = f"{self.outer} x " * (self.outer > 1), f" x {self.inner}" * (self.inner > 1)
+        return f"dim {self.dim}: {fold[0]}{' '.join(map(str, self.segments))}{fold[1]}"
+
+
+class Folded(Exception):
+    """A part of an axis was asked for, into which more than tokens is folded."""
+
+
+class NoRule(Exception):
+    """The token axis could not be followed through a node."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(f"{node.name} = {node.target}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+_MATMULS = {
+    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
+    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
+}  # fmt: skip
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """True for the ops whose work caching saves: projections, convolutions, attention."""
+    if node.op != "call_function":
+        return False
+    return node.target in ATTENTION or (
+        getattr(node.target, "_schema", None) is not None
+        and (
+            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
+        )
+    )
+
+
+Info = Tokens | None | tuple["Tokens | None", ...]
+Lookup = Callable[[Any], Tokens | None]
+
+
+def rank_of(node: Any) -> int:
+    """The number of axes of a node's value."""
+    return value_of(node).dim()  # type: ignore[no-any-return]
+
+
+def sizes_of(node: Any) -> tuple[int | str, ...]:
+    """The shape of a node's value, to compare; a size that only values tell (of `nonzero`) is text, equal to itself alone."""
+    return tuple(size if isinstance(size, int) else str(size) for size in value_of(node).shape)
+
+
+def one_input(node: fx.Node, look: Lookup) -> tuple[fx.Node, Tokens]:
+    """The tensor a one-input op works on; other inputs must not carry tokens."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    tokens = look(source)
+    if tokens is None or any(look(n) is not None for n in node.all_input_nodes if n is not source):
+        raise NoRule(node, "the token axis comes in through an argument that the rule does not expect")
+    return source, tokens
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    """`dim` counted from the left."""
+    return dim % rank if rank else 0

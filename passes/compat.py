@@ -1,0 +1,184 @@
+"""Private PyTorch APIs that the passes need, each wrapped in one place (torch 2.11 to 2.15)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+__all__ = ["DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
+
+
+# What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
+enter_autocast: Callable[..., Any] = _enter_autocast
+exit_autocast: Callable[..., None] = _exit_autocast
+
+# What tracing raises where the graph goes by the values of tensors.
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake mode with static shapes that lets real constants of a graph pass."""
+    # Inductor's FX cache wants a shape environment, even where no size is symbolic.
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module of a graph whose code is written when it is first run: Inductor reads the graph alone, and never asks for it."""
+    return _LazyGraphModule(root, graph)
+
+
+def lazy_code() -> AbstractContextManager[None]:
+    """Within it `make_fx` makes modules whose code is written when they are first run, as Dynamo's are."""
+    return _use_lazy_graph_module(True)
+
+
+def unbound_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Within it sizes that only values tell (as of `nonzero`) are made outside of any trace: the next trace of that mode
+    would look for them among its own outputs."""
+    assert mode.shape_env is not None
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
+def real_values() -> AbstractContextManager[Any]:
+    """Within it a fake mode that is on is off: real tensors can be looked at."""
+    return unset_fake_temporarily()
+
+
+def to_fake(mode: FakeTensorMode, value: Any) -> Any:
+    """`value` with real (or other-mode) tensors replaced by static fake ones of `mode`; symbolic ints become ints."""
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, FakeTensor):
+        if value.fake_mode is mode:
+            return value
+        size, stride = [int(s) for s in value.shape], [int(s) for s in value.stride()]
+        with mode:
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def no_autocast() -> AbstractContextManager[Any]:
+    """Within it no op casts its inputs by autocast, on whatever device; regions opened within it work."""
+    return torch._C._DisableAutocast()
+
+
+@contextmanager
+def autocast(regions: Sequence[tuple[str, torch.dtype]]) -> Iterator[None]:
+    """Autocast for each (device type, dtype)."""
+    with ExitStack() as stack:
+        for device, dtype in regions:
+            stack.enter_context(torch.autocast(device, dtype))
+        yield
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+_AUTOCAST_KEYS = tuple(key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
+
+
+def has_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """Whether an op has a kernel of its own for autocast."""
+    return any(map(op.has_kernel_for_dispatch_key, _AUTOCAST_KEYS))
+
+
+def may_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+    """False for an op that does the same with autocast as without: it has no kernel for it, and is not made of other ops."""
+    return has_autocast(op) or op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def argument_name(node: fx.Node) -> str:
+    """The user's name of a Dynamo graph input: the last part of its source, `timestep` for `L['kwargs']['timestep']`."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
+    while source is not None:
+        for attribute in ("index", "member", "local_name"):
+            value = getattr(source, attribute, None)
+            if isinstance(value, str):
+                return value
+        source = getattr(source, "base", None)
+    return node.name
+
+
+def is_model_input(node: fx.Node) -> bool:
+    """False for a parameter or buffer that Dynamo lifted to a graph input, true for what the caller passes."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return False
+    if (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"):
+        return False
+    source = getattr(node.meta.get("grapharg"), "source", None) or getattr(node, "_dynamo_source", None)
+    while source is not None:
+        if getattr(source, "member", None) in ("_parameters", "_buffers"):
+            return False
+        if "NNModule" in type(source).__name__:
+            return False
+        source = getattr(source, "base", None)
+    return True
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists, dicts and what else registers with pytree (diffusers' outputs do)."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def with_tensors(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
+    """The same nest with the tensors of these ids replaced."""
+    return pytree.tree_map(lambda leaf: new.get(id(leaf), leaf), value)
+
+
+@contextmanager
+def autocast_kept() -> Iterator[None]:
+    """Leaves autocast as it was: a graph that raises between entering a region and leaving it stays in it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    before = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    try:
+        yield
+    finally:
+        for device, (enabled, dtype) in zip(devices, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+class StorageId:
+    """Which memory a tensor lies in, held weakly: equal for tensors that share it, and for no others as long as this lives.
+
+    The weak reference keeps the storage's record from being given to another one, not its memory.
+    """
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._reference = StorageWeakRef(tensor.untyped_storage())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorageId) and self._reference.cdata == other._reference.cdata
+
+    def __hash__(self) -> int:
+        return hash(self._reference.cdata)
+
+    @property
+    def alive(self) -> bool:
+        """Whether someone still holds the memory."""
+        return not self._reference.expired()
