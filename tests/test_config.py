@@ -77,6 +77,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"inner": 5}, "or a backend callable"),
     ({"mode": "max-autotune", "inner": "eager"}, "with inner='eager' leave them out"),
     ({"options": {"max_autotune": True}, "inner": "aot_eager"}, "with inner='aot_eager' leave them out"),
+    ({"disable_passes": ("refresh",)}, "names of passes that preserve numerics: .*sink_scatters"),
+    ({"disable_passes": "write_rows"}, "names of passes that preserve numerics"),
     ({"strict": "no"}, "True, False"),
 ]
 
