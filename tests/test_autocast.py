@@ -19,8 +19,8 @@ from hero_fx.passes.normalize.trace import normalize
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
-from .tracing import capture, equal, normal_form, run_passes
+from .support import tiny, toys
+from .support.tracing import capture, equal, normal_form, run_passes
 
 BF16 = torch.bfloat16
 

@@ -18,7 +18,7 @@ from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.render import op_count
 from hero_fx.passes.rewrite.plan import Extrapolate, Full, Reuse, StepPlan
 
-from . import tiny, toys
+from .support import tiny, toys
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

@@ -18,9 +18,9 @@ from hero_fx.passes.analysis.streams import find_grid
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.emit import by_name
 
-from . import tiny
-from .layers import D, Layer, Model, Part, attend, norm
-from .tracing import normal_form, trace
+from .support import tiny
+from .support.layers import D, Layer, Model, Part, attend, norm
+from .support.tracing import normal_form, trace
 
 
 def describe(structure: Structure) -> str:

@@ -16,8 +16,8 @@ import hero_fx
 from hero_fx.calibration.search import even_schedule, improve, pairs, seed_schedule
 from hero_fx.calibration.solve import Past, fit
 
-from . import toys
-from .steps_by_hand import numbers
+from .support import toys
+from .support.steps_by_hand import numbers
 
 STEPS = 12
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny, toys
+from .support import tiny, toys
 
 STEPS = 9
 OPTIONS: dict[str, Any] = {"policy": "taylorseer", "interval": 3, "warmup": 1, "grid": None, "inner": "aot_eager"}

@@ -13,8 +13,8 @@ from hero_fx.passes.rewrite.plan import Full, Reuse
 from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.step_graphs import copy_graph
 
-from .steps_by_hand import Toy, attentions
-from .tracing import equal, run_passes, trace
+from .support.steps_by_hand import Toy, attentions
+from .support.tracing import equal, run_passes, trace
 
 
 def test_graph() -> None:

@@ -14,8 +14,8 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import zoo
+from .support import tiny, toys
+from .support.diffusion_pipelines import zoo
 
 SHAPES = [(3, 8, 12), (2, 6, 8)]
 """Frames, height and width of latents, cut into patches of 1 x 2 x 2."""

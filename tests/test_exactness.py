@@ -10,8 +10,8 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny
 from .reference import Config, trajectory
+from .support import tiny
 
 STEPS, LAYERS = 12, 4
 

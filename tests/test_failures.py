@@ -18,7 +18,7 @@ import hero_fx
 from hero_fx.checks import BuildError
 from hero_fx.passes.render import op_count
 
-from . import tiny, toys
+from .support import tiny, toys
 
 TIME = toys.times(1)[0]
 

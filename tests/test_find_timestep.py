@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hero_fx
 
-from . import tiny, toys
+from .support import tiny, toys
 
 
 @pytest.fixture(autouse=True)

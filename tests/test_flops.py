@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import hero_fx
 from hero_fx import Flops
 
-from . import tiny, toys
-from .examples import example
-from .tracing import trace
+from .support import tiny, toys
+from .support.examples import example
+from .support.tracing import trace
 
 # A multiply-add is two operations.
 CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Flops]] = {

@@ -22,10 +22,10 @@ from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.plan import Plan, Timeline
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
 from .reference import forecast_trajectory
-from .steps_by_hand import numbers
-from .tracing import normal_form, run_passes, trace
+from .support import tiny, toys
+from .support.steps_by_hand import numbers
+from .support.tracing import normal_form, run_passes, trace
 
 STEPS = 10
 MASK = tuple(map(bool, (1, 1, 1, 0, 0, 1, 0, 1, 0, 0)))

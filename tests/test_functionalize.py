@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from hero_fx.passes.normalize.functionalize import Functionalize, is_in_place
 from hero_fx.passes.render import graph_diff, render
 
-from .tracing import equal, run_passes, trace
+from .support.tracing import equal, run_passes, trace
 
 Function = Callable[[Tensor], Any]
 

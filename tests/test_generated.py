@@ -23,9 +23,9 @@ import hero_fx
 from hero_fx.checks import UnsupportedModel
 from hero_fx.passes.compat import argument_name
 
-from . import small
-from .small import POLICIES, TOKENS, WIDTH, norm
-from .tracing import capture
+from .support import small
+from .support.small import POLICIES, TOKENS, WIDTH, norm
+from .support.tracing import capture
 
 TEXT, BATCH, STEPS = 2, 2, 4  # full, cached, full, cached
 TOLERANCE = 5e-5

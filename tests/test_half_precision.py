@@ -11,8 +11,8 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny
 from .reference import Config
+from .support import tiny
 from .test_exactness import reference_outputs
 
 STEPS, LAYERS = 12, 4

@@ -15,9 +15,9 @@ from hero_fx.passes.emit import Emitter, value_of
 from hero_fx.passes.slots import StateSlot, slots_of
 from hero_fx.step_graphs import check_state
 
-from . import small
-from .small import FULL, Block, hero, run
-from .tracing import capture, trace
+from .support import small
+from .support.small import FULL, Block, hero, run
+from .support.tracing import capture, trace
 
 TOLERANCE = 2e-5
 

@@ -13,7 +13,7 @@ from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import by_name
 from hero_fx.passes.ops import is_functional, written_by
 
-from .tracing import capture, normal_form, trace
+from .support.tracing import capture, normal_form, trace
 
 X = torch.ones(2, 3, 4)
 VIEWS: dict[str, Callable[[Tensor], Any]] = {

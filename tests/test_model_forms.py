@@ -19,8 +19,8 @@ from torchao.quantization import (
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import zoo
+from .support import tiny, toys
+from .support.diffusion_pipelines import zoo
 
 SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1}
 # Every layer recomputes every token, so that cached steps must give what full ones do.

@@ -15,7 +15,7 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 import hero_fx
 from hero_fx.other_caches import cache_in_the_way
 
-from . import tiny, toys
+from .support import tiny, toys
 
 CACHES: dict[str, Callable[[], Any]] = {
     "FirstBlockCache": lambda: diffusers.FirstBlockCacheConfig(threshold=0.1),

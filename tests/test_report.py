@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 import hero_fx
 from hero_fx.passes.rewrite.plan import Fallback
 
-from . import tiny, toys
+from .support import tiny, toys
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,7 +218,7 @@ def test_trace_leaves_no_compiled_code_behind() -> None:
 
 SCRIPT = """
 import torch, hero_fx
-from tests import toys
+from tests.support import toys
 
 call = torch.compile(toys.toy(layers=2), backend=hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
 toys.loop(call, toys.latents(), toys.times(1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny, toys
+from .support import tiny, toys
 
 STEPS = 9
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.runtime.timestep import TimestepReader
 
-from . import tiny, toys
+from .support import tiny, toys
 
 STEPS = 9
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from hero_fx.passes.analysis.follow import _RULES, follow
 from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 
-from .axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
-from .tracing import trace
+from .support.axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.tracing import trace
 
 aten = torch.ops.aten
 N = TOKENS.length

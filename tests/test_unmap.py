@@ -15,8 +15,8 @@ from hero_fx.build import normalized
 from hero_fx.passes.normalize.unmap import without_maps
 from hero_fx.passes.render import render
 
-from . import tiny
-from .tracing import capture, equal
+from .support import tiny
+from .support.tracing import capture, equal
 
 
 def counts(x: Tensor, rows: Tensor) -> Tensor:

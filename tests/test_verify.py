@@ -19,7 +19,7 @@ from hero_fx.passes.simplify import scatters as collapse
 from hero_fx.runtime import weights
 from hero_fx.verification.example import look, times_from, twin_of
 
-from . import defects, tiny, toys
+from .support import defects, tiny, toys
 
 INNER = "aot_eager"
 TIME = torch.tensor([999, 999])

@@ -18,10 +18,10 @@ from hero_fx.passes.rewrite.weigh import WeighFeatures, family_of
 from hero_fx.passes.slots import ScalarSlot, StateSlot, TableSlot, slots_of
 from hero_fx.plan import Plan, Timeline
 
-from . import tiny
 from .reference import Config, trajectory
-from .steps_by_hand import Toy, ffns
-from .tracing import run_passes
+from .support import tiny
+from .support.steps_by_hand import Toy, ffns
+from .support.tracing import run_passes
 
 STEPS, LAYERS = 10, 4
 MASK = tuple(map(bool, (1, 1, 1, 0, 0, 1, 0, 0, 1, 0)))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny
-from .examples import world
-from .tiny import randomized
+from .support import tiny
+from .support.examples import world
+from .support.tiny import randomized
 
 model, pipeline, latents = (world(name) for name in ("model", "pipeline", "latents"))
 SHAPE = (2, 6, 3, 12, 12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .examples import world
+from .support.examples import world
 
 latents, model, scenes, train = (world(name) for name in ("latents", "model", "scenes", "train"))
 TINY = ["--layers", "1", "--heads", "1", "--batch", "4", "--size", "8", "--warmup", "2"]

@@ -22,8 +22,8 @@ from hero_fx.report import Explanation
 from hero_fx.runtime.stepper import Stepper
 from hero_fx.step_graphs import StepGraphs
 
-from .examples import example
-from .zoo_reference import Hooked, feature_modules
+from .support.examples import example
+from .support.zoo_reference import Hooked, feature_modules
 
 zoo = example("_zoo")
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own

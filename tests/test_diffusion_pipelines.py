@@ -10,9 +10,9 @@ import torch
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import PIPELINES, STEPS, Variants, latents_of
-from .tiny import worst
+from .support import tiny, toys
+from .support.diffusion_pipelines import PIPELINES, STEPS, Variants, latents_of
+from .support.tiny import worst
 
 RUNS = 2
 FULLS, CACHED = 3, 5  # steps 0, 3 and 6 of eight

@@ -23,7 +23,7 @@ from hero_fx.passes.simplify.scatters import ForwardGathers, SinkScatters
 from hero_fx.passes.simplify.write_rows import WriteRows
 from hero_fx.passes.slots import IndexSlot, ScalarSlot, StateSlot
 
-from . import tiny
+from .support import tiny
 
 aten = torch.ops.aten
 B, N, D, K = 2, 5, 3, 2

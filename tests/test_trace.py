@@ -18,7 +18,7 @@ from hero_fx.passes.normalize.identities import DropIdentities
 from hero_fx.passes.normalize.trace import normalize
 from hero_fx.passes.render import graph_diff, op_count, render
 
-from .tracing import capture, equal, normal_form, outputs, run_passes, trace
+from .support.tracing import capture, equal, normal_form, outputs, run_passes, trace
 
 
 class Block(nn.Module):

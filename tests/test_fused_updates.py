@@ -14,8 +14,8 @@ from hero_fx.passes.normalize.fused_updates import FuseUpdates, SplitUpdates
 from hero_fx.passes.render import graph_diff, op_count
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
-from .tracing import equal, run_passes, trace
+from .support import tiny, toys
+from .support.tracing import equal, run_passes, trace
 
 
 @pytest.fixture(autouse=True)
