@@ -250,11 +250,11 @@ def test_full_and_cached_steps_compute_in_the_same_dtypes(policy: str, where: st
     model, start, times = autocasting(where, weights), toys.latents(), toys.times(9)
     options: dict[str, Any] = {"refresh_layers": 1.0} if policy in ("hero", "lean") else {}
     options |= {} if policy in ("hero", "lean", "duca") else {"grid": None}
-    run, backend = toys.compiled(model, policy=policy, inner="aot_eager", **options)
+    run, backend = toys.compiled(model, policy=policy, **options)
     ours = toys.loop(run, start, times)
     stats = backend.stats()
     assert (stats.full_steps, stats.cached_steps) == (5, 4)
-    plain = toys.loop(toys.torch_compile(model, backend="aot_eager"), start, times)
+    plain = toys.loop(model, start, times)
     assert toys.same(ours[:2], plain[:2])
     assert tiny.worst(ours, plain) < 0.5
     steps = backend.graphs[-1]
@@ -331,10 +331,8 @@ def test_drawn_regions(plan: list[tuple[Any, ...]], policy: str) -> None:
     model: Any = tiny.randomized(Drawn(plan))
     start, times = toys.latents(), toys.times(7)
     every: dict[str, Any] = {"refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live", "patch": (1, 1, 1)}
-    run, backend = toys.compiled(
-        model, policy=policy, inner="aot_eager", **(every if policy == "hero" else {"grid": None})
-    )
-    plain = toys.loop(toys.torch_compile(model, backend="aot_eager"), start, times)
+    run, backend = toys.compiled(model, policy=policy, **(every if policy == "hero" else {"grid": None}))
+    plain = toys.loop(model, start, times)
     ours = toys.loop(run, start, times)
     assert toys.same(ours[:2], plain[:2])
     assert backend.stats().cached_steps == 3

@@ -23,7 +23,7 @@ import hero_fx
 from .support import tiny, toys
 
 STEPS = 9
-OPTIONS: dict[str, Any] = {"policy": "taylorseer", "interval": 3, "warmup": 1, "grid": None, "inner": "aot_eager"}
+OPTIONS: dict[str, Any] = {"policy": "taylorseer", "interval": 3, "warmup": 1, "grid": None, "inner": tiny.INNER}
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ TEXTS = {
 @pytest.mark.parametrize("what", TEXTS)
 def test_text_under_the_name_of_a_timestep_is_none(what: str) -> None:
     model = tiny.randomized(Named(what))
-    run, backend = toys.compiled(model, inner="aot_eager")
+    run, backend = toys.compiled(model, inner=tiny.INNER)
     toys.loop(lambda x, time: run(x, TEXTS[what], time), toys.latents(), toys.times(9))
     assert (backend.stats().full_steps, backend.stats().cached_steps) == (5, 4)
 

@@ -16,7 +16,7 @@ from hero_fx.passes.simplify.merge import MergeCaches, find_merges
 from hero_fx.passes.slots import StateSlot
 
 from .support import toys
-from .test_scatters import graph, run, tensors
+from .support.step_graphs import graph, run, tensors
 
 FAMILIES = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
 

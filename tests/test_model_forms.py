@@ -22,7 +22,7 @@ import hero_fx
 from .support import tiny, toys
 from .support.diffusion_pipelines import zoo
 
-SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1}
+SETTINGS: dict[str, Any] = {"inner": "aot_eager", "interval": 3, "warmup": 1}
 # Every layer recomputes every token, so that cached steps must give what full ones do.
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 STEPS = 5

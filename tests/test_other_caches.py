@@ -32,7 +32,7 @@ def test_caches_of_diffusers(name: str) -> None:
     torch._dynamo.reset()
     model, call = tiny.cogvideox(layers=2), tiny.inputs()
     model.enable_cache(CACHES[name]())
-    compiled = toys.torch_compile(model, hero_fx.backend(inner="aot_eager"))
+    compiled = toys.torch_compile(model, hero_fx.backend(inner=tiny.INNER))
     with (
         torch.no_grad(),
         model.cache_context("cond"),

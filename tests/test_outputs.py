@@ -10,8 +10,8 @@ from torch import Tensor
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.passes.rewrite.outputs import OwnOutputs
 
+from .support.step_graphs import assert_same, graph, outputs, tensors
 from .support.tracing import run_passes
-from .test_scatters import assert_same, graph, outputs, tensors
 
 
 def rewritten(function: Any, *names: str) -> tuple[int, str]:

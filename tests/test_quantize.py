@@ -14,7 +14,7 @@ from hero_fx.passes.render import op_count
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
 
 from .support import tiny
-from .test_scatters import graph, outputs, run
+from .support.step_graphs import graph, outputs, run
 
 FLOAT8 = torch.float8_e4m3fn
 

@@ -104,7 +104,7 @@ def plan_of(policy: str, tables: dict[str, Tensor], options: dict[str, Any]) -> 
 
 def compiled(plan: Plan | None, **options: Any) -> tuple[list[Tensor], hero_fx.Backend]:
     more: dict[str, Any] = {"plan": plan, "plan_mismatch": "warn"} if plan else {"schedule": MASK}
-    backend = hero_fx.backend(**{"inner": "aot_eager", **options, **more})
+    backend = hero_fx.backend(**{"inner": tiny.INNER, **options, **more})
     graph = tiny.captured(layers=LAYERS)
     return tiny.denoise(graph.compiled(backend), tiny.inputs(), tiny.timesteps(STEPS)), backend
 
