@@ -1,4 +1,4 @@
-"""`hero_fx.passes.attention`: every op of the table, in the same model, gives what SDPA gives; what it cannot do it names."""
+"""`hero_fx.passes.attention`: every op of the table, in the same model, gives what SDPA gives; unknown ops are named."""
 
 from __future__ import annotations
 

@@ -22,12 +22,9 @@ from hero_fx.step_graphs import copy_graph
 from .support import tiny, toys
 from .support.tracing import capture, equal, normal_form, run_passes
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def on(enabled: bool = True, dtype: torch.dtype | None = BF16) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,20 +20,14 @@ from hero_fx.passes.rewrite.plan import Extrapolate, Full, Reuse, StepPlan
 
 from .support import tiny, toys
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 IN_PLACE = (aten.copy_.default, aten.index_copy_.default)
 NOTHING = hero_fx.Stats(
     graphs=0, full_steps=0, cached_steps=0, full_calls=0, cached_calls=0, refused_calls=0, state_bytes=0, sessions=0
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Inner:
@@ -219,7 +213,7 @@ def test_stats_count_steps_and_bytes() -> None:
 
 
 @pytest.mark.parametrize("reset", ["backend", "module"])
-def test_reset_starts_anew_and_frees(reset: str) -> None:
+def test_reset_starts_over_and_frees(reset: str) -> None:
     backend = toy_backend()
     call = toys.torch_compile(toys.toy(), backend=backend, fullgraph=True)
     times = toys.times(8)

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.cleanup`: what a rewrite left without readers goes, what has an effect stays."""
+"""`hero_fx.passes.simplify.cleanup`: what a rewrite left without readers goes, what has an effect stays."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def test_cached_step_gathers_and_scatters_once(options: dict[str, Any], layers: 
     steps = steps_of(layers, **options)
     cached = steps.cached[0]
     reuse = bool(options)
-    # The stream, and the two rotary tables; the slopes of the sampled tokens' lines, of all shallow layers in one.
+    # The stream, the two rotary tables, and the slopes of the sampled tokens: one sum for all shallow layers.
     assert op_count(cached, "aten.index_select")["aten.index_select"] == (3 if reuse else 4)
     assert op_count(cached, "aten.index_copy")["aten.index_copy"] == 1
     assert op_count(cached, "aten.copy_")["aten.copy_"] == 0
     shallow = layers // 2
-    # Full-size work on the stream: the sums of the shallow and of the deep lines (3 each) and the modulation of the last norm
+    # Full-size work on the stream: the extrapolated sums of the shallow and of the deep layers (3 each) and the modulation of the last norm
     # (2). Caches in front of the gate cannot be summed: gate * cache and the sum, of attention and of FFN, per shallow layer.
     tokens = steps.structure.image_tokens
     full_size = [n for n in cached.graph.nodes if n.op == "call_function" and _tokens(n) == tokens]
@@ -117,7 +117,7 @@ def test_each_state_tensor_is_read_once(options: dict[str, Any]) -> None:
     for node in cached.graph.find_nodes(op="placeholder"):
         if isinstance(node.meta.get("slot"), StateSlot):
             readers = [u for u in node.users if u.target is not aten.index_copy_.default]
-            # A line's slope is read a second time at the sampled rows, whose line starts anew from what was computed.
+            # A slope is read a second time at the sampled rows, which are extrapolated from what was just computed.
             rows = [u for u in readers if u.target is aten.index_select.default]
             assert len(readers) - len(rows) == 1, node.name
             assert not rows or options == {}, node.name

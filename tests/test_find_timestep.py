@@ -12,10 +12,7 @@ import hero_fx
 
 from .support import tiny, toys
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Named(nn.Module):

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.functionalize`: in-place ops become functional, whatever else looks at the memory they write to."""
+"""`hero_fx.passes.normalize.functionalize`: in-place ops become functional, whatever else reads the memory they write to."""
 
 from __future__ import annotations
 

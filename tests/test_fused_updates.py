@@ -17,10 +17,7 @@ from hero_fx.step_graphs import copy_graph
 from .support import tiny, toys
 from .support.tracing import equal, run_passes, trace
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -240,7 +240,7 @@ def frames(s: State) -> None:
 class Generated(nn.Module):
     """The layers one after another; with a clock of 0 all timesteps are one.
 
-    The buffers of the blocks start anew at every call, so that a call is a function of its inputs.
+    The buffers of the blocks start over at every call, so that a call is a function of its inputs.
     """
 
     clock: Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,14 +18,9 @@ from .support import small
 from .support.small import FULL, Block, hero, run
 from .support.tracing import capture, trace
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def check(model: small.Small, **options: Any) -> None:

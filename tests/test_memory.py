@@ -1,4 +1,4 @@
-"""`hero_fx.passes.memory`: which values share memory, and what writes to it."""
+"""`hero_fx.passes.analysis.memory`: which values share memory, and what writes to it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ FAMILIES = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"
 
 
 def cached(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor, w: Tensor, idx: Tensor, v: Tensor) -> Tensor:
-    """Two branches whose caches behind the gate are lines, refreshed to v and v^2 where sampled."""
+    """Two extrapolated branches, cached behind the gate, refreshed to v and v^2 where sampled."""
     result = x + (s1 + s2 * w) + (s3 + s4 * w)
     first = v - s2.index_select(1, idx) * w
     second = v * v - s4.index_select(1, idx) * w

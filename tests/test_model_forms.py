@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import accelerate
@@ -22,17 +22,12 @@ import hero_fx
 from .support import tiny, toys
 from .support.diffusion_pipelines import zoo
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SETTINGS: dict[str, Any] = {"inner": "aot_eager", "interval": 3, "warmup": 1}
 # Every layer recomputes every token, so that cached steps must give what full ones do.
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def hero(model: Any, settings: dict[str, Any] = SETTINGS, **options: Any) -> tuple[Any, hero_fx.Backend]:
@@ -97,8 +92,8 @@ def test_quantised_activations() -> None:
     model = tiny.cogvideox(layers=2)
     quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
     call, _ = hero(model)
-    mend = "Its weights are Int8Tensor: layers with quantised weights are followed, those that quantise activations too are not"
-    with pytest.raises(hero_fx.UnsupportedModel, match=mend):
+    fix = "Its weights are Int8Tensor: layers with quantised weights are followed, those that quantise activations too are not"
+    with pytest.raises(hero_fx.UnsupportedModel, match=fix):
         hero_fx.trace(call, **tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
 
 
@@ -165,6 +160,6 @@ def test_offload_hooks_that_break_the_graph(kind: str) -> None:
     model = tiny.cogvideox(layers=2)
     OFFLOAD[kind](model)
     call, _ = hero(model, fullgraph=False)
-    mend = r"(?s)graph break.*Offload hooks.* in place of .* call pipe.enable_model_cpu_offload\(\), and only after"
-    with pytest.raises(BackendCompilerFailed, match=mend):
+    fix = r"(?s)graph break.*Offload hooks.* in place of .* call pipe.enable_model_cpu_offload\(\), and only after"
+    with pytest.raises(BackendCompilerFailed, match=fix):
         outputs(call)

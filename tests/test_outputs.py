@@ -1,4 +1,4 @@
-"""`hero_fx.passes.outputs`: what a step graph returns is never feature state."""
+"""`hero_fx.passes.rewrite.outputs`: what a step graph returns is never feature state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.refresh`: some tokens anew, the rest from the cache, and what that means for attention and state."""
+"""`hero_fx.passes.rewrite.refresh`: some tokens are recomputed, the rest comes from the cache; attention and state follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.subset`: computing a chain of ops for some tokens is taking those tokens of what it computes for all."""
+"""`hero_fx.passes.rewrite.subset`: ops computed for some tokens give the rows that they give for all tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.tokens`: what every op does to the token axis, and that nothing is guessed."""
+"""`hero_fx.passes.analysis.follow`: what every op does to the token axis, and that nothing is guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.normalize`: the vocabulary of a normalised graph, its names and meta; ops that do nothing go."""
+"""`hero_fx.passes.normalize.trace` and `.identities`: the ops of a normalised graph, its names and meta; ops that do nothing go."""
 
 from __future__ import annotations
 

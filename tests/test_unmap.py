@@ -76,7 +76,7 @@ def test_must_not_fire() -> None:
 
 
 class Blocks(nn.Module):
-    """Two layers of flex attention, whose mask is made anew at each call."""
+    """Two layers of flex attention, whose mask is built at each call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -232,7 +232,7 @@ def test_hero(name: str, unsampled: str) -> None:
         model.sample.model,
         feature_modules(model.sample.model, name),
         order=1,
-        lines=unsampled == "extrapolate",
+        linear=unsampled == "extrapolate",
         shallow=within({b.module for b in structure.branches if b.layer < shallow}),
         full=within({b.module for b in structure.branches if b.label in fallen}),
         image=structure.image_tokens,
@@ -316,7 +316,7 @@ def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_survey_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows are kept as they are made; those that failed are made anew."""
+    """Rows are kept as they are made; those that failed are made again."""
     file = tmp_path / "rows.jsonl"
     failed = {"model": "dit", "policy": "lean", "inner": "aot_eager", "failed": "out of memory", "plain_fails": True}
     file.write_text(json.dumps(failed) + "\n")
