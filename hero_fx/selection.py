@@ -22,6 +22,8 @@ from itertools import product
 
 import torch
 
+from .arguments import triple, whole_number
+
 __all__ = ["PatchSampler", "Selection"]
 
 Triple = tuple[int, int, int]
@@ -49,12 +51,10 @@ class PatchSampler:
     """False: the tokens of a patch have equal odds whatever their age, and nothing bounds the age."""
 
     def __post_init__(self) -> None:
-        for name, sizes in (("grid", self.grid), ("patch", self.patch)):
-            if not (isinstance(sizes, tuple) and len(sizes) == 3 and all(map(_is_size, sizes))):
-                raise ValueError(
-                    f"{name}={sizes!r} is not allowed; it must be a tuple of three ints of at least 1: "
-                    "frames, height and width in tokens."
-                )
+        for name in ("grid", "patch"):
+            sizes = getattr(self, name)
+            triple(name, sizes)
+            object.__setattr__(self, name, tuple(sizes))
         if any(p > g for p, g in zip(self.patch, self.grid, strict=True)):
             raise ValueError(
                 f"patch={self.patch} is larger than grid={self.grid}; allowed: at most the grid on every "
@@ -62,13 +62,8 @@ class PatchSampler:
             )
         if isinstance(self.ratio, bool) or not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio!r} is not allowed; it must lie in (0, 1], where 1 is all tokens.")
-        if not _is_size(self.draws):
-            raise ValueError(
-                f"draws={self.draws!r} is not allowed; it must be an int of at least 1: one selection a "
-                "step, or one for each layer."
-            )
-        if not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r} is not allowed; it must be an int.")
+        whole_number("draws", self.draws, 1, "(one selection a step, or one for each layer)")
+        whole_number("seed", self.seed, None)
 
     @property
     def count(self) -> int:
@@ -315,7 +310,3 @@ def _generator(seed: int, row: int) -> torch.Generator:
 
 def _ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -389,10 +389,9 @@ def test_samplers_are_values() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": (2, 4)}, r"grid=\(2, 4\) is not allowed; it must be a tuple of three ints"),
-        ({"grid": [2, 4, 6]}, r"grid=\[2, 4, 6\]"),
+        ({"grid": (2, 4)}, r"grid=\(2, 4\) must be three whole numbers"),
         ({"grid": (0, 4, 6)}, r"grid=\(0, 4, 6\)"),
-        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) is not allowed"),
+        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) must be three whole numbers"),
         ({"patch": (1, 2, 3.0)}, r"patch=\(1, 2, 3\.0\)"),
         ({"patch": (1, 2, True)}, r"patch=\(1, 2, True\)"),
         ({"patch": (3, 2, 3)}, r"patch=\(3, 2, 3\) is larger than grid=\(2, 4, 6\).*Try patch=\(2, 2, 3\)"),
@@ -400,8 +399,8 @@ def test_samplers_are_values() -> None:
         ({"ratio": 1.01}, r"ratio=1\.01"),
         ({"ratio": math.nan}, r"ratio=nan"),
         ({"ratio": True}, r"ratio=True"),
-        ({"draws": 0}, r"draws=0 is not allowed"),
-        ({"seed": 0.5}, r"seed=0\.5 is not allowed"),
+        ({"draws": 0}, r"draws=0 must be a whole number of at least 1"),
+        ({"seed": 0.5}, r"seed=0\.5 must be a whole number"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from hero_fx import dynamo
 from hero_fx.backends import Backend, backend
 from hero_fx.fingerprint import fingerprint_of
+from hero_fx.flops import flops
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
 from hero_fx.plan import Plan, Timeline
-from hero_fx.report import flops
 
 from .arguments import check, numbers_of
 from .record import Recorder, Recording

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hero_fx.arguments import whole_number
 from hero_fx.schedule import Schedule
 
 from .evidence import Evidence, Mark, Roles
@@ -136,8 +137,7 @@ class Tracker:
         """`schedule` says which steps are full, as a function of the number of steps where a call may tell it; `roles`: what
         the marks of a call are of; more than `max_lanes` lanes are taken for a mistake; `trajectory`: how many trajectories
         there were before."""
-        if max_lanes < 1:
-            raise ValueError(f"max_lanes={max_lanes} is not allowed; it must be at least 1 (default: 8).")
+        whole_number("max_lanes", max_lanes, 1)
         self._schedules = schedule if callable(schedule) else lambda _: schedule
         self._roles = roles or Roles()
         self._max_lanes = max_lanes
