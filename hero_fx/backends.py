@@ -24,7 +24,7 @@ from hero_fx.runtime.watch import Watch
 from . import dynamo
 from .build import build_steps, find_structure, normalized
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure
-from .compiling import _compile_plain, compile_step
+from .compiling import compile_plain, compile_step
 from .config import Config
 from .find_timestep import find_timestep
 from .fingerprint import check_fingerprint
@@ -74,7 +74,7 @@ class Backend:
             )
         policy = config.make_policy()
         if policy is None:
-            return _compile_plain(gm, inputs, config)
+            return compile_plain(gm, inputs, config)
         try:
             plain = unwrap(gm, inputs)
             steps, timestep = self._steps(plain, config, policy)
@@ -85,7 +85,7 @@ class Backend:
             if config.strict:
                 raise as_ours(error) from error
             self._warn_of_plain(as_ours(error))
-            return _compile_plain(gm, inputs, config)
+            return compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
             warn(
                 f"hero_fx: {fallback.branch} cannot be cached as planned and is computed in full at every step: "
