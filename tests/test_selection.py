@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hero_fx.selection import PatchSampler, _quotas
+from hero_fx.selection import PatchSampler
 
 from .support.samplers import AETHER, make, patch_of_each_token, ratios, samplers, trajectory
 
@@ -47,7 +47,7 @@ def test_ages_count_the_draws_a_token_was_left_out_of(sampler: PatchSampler, ful
 def test_each_patch_gives_the_whole_part_of_its_share_and_at_most_one_more(sampler: PatchSampler, steps: int) -> None:
     patches = patch_of_each_token(sampler)
     sizes = patches.bincount()
-    quotas = _quotas(sampler)
+    quotas = sampler.quotas
     for rows in trajectory(sampler, steps):
         for row in rows:
             given_ = patches[row].bincount(minlength=len(sizes))
@@ -90,7 +90,7 @@ def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) ->
     for patch in [(2, 3, 4), (1, 1, 1), (5, 5, 5), (2, 2, 2)]:
         fitting = tuple(map(min, patch, grid))
         sampler = PatchSampler(grid=grid, patch=fitting, ratio=ratio)  # type: ignore[arg-type]
-        quotas = _quotas(sampler)
+        quotas = sampler.quotas
         cuts = [[min(p, g - at) for at in range(0, g, p)] for g, p in zip(grid, fitting, strict=True)]
         number = dict.fromkeys(quotas, 0)
         for f in cuts[0]:
@@ -112,7 +112,7 @@ def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) ->
 def test_shares_are_exact_in_the_long_run(sampler: PatchSampler) -> None:
     patches = patch_of_each_token(sampler)
     sizes = patches.bincount().tolist()
-    quotas = _quotas(sampler)
+    quotas = sampler.quotas
     unit = next(iter(quotas.values())).unit
     if unit > 40:
         return
@@ -203,10 +203,9 @@ def test_samplers_are_values() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": (2, 4)}, r"grid=\(2, 4\) is not allowed; it must be a tuple of three ints"),
-        ({"grid": [2, 4, 6]}, r"grid=\[2, 4, 6\]"),
+        ({"grid": (2, 4)}, r"grid=\(2, 4\) must be three whole numbers"),
         ({"grid": (0, 4, 6)}, r"grid=\(0, 4, 6\)"),
-        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) is not allowed"),
+        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) must be three whole numbers"),
         ({"patch": (1, 2, 3.0)}, r"patch=\(1, 2, 3\.0\)"),
         ({"patch": (1, 2, True)}, r"patch=\(1, 2, True\)"),
         ({"patch": (3, 2, 3)}, r"patch=\(3, 2, 3\) is larger than grid=\(2, 4, 6\).*Try patch=\(2, 2, 3\)"),
@@ -214,8 +213,8 @@ def test_samplers_are_values() -> None:
         ({"ratio": 1.01}, r"ratio=1\.01"),
         ({"ratio": math.nan}, r"ratio=nan"),
         ({"ratio": True}, r"ratio=True"),
-        ({"draws": 0}, r"draws=0 is not allowed"),
-        ({"seed": 0.5}, r"seed=0\.5 is not allowed"),
+        ({"draws": 0}, r"draws=0 must be a whole number of at least 1"),
+        ({"seed": 0.5}, r"seed=0\.5 must be a whole number"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hero_fx.selection import PatchSampler, Selection, _Quota, _quotas
+from hero_fx.quota import Quota
+from hero_fx.selection import PatchSampler, Selection
 
 from .support.samplers import AETHER, patch_of_each_token, samplers, trajectory
 
@@ -20,7 +21,7 @@ from .support.samplers import AETHER, patch_of_each_token, samplers, trajectory
 def test_wait_is_the_longest_gap_between_extras(unit: int, data: st.DataObject) -> None:
     extra = data.draw(st.integers(1, unit))
     stride = data.draw(st.integers(1, unit).filter(lambda n: math.gcd(n, unit) == 1))
-    quota = _Quota(size=3, base=0, extra=extra, unit=unit, stride=stride)
+    quota = Quota(size=3, base=0, extra=extra, unit=unit, stride=stride)
     hits = [t for t in range(2 * unit + 1) if t * stride % unit >= unit - extra]
     assert quota.wait == max(b - a for a, b in pairwise(hits))
 
@@ -31,7 +32,7 @@ def test_max_age_is_what_the_proof_says(base: int, extra: int, unit: int, data: 
     extra = max(min(extra, unit), int(base == 0))
     size = data.draw(st.integers(base + (extra > 0), 30))
     stride = data.draw(st.integers(1, unit).filter(lambda n: math.gcd(n, unit) == 1))
-    quota = _Quota(size=size, base=base, extra=extra, unit=unit, stride=stride)
+    quota = Quota(size=size, base=base, extra=extra, unit=unit, stride=stride)
     wait = quota.wait or 10**9
     n = size - max(base, 1 if quota.late >= wait else 0)
     draws = next(w for w in range(10**6) if base * w + w // wait >= n)
@@ -102,7 +103,7 @@ def test_odds_double_with_every_missed_draw() -> None:
 @example(PatchSampler(grid=(4, 6, 7), patch=(2, 3, 3), ratio=1 / 6), 0.0)
 def test_late_tokens_go_first_and_the_oldest_before_the_others(sampler: PatchSampler, doublings: float) -> None:
     patches = patch_of_each_token(sampler)
-    late = torch.tensor([_quotas(sampler)[size].late for size in patches.bincount().tolist()])[patches]
+    late = torch.tensor([sampler.quotas[size].late for size in patches.bincount().tolist()])[patches]
     selection = unlucky(sampler, doublings)
     for _ in range(30):
         (ages,) = selection.ages
