@@ -12,7 +12,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.stages import OPTIONAL
 
-from . import toys
+from .support import toys
 
 TIMES = toys.times(7)
 OPTIONS: dict[str, Any] = {"patch": (1, 1, 5), "unsampled": "reuse"}
