@@ -318,10 +318,10 @@ def test_survey(capsys: pytest.CaptureFixture[str]) -> None:
 def test_survey_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows are kept as they are made; those that failed are made again."""
     file = tmp_path / "rows.jsonl"
-    failed = {"model": "dit", "policy": "lean", "inner": "aot_eager", "failed": "out of memory", "plain_fails": True}
+    failed = {"model": "dit", "policy": "lean", "inner": "eager", "failed": "out of memory", "plain_fails": True}
     file.write_text(json.dumps(failed) + "\n")
     survey = example("zoo")
-    arguments = ["--models", "dit", "--inner", "aot_eager", "--output", str(file)]
+    arguments = ["--models", "dit", "--inner", "eager", "--output", str(file)]
     survey.main([*arguments, "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [failed, *rows] == [json.loads(line) for line in file.read_text().splitlines()]
