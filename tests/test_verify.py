@@ -40,7 +40,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "lean": {"policy": "lean", "order": 2},
     "bytes": {"state_dtype": torch.int8, "inner": "aot_eager"},
     "literal": {"form": "literal", "interval": 4},
-    "fora": {"policy": "fora", "grid": None},
     "toca": {"policy": "toca", "text": "live", "inner": "aot_eager"},
     "duca": {"policy": "duca", "interval": 3},
 }
