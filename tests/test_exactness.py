@@ -139,8 +139,7 @@ def test_hero_boundary_gate_and_order(layers: int, deep: str, order: int) -> Non
     check(HERO | choice, interval=3, **choice)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("rotary", [False, True], ids=["sincos", "rotary"])
+@pytest.mark.parametrize(("rotary", "batch"), [(False, 1), (True, 2)], ids=["sincos", "rotary"])
 @pytest.mark.parametrize("point", ["pre_gate", "post_gate"])
 @pytest.mark.parametrize(
     ("policy", "options"),
