@@ -156,6 +156,14 @@ def test_refresh_layers_by_count_and_share(layers: float, shallow: int) -> None:
     assert [kinds[layer] for layer in range(3)] == ["Refresh"] * shallow + ["Extrapolate"] * (3 - shallow)
 
 
+@pytest.mark.parametrize("policy", ["taylorseer", "toca"])
+def test_inductor_gives_what_the_graphs_give(policy: str) -> None:
+    """HERO: see test_exactness.py."""
+    grid = None if policy == "taylorseer" else toys.GRID
+    ours, theirs = (run_toy(toy_backend(policy=policy, grid=grid, inner=inner)) for inner in ("inductor", "eager"))
+    assert tiny.worst(ours, theirs) < 1e-4
+
+
 def test_policy_full_is_the_plain_model() -> None:
     inner = Inner()
     backend = toy_backend(policy="full", inner=inner, grid=None)
