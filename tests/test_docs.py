@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -98,9 +98,10 @@ def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_examples_run_and_print_what_the_page_shows(page: Path) -> None:
+def test_examples_run_and_print_what_the_page_shows(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`EXPECTTEST_ACCEPT=1` writes what they print into the page."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    module = ModuleType(f"page_{page.stem}")  # Dynamo looks names up in the module of a function
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     printed: Block | None = None
     out, shown = "", []
     for block in blocks_of(page):
@@ -108,7 +109,7 @@ def test_examples_run_and_print_what_the_page_shows(page: Path) -> None:
             assert printed is None or not out, f"{name_of(page)}:{printed.line} prints what is not shown"
             with redirect_stdout(StringIO()) as stream:
                 code = "\n" * (block.line - 1) + block.text  # so that tracebacks name the line of the page
-                exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
+                exec(compile(code, str(page), "exec", dont_inherit=True), vars(module))
             printed, out = block, "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
         elif block.language in OUTPUTS:
             assert printed is not None, f"{name_of(page)}:{block.line} shows what no example prints"
