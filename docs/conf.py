@@ -51,6 +51,13 @@ def write_out_modules(app: Any, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"^@modules (\S+)$", blocks, source[0], flags=re.MULTILINE)
 
 
+def keep_first_colon(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Napoleon would take what stands in front of the first colon of a field's docstring for its type."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.connect("source-read", write_out_modules)
+    app.connect("autodoc-process-docstring", keep_first_colon, priority=400)  # Napoleon has 500
