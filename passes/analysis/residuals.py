@@ -10,6 +10,7 @@ from torch import fx
 
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import PRODUCTS, SAME_VALUES, SHAPE_ONLY, argument, first_input
 
 from .tokens import is_matmul, sizes_of
 
@@ -18,13 +19,6 @@ __all__ = [
 ]  # fmt: skip
 
 aten = torch.ops.aten
-
-
-# What these give depends on the shape of their input alone.
-_SHAPE_ONLY = (
-    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
-)  # fmt: skip
 
 
 class Ancestry:
@@ -36,7 +30,7 @@ class Ancestry:
         self.above: list[int] = []
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes if node.target not in _SHAPE_ONLY else ():
+            for source in node.all_input_nodes if node.target not in SHAPE_ONLY else ():
                 i = self.index[source]
                 bits |= self.above[i] | 1 << i
             self.above.append(bits)
@@ -71,17 +65,10 @@ class Ancestry:
         return result
 
 
-def _is_cast(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (
-        aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.clone.default,
-        aten.contiguous.default, aten.detach.default, aten.dropout.default, aten._to_copy.default,
-    )  # fmt: skip
-
-
 def beneath_casts(node: fx.Node) -> fx.Node:
     """The node beneath casts and copies."""
-    while _is_cast(node):
-        node = node.args[0]  # type: ignore[assignment]
+    while node.target in SAME_VALUES:
+        node = first_input(node)
     return node
 
 
@@ -158,7 +145,7 @@ def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
     """
     found = _Found(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        if node.op != "call_function" or node.target is not aten.add.Tensor or argument(node, "alpha") != 1:
             continue
         a, b = node.args[:2]
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
@@ -234,12 +221,9 @@ def _mixes_tokens(graph: Ancestry, source: fx.Node) -> Callable[[fx.Node], bool]
     return lambda node: node.target in ATTENTION or _is_score(graph, node, source)
 
 
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-
-
 def _is_score(graph: Ancestry, node: fx.Node, source: fx.Node) -> bool:
     """A product of two values that both depend on the stream: queries and keys, or keys and values (linear attention)."""
-    if node.target not in _PRODUCTS:
+    if node.target not in PRODUCTS:
         return False
     moved = [n for n in node.all_input_nodes if n is source or graph.depends(n, source)]
     return len(moved) > 1
@@ -247,28 +231,29 @@ def _is_score(graph: Ancestry, node: fx.Node, source: fx.Node) -> bool:
 
 def is_product_of_values(graph: Ancestry, node: fx.Node) -> bool:
     """A product of two values that depend on what the model is called with: attention written out."""
-    return node.target in _PRODUCTS and all(graph.depends_on_call(n) for n in node.all_input_nodes)
+    return node.target in PRODUCTS and all(graph.depends_on_call(n) for n in node.all_input_nodes)
 
 
 def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> fx.Node:
     """The branch's output before its gates (factors that do not depend on the streams) and the norm behind it, if any."""
 
-    def moves(node: object) -> bool:
-        return isinstance(node, fx.Node) and any(graph.depends(node, s) or node is s for s in sources)
+    def moves(node: fx.Node) -> bool:
+        return any(graph.depends(node, s) or node is s for s in sources)
 
     feature, node = update, update
     while node.op == "call_function":
-        if node.target is aten.mul.Tensor and moves(node.args[0]) != moves(node.args[1]):
-            node = node.args[0] if moves(node.args[0]) else node.args[1]  # type: ignore[assignment]
+        factors = [factor for factor in node.args if isinstance(factor, fx.Node) and moves(factor)]
+        if node.target is aten.mul.Tensor and len(factors) == 1:
+            (node,) = factors
             feature = node
-        elif _is_cast(node):
-            node = node.args[0]  # type: ignore[assignment]
+        elif node.target in SAME_VALUES:
+            node = first_input(node)
         else:
             break
     return _projection_of(feature, moves, sources) or feature
 
 
-def _projection_of(feature: fx.Node, moves: Callable[[object], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
+def _projection_of(feature: fx.Node, moves: Callable[[fx.Node], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
     """The one projection that all of `feature` is computed from, where no one else reads it: `norm(linear)` -> `linear`."""
     passed, products, todo = {feature}, set[fx.Node](), [feature]
     if is_matmul(feature):

@@ -9,9 +9,10 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import CASTS
 from hero_fx.passes.slots import StateSlot
 
-from .scatters import _CASTS, is_scatter
+from .scatters import is_scatter
 
 __all__ = ["WriteRows"]
 
@@ -79,4 +80,4 @@ class WriteRows:
 
 
 def _beneath_cast(node: object) -> object:
-    return node.args[0] if isinstance(node, fx.Node) and node.target in _CASTS else node
+    return node.args[0] if isinstance(node, fx.Node) and node.target in CASTS else node
