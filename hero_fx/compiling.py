@@ -47,5 +47,5 @@ def _compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
     if config.inner == "eager":
         return gm.forward
     if config.inner == "inductor":
-        return torch._TorchCompileInductorWrapper(config.mode, dict(config.options or {}), None)(gm, inputs)  # type: ignore[no-any-return]
-    return torch._dynamo.lookup_backend(config.inner)(gm, list(inputs))
+        return dynamo.inductor(config.mode, config.options, dynamic=None)(gm, inputs)
+    return dynamo.backend_named(config.inner)(gm, list(inputs))

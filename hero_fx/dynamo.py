@@ -1,4 +1,8 @@
-"""Private APIs of Dynamo and Inductor that hero_fx needs, each wrapped in one place (torch 2.11 to 2.15)."""
+"""Private APIs of Dynamo and Inductor that hero_fx needs, each wrapped in one place.
+
+hero_fx supports torch 2.11 to 2.15. Tests run on 2.13; that the names here exist under the same paths was read in the
+sources of 2.11.0 and 2.14.1 too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -116,6 +121,11 @@ def frame_module_name() -> str:
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
+def enters_compiled(frame: FrameType) -> bool:
+    """True for the function that `torch.compile` puts in the place of a callable."""
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+
+
 def frame_resumes_after_break() -> bool:
     """True if Dynamo is compiling the rest of a function after a graph break."""
     frame = _root_frame()
@@ -175,6 +185,16 @@ def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def inductor(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> Callable[..., Compiled]:
+    """The backend that `torch.compile(mode=mode, options=options, dynamic=dynamic)` calls."""
+    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), dynamic)
+
+
+def backend_named(inner: str | Callable[..., Any]) -> Callable[..., Compiled]:
+    """The backend of a name that `torch.compile(backend=...)` takes; a callable is one."""
+    return torch._dynamo.lookup_backend(inner)
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -186,9 +206,9 @@ def compile_with_inductor(
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
 
     def compiled(**more: Any) -> Compiled:
-        wrapper = torch._TorchCompileInductorWrapper(compile_mode, {**(options or {}), **more}, False)
+        backend = inductor(compile_mode, {**(options or {}), **more}, dynamic=False)
         with _own_tracing_context(mode), torch.no_grad():
-            return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+            return backend(gm, list(inputs))
 
     try:
         return compiled()

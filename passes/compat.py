@@ -175,6 +175,18 @@ def argument_name(node: fx.Node) -> str:
     return node.name
 
 
+def copy_source(old: fx.Node | None, new: fx.Node) -> None:
+    """A graph input gets the source (the argument or weight it is) that another has, or none."""
+    new._dynamo_source = getattr(old, "_dynamo_source", None)
+
+
+def copy_origin(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """A module gets what Dynamo notes on a graph's: where its weights come from, and why the graph ends."""
+    for attribute in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(old, attribute):
+            setattr(new, attribute, getattr(old, attribute))
+
+
 def is_model_input(node: fx.Node) -> bool:
     """False for a parameter or buffer that Dynamo lifted to a graph input, true for what the caller passes."""
     if isinstance(node.meta.get("example_value"), torch.nn.Parameter):

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hero_fx.passes import compat
+from hero_fx.passes.compat import OpOverload, TorchDispatchMode, tree_flatten, tree_map, tree_unflatten
 from hero_fx.passes.emit import Emitter, value_of
 
 __all__ = ["ResolveAutocast"]
@@ -96,7 +95,7 @@ class _Regions:
 
 def _resolve(emitter: Emitter, node: fx.Node, known: dict[str, Casts | None]) -> bool:
     """Makes explicit what autocast does to one op; whether that is anything."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         _refuse_body(emitter.gm, node)
         return False
     call = _Call(node, emitter.mode)
@@ -129,7 +128,7 @@ def _refuse_body(gm: fx.GraphModule, node: fx.Node) -> None:
     for source in node.all_input_nodes:
         body = getattr(gm, str(source.target), None) if source.op == "get_attr" else None
         for inner in body.graph.nodes if isinstance(body, fx.GraphModule) else ():
-            if isinstance(inner.target, torch._ops.OpOverload) and compat.has_autocast(inner.target):
+            if isinstance(inner.target, OpOverload) and compat.has_autocast(inner.target):
                 raise ValueError(
                     f"{inner.target} in the body of {node.target} runs under autocast, whose casts are made explicit outside "
                     "of such bodies only; leave autocast around it (torch.autocast(device_type, enabled=False)), or the cast"

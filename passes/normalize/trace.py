@@ -90,7 +90,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     _inputs_to_attributes(traced, held)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
-        new._rename(_readable(old.name))
+        compat.rename(new, _readable(old.name))
         new.target = new.name
         new.meta.setdefault("val", fake)  # make_fx gives none to numbers
         new.meta["argument"] = compat.argument_name(old)

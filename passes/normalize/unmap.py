@@ -13,12 +13,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hero_fx.passes.compat import map_nesting
+
 from .constants import WriteLiterals
 
 __all__ = ["without_maps"]
-
-_MODULE = "torch._functorch.predispatch"
-_STEP = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 
 
 def without_maps(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -53,7 +52,7 @@ def without_maps(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node in heads:
             env |= _written_out(gm, graph, heads[node], env, values.kept)
-        elif node not in mapped and getattr(node.target, "__module__", "") != _MODULE:
+        elif node not in mapped and map_nesting(node.target) is None:
             env[node] = graph.node_copy(node, env.__getitem__)
     return fx.GraphModule(gm, graph)
 
@@ -63,7 +62,7 @@ def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
     regions: list[list[fx.Node]] = []
     depth = 0
     for node in graph.nodes:
-        step = _STEP.get(getattr(node.target, "__name__", ""), 0) if node.op == "call_function" else 0
+        step = map_nesting(node.target) or 0
         if depth == 0 and step == 1:
             regions.append([])
         if depth or step == 1:
