@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hero_fx.passes import compat
 from hero_fx.passes.compat import OpOverload, TorchDispatchMode, tree_flatten, tree_map, tree_unflatten
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import first_input
 
 __all__ = ["ResolveAutocast"]
 
@@ -60,7 +61,7 @@ class ResolveAutocast:
             for node in list(gm.graph.nodes):
                 if regions.passes(node):
                     if node.target is compat.exit_autocast:
-                        opened: Any = node.args[0]
+                        opened = first_input(node)
                         gm.graph.erase_node(node)
                         gm.graph.erase_node(opened)
                         sites += 1
@@ -88,7 +89,7 @@ class _Regions:
             self.opened[node] = compat.enter_autocast(*node.args)
             return True
         if node.target is compat.exit_autocast:
-            compat.exit_autocast(self.opened.pop(node.args[0]))  # type: ignore[arg-type]
+            compat.exit_autocast(self.opened.pop(first_input(node)))
             return True
         return False
 
@@ -195,9 +196,9 @@ class _Recorder(TorchDispatchMode):
             return out
         self._alive += [args, kwargs, out]  # so that no two tensors ever have the same id
         place = self._places.get(id(args[0])) if args else None
-        first = not self.calls and place is not None and place not in self.casts
-        if first and func is aten._to_copy.default and kwargs == {"dtype": out.dtype}:
-            self.casts[place] = out.dtype  # type: ignore[index]
+        is_cast = func is aten._to_copy.default and kwargs == {"dtype": out.dtype}
+        if is_cast and not self.calls and place is not None and place not in self.casts:
+            self.casts[place] = out.dtype
             self._names[id(args[0])], self._names[id(out)] = f"input {place}, not cast", f"input {place}"
             return out
         called = tree_map(self._name, (args, kwargs or {}))

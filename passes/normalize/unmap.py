@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx.passes.compat import map_nesting
+from hero_fx.passes.ops import nodes_in
 
 from .constants import WriteLiterals
 
@@ -117,5 +118,5 @@ def _written_out(
         assert node.op != "get_attr", "the constants of a map are literals"
         if node.op == "call_function":
             new[node] = graph.node_copy(node, new.__getitem__)
-    (outputs,) = traced.graph.output_node().args
-    return {node: new[out] for node, out in zip(results, outputs, strict=True)}  # type: ignore[arg-type]
+    outputs = nodes_in(traced.graph.output_node().args)
+    return {node: new[out] for node, out in zip(results, outputs, strict=True)}
