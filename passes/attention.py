@@ -50,7 +50,7 @@ class AttentionOp:
     def ordered(self, node: fx.Node, whole: bool = False) -> str:
         """What makes a call depend on the order or the number of its tokens; empty if nothing does.
 
-        `whole`: all of its tokens are computed, or none, so that their order and number are as ever.
+        `whole`: a step computes all of its tokens or none, so that their order and number stay the same.
         """
         if self.refused:
             return self.refused

@@ -81,8 +81,7 @@ class Pipeline:
             PassError: a pass failed in any other way.
         """
         debug = log.isEnabledFor(logging.DEBUG)
-        # Comes first because torch's trace handler leaves, where TORCH_TRACE is not set, only once it is
-        # handed something: better these names than a graph rendered for nothing.
+        # Where TORCH_TRACE is not set, torch removes its trace handler at the first artifact: names are cheap to render.
         trace_artifact(f"hero_fx_{self.label}_passes", lambda: "\n".join(p.name for p in self.passes))
         text = _render_once(gm)
         trace_artifact(f"hero_fx_{self.label}_00_input", text)

@@ -8,8 +8,8 @@ One line per node, made to be read in a diff and to stand in a test as the expec
     add: f32[2, 5] = aten.add.Tensor(linear, linear, alpha=2)
     return add
 
-Nothing here is special to hero_fx: any `torch.fx` graph will do, be it from Dynamo, `make_fx`,
-`torch.export` or `symbolic_trace`.
+Nothing here is special to hero_fx: it takes any `torch.fx` graph, from Dynamo, `make_fx`, `torch.export` or
+`symbolic_trace`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["graph_counts_diff", "graph_diff", "op_count", "render"]
 Op: TypeAlias = "str | OpOverload[..., Any] | OpOverloadPacket[..., Any]"
 
 _LONG_LIST = 8
-"""Lists of plain numbers that are longer than this are written by their rule, where they have one."""
+"""Longer lists of equal or evenly spaced numbers are written in short: `[0] * 64`."""
 
 
 def render(gm: fx.GraphModule | fx.Graph) -> str:

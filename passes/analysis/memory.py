@@ -81,7 +81,7 @@ class Memory:
         return bisect_left(self._writes.get(self._memory(node), ()), self._position[reader])
 
     def regions(self, node: fx.Node) -> int:
-        """How many calls that are no operators come before a node: between equal numbers no autocast begins or ends."""
+        """How many calls that are no operators come before a node; equal for two nodes that no such call lies between."""
         return bisect_left(self._opaque, self._position[node])
 
     def returned(self, node: fx.Node) -> bool:

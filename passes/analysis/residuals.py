@@ -1,4 +1,4 @@
-"""The residual adds of a graph, and the queries about what depends on what that finding them takes."""
+"""The residual adds of a graph, and fast queries about which node depends on which."""
 
 from __future__ import annotations
 
@@ -135,10 +135,10 @@ class _Found:
 def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
     """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order.
 
-    Of x [batch, tokens, width], or [tokens, width] where attention is in the stream: without it, it is an embedding.
+    x is [batch, tokens, width], or [tokens, width] if the stream has attention (without it, that is an embedding).
 
-    An add around whole layers (`x + stack(x)`) is none: the layers within are. An add within a branch, to what its
-    attention gives (`x + project(a + cross(a)), a = attention(x)`), is none either: there the branch is.
+    An add around whole layers (`x + stack(x)`) does not count: the adds within it do. An add within a branch, to what its
+    attention gives (`x + project(a + cross(a)), a = attention(x)`), does not count either: the outer add does.
 
     Raises:
         ValueError: how large a stream is only the values of an input tell.
@@ -175,9 +175,9 @@ def _refuse_unknown_sizes(adds: Sequence[ResidualAdd]) -> None:
         sizes = sizes_of(found.add)
         if any(isinstance(size, str) for size in sizes):
             raise ValueError(
-                f"the residual stream at {found.add.name} is {list(sizes)}: how many tokens it has, only the values of an "
-                "input tell (a mask that cuts text to its length, say), but feature state has a fixed size; cut the input to "
-                "its length before the call, or call the model in a way that masks tokens and keeps them (often: with a "
+                f"the residual stream at {found.add.name} is {list(sizes)}: its number of tokens depends on the values of an "
+                "input (a mask that cuts text to its length, for example), but feature state has a fixed size; cut the input "
+                "to its length before the call, or call the model in a way that masks tokens and keeps them (often: with a "
                 "batch of 2 or more)"
             )
 
@@ -190,7 +190,7 @@ def _root(found: _Found, value: fx.Node) -> fx.Node:
 
 
 def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) -> fx.Node | None:
-    """The value of the residual's stream that `update` reads; None if it reads none, or through layers of its own."""
+    """The value of the residual's stream that `update` reads; None if it reads none, or if whole layers lie between."""
     # x + attention(x) + ffn(x) is two adds; the second one's update reads the stream one add earlier.
     source = found.latest(value, update)
     if source is None:
@@ -208,9 +208,9 @@ def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) 
 
 
 def _is_part(graph: Ancestry, found: _Found, inner: ResidualAdd, source: fx.Node, update: fx.Node) -> bool:
-    """Whether an add lies within the branch from `source` to `update`: its stream begins with what attention gives there.
+    """Whether an add lies within the branch from `source` to `update`: then its stream begins with what attention gives.
 
-    The stream of layers begins with a value of its own, or with one that no attention has made.
+    A stream of layers begins with a value that no attention within the branch has made.
     """
     if not (graph.depends(inner.add, source) and graph.depends(update, inner.add)):
         return False

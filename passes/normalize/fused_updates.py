@@ -1,4 +1,4 @@
-"""Residual updates that a model writes as one fused op: taken apart to be found, and put together again where untouched."""
+"""Residual updates that a model writes as one fused op: split so that they are found, and fused again where untouched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SplitUpdates:
         add = aten.add.Tensor(x, mul)
 
     Legal together with `FuseUpdates`, which puts back the op wherever the product is still its own: it rounds once where
-    the two ops round twice. Left apart is what a pass has changed, and that is exact to rounding.
+    the two ops round twice. What a pass has changed stays split, and is exact up to rounding.
     """
 
     name: str = "split_updates"

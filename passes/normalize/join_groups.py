@@ -33,11 +33,11 @@ class JoinGroups:
         reshape = aten.reshape.default(expand, [2, 72, 32])
         mul = aten.mul.Tensor(norm, reshape)
 
-    Legal because arithmetic by element gives the same values whatever the shape, as long as all operands are reshaped in
-    the same way, and a small operand is first repeated as broadcasting would. It fires only where all that is computed
-    from the groups is joined again: heads that are split off for attention stay; and only where nothing writes to the memory of
-    what it reads, and a split that copies is not returned. The token axis can then be followed, and
-    what was one value for a group is a table with a value for each token, of which a subset takes its rows.
+    Legal because pointwise ops give the same values whatever the shape, as long as all operands are reshaped in the same
+    way, and a small operand is first repeated as broadcasting would. It fires only where all that is computed from the
+    groups is joined again (heads that are split off for attention stay), nothing writes to the memory of what it reads, and
+    the split tensor is not returned. The token axis can then be followed, and what was one value per group is a table with
+    a value for each token, of which a subset takes its rows.
     """
 
     name: str = "join_groups"

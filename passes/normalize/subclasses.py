@@ -1,8 +1,8 @@
-"""Tensor subclasses among a graph's inputs, taken apart: quantised weights become the plain tensors they are made of.
+"""Tensor subclasses among a graph's inputs: quantised weights are replaced by the plain tensors they are made of.
 
-A quantised weight (torchao's, for one) is one input to Dynamo, but holds several tensors and runs several ops where the
-graph has one. Rewriting needs both in plain sight, so each such input is replaced by its parts, and a call that puts
-the parts together again; what the weight then does is recorded when the graph is normalised.
+A quantised weight (torchao's, for example) is one input to Dynamo, but holds several tensors and runs several ops where
+the graph has one. The passes need to see all of these. So each such input is replaced by its parts and a call that puts
+them together again; tracing then records the ops that the weight runs.
 """
 
 from __future__ import annotations

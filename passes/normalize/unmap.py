@@ -1,7 +1,7 @@
-"""Mapping over a batch within a model (vmap): written out before a graph is normalised.
+"""Regions of vmap within a model, written out as plain ops before the graph is traced.
 
-`flex_attention` makes its block mask that way. Dynamo leaves the calls that open and close a map in the graph; tracing in
-front of the dispatcher would take tensors that are made in between, and that hide a batch, for constants.
+`flex_attention` makes its block mask with vmap. Dynamo leaves the calls that open and close it in the graph. Pre-dispatch
+tracing would take the tensors that are made between them, each of which hides a batch, for constants.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Exact algebra on a cached step: gather once, scatter once, sum caches that are only ever summed.
 
-The literal lowering gathers and scatters around every branch and keeps a cache for each. With one selection `idx` the
-sampled tokens never need the others, and what is only added can be added beforehand. Four rules, in this order, take the
-literal graph to its floor; each is exact up to rounding, and the literal form stays as their oracle:
+The literal form gathers and scatters around every branch and keeps a cache for each. With one selection `idx` the
+sampled tokens never need the others, and what is only added can be added beforehand. Four rules, in this order, remove
+what is not needed. Each is exact up to rounding; tests compare the result with the literal form:
 
 =====================  =================================================================================
 `SinkScatters`         g * scatter(c, idx, v) = scatter(g * c, idx, g[idx] * v), and sums likewise

@@ -57,9 +57,9 @@ class WriteRows:
             _, dim, index, rows = scatter.args
             assert isinstance(rows, fx.Node)
             with emitter.before(scatter if len(scatter.users) > 1 else copy):
-                narrow = value_of(state).dtype
-                if value_of(rows).dtype != narrow:
-                    rows = emitter.call(aten.to.dtype, rows, narrow)
+                dtype = value_of(state).dtype
+                if value_of(rows).dtype != dtype:
+                    rows = emitter.call(aten.to.dtype, rows, dtype)
                 emitter.call(aten.index_copy_.default, state, dim, index, rows)
             gm.graph.erase_node(copy)
             scatter.replace_all_uses_with(state)
