@@ -1,8 +1,4 @@
-"""Private APIs of Dynamo and Inductor that hero_fx needs, each wrapped in one place.
-
-hero_fx supports torch 2.11 to 2.15. Tests run on 2.13; that the names here exist under the same paths was read in the
-sources of 2.11.0 and 2.14.1 too.
-"""
+"""Private APIs of Dynamo and Inductor that hero_fx needs, each wrapped in one place (torch 2.11 to 2.15)."""
 
 from __future__ import annotations
 
@@ -105,6 +101,11 @@ def recompile_reason() -> str | None:
     return None if reason is None else str(reason).strip().splitlines()[0]
 
 
+def enters_dynamo(frame: FrameType) -> bool:
+    """True for the function that `torch.compile` puts in the place of a callable (2.9 and later)."""
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+
+
 def frame_module() -> torch.nn.Module | None:
     """The module whose forward Dynamo is compiling right now, if the frame has one."""
     frame = _root_frame()
@@ -119,11 +120,6 @@ def frame_module_name() -> str:
     """The Python module, such as `diffusers.hooks.hooks`, whose code Dynamo is compiling right now; empty if none."""
     frame = _root_frame()
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
-
-
-def enters_compiled(frame: FrameType) -> bool:
-    """True for the function that `torch.compile` puts in the place of a callable."""
-    return frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
 
 
 def frame_resumes_after_break() -> bool:
@@ -185,14 +181,16 @@ def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def inductor(mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None) -> Callable[..., Compiled]:
-    """The backend that `torch.compile(mode=mode, options=options, dynamic=dynamic)` calls."""
+def inductor(
+    mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None = None
+) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    """Inductor with a mode and options, as `torch.compile` calls it (the same class from 2.11 to 2.15)."""
     return torch._TorchCompileInductorWrapper(mode, dict(options or {}), dynamic)
 
 
-def backend_named(inner: str | Callable[..., Any]) -> Callable[..., Compiled]:
-    """The backend of a name that `torch.compile(backend=...)` takes; a callable is one."""
-    return torch._dynamo.lookup_backend(inner)
+def backend_named(backend: str | Callable[..., Any]) -> Callable[..., Compiled]:
+    """The backend that `torch.compile(backend=...)` would take."""
+    return torch._dynamo.lookup_backend(backend)
 
 
 def compile_with_inductor(
@@ -206,9 +204,8 @@ def compile_with_inductor(
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
 
     def compiled(**more: Any) -> Compiled:
-        backend = inductor(compile_mode, {**(options or {}), **more}, dynamic=False)
         with _own_tracing_context(mode), torch.no_grad():
-            return backend(gm, list(inputs))
+            return inductor(compile_mode, {**(options or {}), **more}, dynamic=False)(gm, list(inputs))
 
     try:
         return compiled()

@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-from .dynamo import enters_compiled
+from . import dynamo
 
 __all__ = ["modules_within", "warn"]
 
@@ -32,7 +32,7 @@ def _level(frame: FrameType) -> int:
         frames.append(at)
         at = at.f_back
     # Code that Dynamo made has the name and the globals of the model's own forward: the call of the model is beyond it.
-    entry = next((i for i, f in enumerate(frames) if enters_compiled(f)), 0)
+    entry = next((i for i, f in enumerate(frames) if dynamo.enters_dynamo(f)), 0)
     user = next((i for i, f in enumerate(frames) if i >= entry and not _is_inside(f)), 1)
     return user + 1
 
@@ -44,7 +44,7 @@ def modules_within() -> list[torch.nn.Module]:
     """
     found: list[torch.nn.Module] = []
     at: FrameType | None = sys._getframe(1)
-    while at is not None and not enters_compiled(at):
+    while at is not None and not dynamo.enters_dynamo(at):
         module = at.f_locals.get("self")
         if isinstance(module, torch.nn.Module) and not any(module is other for other in found):
             found.append(module)
