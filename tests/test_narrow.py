@@ -39,7 +39,7 @@ class Diff(expecttest.TestCase):
             diff,
             """\
   ...
-- index_copy_: f8e4m3[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
+- index_copy_: f8e4m3fn[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
 + view_dtype: u8[2, 5, 3] = aten.view.dtype(s1, u8)
 + view_dtype_1: u8[2, 2, 3] = aten.view.dtype(to_1, u8)
 + index_copy__default: u8[2, 5, 3] = aten.index_copy_.default(view_dtype, 1, idx, view_dtype_1)

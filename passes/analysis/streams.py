@@ -13,6 +13,7 @@ from torch import fx
 
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import RESHAPES
 
 from .follow import follow
 from .residuals import Ancestry, ResidualAdd
@@ -226,7 +227,7 @@ def find_grid(gm: fx.GraphModule, tokens: int) -> Grid | None:
     if tokens == 0:
         return None
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
-    reshapes = [node for node in calls if node.target in _RESHAPES]
+    reshapes = [node for node in calls if node.target in RESHAPES]
     shown = [*_of_convolutions(calls, tokens), *_of_unpatchify(reshapes, tokens), *_of_meshes(calls, tokens)]
     # A line of tokens is no grid: patches cut out one by one look like it.
     return next((g for g in [*shown, *_of_tables(reshapes, tokens)] if g.count(1) < 2), None)
@@ -269,6 +270,3 @@ def _of_tables(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
             patches = at == 0 and len(rest) > 1 and after == [tokens, prod(rest)]
             if (folds or patches) and prod(grid) == tokens:
                 yield int(grid[0]), int(grid[1]), int(grid[2])
-
-
-_RESHAPES = (aten.reshape.default, aten.view.default, aten.unflatten.int, aten.flatten.using_ints)

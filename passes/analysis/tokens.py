@@ -11,6 +11,7 @@ from torch import fx
 
 from hero_fx.passes.attention import ATTENTION, AttentionOp
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import MATMULS
 
 __all__ = [
     "ATTENTION", "AttentionOp", "Folded", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
@@ -97,22 +98,11 @@ class NoRule(Exception):
         self.reason = reason
 
 
-_MATMULS = {
-    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
-    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
-}  # fmt: skip
-
-
 def is_matmul(node: fx.Node) -> bool:
     """True for the ops whose work caching saves: projections, convolutions, attention."""
     if node.op != "call_function":
         return False
-    return node.target in ATTENTION or (
-        getattr(node.target, "_schema", None) is not None
-        and (
-            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
-        )
-    )
+    return node.target in MATMULS or node.target in ATTENTION
 
 
 Info = Tokens | None | tuple["Tokens | None", ...]

@@ -17,7 +17,7 @@ from hero_fx.passes.analysis.structure import Branch, Stream, Structure, Update
 from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 from hero_fx.passes.slots import StateSlot
 
 from .subset import check_whole
@@ -308,7 +308,7 @@ def _no_mask(body: Sequence[fx.Node]) -> None:
         op = ATTENTION.get(node.target)
         if op is None:
             continue
-        if isinstance(argument_of(node, op.mask or ""), fx.Node):
+        if isinstance(argument(node, op.mask or ""), fx.Node):
             raise NoRule(node, "landmark keys are for attention without a mask; use keys='all' or 'sampled'")
 
 

@@ -12,7 +12,7 @@ from hero_fx.passes.analysis.structure import Branch, Structure
 from hero_fx.passes.analysis.tokens import Tokens, normal_dim
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 from hero_fx.passes.slots import StateSlot
 
 from .plan import Recording, Refresh, ScoredRefresh, analyse, cached_node, gate_of, self_attention, term_slot
@@ -108,8 +108,8 @@ class RecordFeatures:
         for number, name in enumerate(recording.branch.attention):
             node = nodes[name]
             op = ATTENTION[node.target]
-            for role, argument in (("k", op.key), ("v", op.value)):
-                source = node.args[argument]
+            for role, place in (("k", op.key), ("v", op.value)):
+                source = node.args[place]
                 assert isinstance(source, fx.Node)
                 tokens = analysis.infos.get(source)
                 if not isinstance(tokens, Tokens) or tokens.dim != normal_dim(op.dim, value_of(source).dim()):
@@ -146,7 +146,7 @@ class RecordFeatures:
                     query, key = attention.args[op.query], attention.args[op.key]
                     assert isinstance(query, fx.Node)
                     assert isinstance(key, fx.Node)
-                    scale = argument_of(attention, op.scale) or value_of(query).shape[-1] ** -0.5
+                    scale = argument(attention, op.scale) or value_of(query).shape[-1] ** -0.5
                     known[attention] = emitter.inline(
                         lambda q, k: attention_received(heads_first(q), heads_first(k), scale, start, stop), query, key
                     )

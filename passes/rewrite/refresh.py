@@ -12,7 +12,7 @@ from hero_fx.passes.analysis.structure import Branch, Structure
 from hero_fx.passes.analysis.tokens import Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.ops import argument_of, with_arguments
+from hero_fx.passes.ops import argument, with_arguments
 
 from .extrapolate import taylor
 from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, analyse, term_slot
@@ -85,8 +85,8 @@ class RefreshBranches:
         args = list(node.args)
         seen: Subset | None = subset
         args[op.query] = subset.env[node.args[op.query]]  # type: ignore[index]
-        for role, argument in (("k", op.key), ("v", op.value)):
-            source = node.args[argument]
+        for role, place in (("k", op.key), ("v", op.value)):
+            source = node.args[place]
             assert isinstance(source, fx.Node)
             if tokens is None:  # cross-attention to keys of no stream
                 continue
@@ -95,7 +95,7 @@ class RefreshBranches:
                 # Where no key is kept, they are another stream's: those are computed as the model does.
                 if fresh is None:
                     _hoist(source, _first_reader(analysis))
-                args[argument], seen = (source, None) if fresh is None else (fresh, seen)
+                args[place], seen = (source, None) if fresh is None else (fresh, seen)
                 continue
             everything = strategy.keys == "all"
             cached = {}
@@ -107,10 +107,10 @@ class RefreshBranches:
                 cached[start] = (state, emitter.read(state, like))
             if everything:
                 state, value = cached[0]
-                args[argument] = subset.merge(value, tokens, fresh)
-                emitter.write_back(state, args[argument])  # type: ignore[arg-type]
+                args[place] = subset.merge(value, tokens, fresh)
+                emitter.write_back(state, args[place])  # type: ignore[arg-type]
             else:
-                args[argument], seen = _beside(
+                args[place], seen = _beside(
                     subset, tokens, fresh, {s: v for s, (_, v) in cached.items()}, self.structure.image
                 )
         return _attention_call(node, args, analysis, subset, None if strategy.keys == "all" else seen)
@@ -161,7 +161,7 @@ def _attention_call(
     """The attention op on kept queries; its mask keeps the kept queries' rows and the kept keys' columns."""
     op = ATTENTION[node.target]
     changes: dict[str, object] = {}
-    mask = argument_of(node, op.mask or "")
+    mask = argument(node, op.mask or "")
     if isinstance(mask, fx.Node):
         for operand, dim, subset in ((op.query, -2, queries), (op.key, -1, keys)):
             tokens = analysis.infos.get(node.args[operand])  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def _attention_call(
                 mask = gathered
         changes[op.mask or ""] = mask
     for name, operand in zip(op.lengths, (op.query, op.key), strict=False):
-        if argument_of(node, name) is not None:  # the op is told how many tokens there are
+        if argument(node, name) is not None:  # the op is told how many tokens there are
             changes[name] = int(value_of(args[operand]).shape[op.dim])
     given, kwargs = with_arguments(node, changes)
     for operand in (op.query, op.key, op.value):

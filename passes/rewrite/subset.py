@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from hero_fx.passes.analysis.follow import attends_within, slice_bounds
+from hero_fx.passes.analysis.follow import attends_within
+from hero_fx.passes.analysis.moves import slice_bounds
 from hero_fx.passes.analysis.rules import letter_axes
 from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Tokens, normal_dim
 from hero_fx.passes.attention import ATTENTION
