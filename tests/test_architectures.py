@@ -14,8 +14,8 @@ from hero_fx.build import build_steps
 from hero_fx.config import Config
 from hero_fx.passes.rewrite.plan import Extrapolate, Refresh, Reuse, ScoredRefresh, resolve
 
-from .layers import D, Layer, Model, Part, attend, norm
-from .steps_by_hand import GRID, Toy
+from .support.layers import D, Layer, Model, Part, attend, norm
+from .support.steps_by_hand import GRID, Toy
 
 INDEX = torch.tensor([4, 1])
 

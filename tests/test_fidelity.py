@@ -14,8 +14,8 @@ from torch import Tensor
 
 import hero_fx
 
-from .examples import FOLDER, example
-from .tiny import randomized
+from .support.examples import FOLDER, example
+from .support.tiny import randomized
 
 STEPS, SCENES = 7, 3
 

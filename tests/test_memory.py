@@ -1,4 +1,4 @@
-"""`hero_fx.passes.memory`: which values share memory, and what writes to it."""
+"""`hero_fx.passes.analysis.memory`: which values share memory, and what writes to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import by_name
 from hero_fx.passes.ops import is_functional, writes
 
-from .tracing import capture, normal_form, trace
+from .support.tracing import capture, normal_form, trace
 
 X = torch.ones(2, 3, 4)
 VIEWS: dict[str, Callable[[Tensor], Any]] = {

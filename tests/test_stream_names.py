@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hero_fx.passes.analysis.branches import find_branches
 
-from .tracing import normal_form
+from .support.tracing import normal_form
 
 D = 8
 

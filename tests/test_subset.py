@@ -1,4 +1,4 @@
-"""`hero_fx.passes.subset`: computing a chain of ops for some tokens is taking those tokens of what it computes for all."""
+"""`hero_fx.passes.rewrite.subset`: ops computed for some tokens give the rows that they give for all tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hero_fx.passes.emit import Emitter
 from hero_fx.passes.render import graph_diff, op_count, render
 from hero_fx.passes.rewrite.subset import Rows, Subset
 
-from .axis import BATCH, IMAGE, TEXT, TOKENS, WIDTH, Text, attend_to_all, check, emit_subset, kept_rows, stream
-from .tracing import trace
+from .support.axis import BATCH, IMAGE, TEXT, TOKENS, WIDTH, Text, attend_to_all, check, emit_subset, kept_rows, stream
+from .support.tracing import trace
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.tokens`: what every op does to the token axis, and that nothing is guessed."""
+"""`hero_fx.passes.analysis.follow`: what every op does to the token axis, and that nothing is guessed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from hero_fx.passes.analysis.follow import RULES, follow
 from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 
-from .axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
-from .tracing import trace
+from .support.axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.tracing import trace
 
 aten = torch.ops.aten
 N = TOKENS.length

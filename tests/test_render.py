@@ -1,4 +1,4 @@
-"""`hero_fx.graphs`: renders, diffs and op counts of small graphs."""
+"""`hero_fx.passes.render`: text, diffs and op counts of small graphs."""
 
 import copy
 import operator

@@ -13,8 +13,8 @@ import hero_fx
 from hero_fx.passes.render import op_count
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
 
-from . import tiny
-from .test_collapse import graph, outputs, run
+from .support import tiny
+from .support.step_graphs import graph, outputs, run
 
 FLOAT8 = torch.float8_e4m3fn
 
