@@ -59,7 +59,7 @@ class Planned:
                 f"step {call.step} is at timestep {highest:g}, and the plan of {self.timeline.num_steps} steps was "
                 f"calibrated at {expected:g}: another number of steps, or another scheduler"
             )
-        if pattern != self.timeline.schedule[: call.step + 1]:
+        if not call.full and pattern != self.timeline.schedule[: call.step + 1]:
             # The coefficients are those of other full steps, so there is no warning in place of this error.
             raise RuntimeError(
                 f"step {call.step} of lane {call.lane!r}: the full steps of this trajectory are not those of the plan, since "
