@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import hero_fx
@@ -259,7 +259,9 @@ class Runner:
 
     def _counted(self, task: str, setting: Setting) -> tuple[int, int]:
         """FLOPs of a trajectory of one clip as they are executed: (matrix products and convolutions, with attention)."""
-        with FlopCounterMode(display=False) as counter:
+        # The counter does not know attention on a CPU.
+        known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
             self._denoise(task, range(1), setting)
         counts = counter.get_flop_counts()["Global"]
         attention = sum(n for op, n in counts.items() if "attention" in str(op))
@@ -310,6 +312,11 @@ class Runner:
             of.append(ExactSteps.__name__)
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
         return self.cache / f"{name}.{'json' if numbers is None else 'pt'}"
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of shapes [B, heads, tokens, width]."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -285,7 +285,8 @@ def test_rivals_and_plans(rivals: Path) -> None:
     assert set(fulls.values()) == {found["HERO, N=3"]["full_steps"]}
     assert found["plan, N=3"]["speed_total"] > found["HERO, N=3"]["speed_total"]
     distances = {name: row["metrics"]["rgb_l2"]["mean"] for name, row in found.items() if name != "full compute"}
-    assert len(set(distances.values())) == len(distances)
+    unlike = [distance for name, distance in distances.items() if not name.startswith("random")]
+    assert len(set(unlike)) == len(unlike)  # of so few steps, random ones may be HERO's
     assert all(0 < distance < 2 for distance in distances.values()), distances
 
 
