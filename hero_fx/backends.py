@@ -18,7 +18,7 @@ from hero_fx.passes.pipeline import PassError
 from hero_fx.runtime.budget import Budget
 from hero_fx.runtime.diffusers_context import entered, listen
 from hero_fx.runtime.inputs import graph_inputs
-from hero_fx.runtime.planned import Planned
+from hero_fx.runtime.planned import planned_for
 from hero_fx.runtime.stepper import Stepper
 from hero_fx.runtime.watch import Watch
 
@@ -137,7 +137,7 @@ class Backend:
             )
         self.config = replace(self.config, plan=plan, schedule="uniform", num_steps=None)
         for stepper in self.steppers:
-            stepper.follow(self.config.schedule_of, _planned(self.config))
+            stepper.follow(self.config.schedule_of, planned_for(self.config))
 
     @property
     def steppers(self) -> list[Stepper]:
@@ -230,7 +230,7 @@ class Backend:
             counts=self._counts,
             watch=self._watch.starts,
             again=dynamo.recompile_reason(),
-            planned=_planned(config),
+            planned=planned_for(config),
             budget=self._budget,
         )
         self._compiled.append(weakref.ref(stepper))
@@ -251,14 +251,6 @@ class Backend:
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape[1:]) for line in plan.timelines for name, t in line.coefficients.items()}
-
-
-def _planned(config: Config) -> Planned | None:
-    plan, timeline = config.plan, config.timeline
-    if timeline is None:
-        return None
-    assert isinstance(plan, Plan)
-    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 def _with_options_of(

@@ -9,18 +9,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hero_fx.config import Config
 from hero_fx.passes.rewrite.forecast import OutputRule, combination
 from hero_fx.passes.slots import TableSlot
-from hero_fx.plan import Timeline
+from hero_fx.plan import Plan, Timeline
 from hero_fx.stack import warn
 
 from .timestep import Timestep
 from .tracker import Call
 
-__all__ = ["Planned"]
+__all__ = ["Planned", "planned_for"]
 
 _CLOSE = 1e-3
 """Relative distance at which two timesteps are the same: models take them in half precision too."""
+
+
+def planned_for(config: Config) -> Planned | None:
+    """What follows the plan of some options; None without a plan."""
+    plan, timeline = config.plan, config.timeline
+    if timeline is None:
+        return None
+    assert isinstance(plan, Plan)
+    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 class Planned:
