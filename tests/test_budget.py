@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hero_fx
 
-from . import toys
+from .support import toys
 
 STEPS = 9
 FULL = [True, True, False, True, False, True, False, True, False]
