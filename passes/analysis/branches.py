@@ -20,10 +20,11 @@ from torch import fx
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
 
+from .grid import find_grid
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
-from .streams import find_grid, find_image, find_outputs, find_streams
+from .streams import find_image, find_outputs, find_streams
 from .structure import Branch, Stream, Structure, Update
-from .tokens import is_matmul
+from .tokens import Source, is_matmul
 
 __all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid", "module_path"]
 
@@ -118,8 +119,8 @@ def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     if not any(found.attends for found in adds):
         return adds
     streams = find_streams(graph, adds)
-    sources = [{segment.source for segment in stream.tokens.segments} for stream in streams]
-    attended: set[str] = set()
+    sources = [stream.tokens.sources for stream in streams]
+    attended: set[Source] = set()
     for group in _groups(adds):
         if any(found.attends for found in group):
             attended.update(*(sources[found.stream] for found in group))
@@ -142,7 +143,7 @@ def _size(node: fx.Node) -> int:
     return prod(int(size) for size in value_of(node).shape)
 
 
-def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Node]:
+def _moved_from(root: fx.Node, values: Mapping[fx.Node, frozenset[Source]]) -> set[fx.Node]:
     """The stream values that a root is made of without any matrix product."""
     met: set[fx.Node] = set()
     seen, todo = {root}, [root]
@@ -186,7 +187,7 @@ class _LayerNumbers:
 
     def _start(self) -> None:
         self.layer += 1
-        self.attended: set[str] = set()
+        self.attended: set[Source] = set()
         self.read: set[fx.Node] = set()
         self.over = False
 
@@ -195,7 +196,7 @@ class _LayerNumbers:
         if kind not in ("attention", "parallel"):
             self.over |= kind == "ffn" and bool(self.attended)
             return self.layer
-        tokens = {segment.source for f in group for segment in self.streams[f.stream].tokens.segments}
+        tokens = set[Source]().union(*(self.streams[f.stream].tokens.sources for f in group))
         read = {f.source for f in group}
         again = bool(tokens & self.attended) and not read <= self.read
         if again or (self.over and not read <= self.read):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -25,7 +26,7 @@ from hero_fx.passes.emit import value_of
 from hero_fx.passes.ops import argument_of
 
 from .rules import OTHER_AXES, narrow_bounds
-from .tokens import Folded, Info, Lookup, NoRule, Segment, Tokens, is_matmul, normal_dim, one_input, rank_of
+from .tokens import Folded, Info, Lookup, NoRule, Segment, Source, Tokens, is_matmul, normal_dim, one_input, rank_of
 
 __all__ = [
     "ATTENTION", "AttentionOp", "Info", "NoRule", "Segment", "Tokens", "attends_within", "follow", "is_matmul",
@@ -36,7 +37,7 @@ aten = torch.ops.aten
 
 
 def follow(
-    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[str] = ()
+    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[Source] = ()
 ) -> dict[fx.Node, Info]:
     """Tokens of every node that depends on a seed.
 
@@ -296,7 +297,7 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
     segments: list[Segment] = []
     for source, info in zip(inputs, infos, strict=True):
         # Tokens that no stream holds (registers, a fixed prompt) are a source of their own, kept whole.
-        own = (Segment(f"%{source.name}", 0, value_of(source).shape[dim]),)
+        own = (Segment(Source(source.name, "outside"), 0, value_of(source).shape[dim]),)
         for segment in own if info is None else info.segments:
             last = segments[-1] if segments else None
             if last is not None and (last.source, last.stop) == (segment.source, segment.start):
@@ -323,11 +324,11 @@ def _expand(node: fx.Node, look: Lookup) -> Tokens:
     return out
 
 
-def _attention(node: fx.Node, look: Lookup, whole: Collection[str]) -> Info:
+def _attention(node: fx.Node, look: Lookup, whole: Collection[Source]) -> Info:
     op = ATTENTION[node.target]
     query, key, value = (node.args[i] for i in (op.query, op.key, op.value))
     tokens, k, v = look(query), look(key), look(value)
-    met = {segment.source for info in (tokens, k, v) if info is not None for segment in info.segments}
+    met = frozenset[Source]().union(*(info.sources for info in (tokens, k, v) if info is not None))
     reason = op.ordered(node, whole=met <= set(whole))
     if reason:
         raise NoRule(node, reason)
@@ -360,7 +361,7 @@ def _alike(k: Tokens | None, v: Tokens | None) -> bool:
         return k is v
 
     def plain(segment: Segment) -> Segment:
-        return Segment("%", segment.start, segment.stop) if segment.source.startswith("%") else segment
+        return replace(segment, source=Source("", "outside")) if segment.source.is_outside else segment
 
     return k.dim == v.dim and list(map(plain, k.segments)) == list(map(plain, v.segments))
 

@@ -14,7 +14,7 @@ from hero_fx.passes.analysis.follow import follow
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.analysis.model_writes import attended, check_moved, check_recorded
 from hero_fx.passes.analysis.structure import Branch, Stream, Structure, Update
-from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Tokens
+from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
 from hero_fx.passes.ops import argument_of
@@ -210,7 +210,7 @@ def self_attention(nodes: Mapping[str, fx.Node], structure: Structure, branch: B
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
             tokens, rank = infos.get(key), value_of(query).dim()
-            if not isinstance(tokens, Tokens) or structure.image not in {s.source for s in tokens.segments}:
+            if not isinstance(tokens, Tokens) or structure.image not in tokens.sources:
                 continue
             if rank == 4 and tokens.dim == op.dim + 4 and infos.get(query) is not None:
                 return node
@@ -288,7 +288,7 @@ def _batch_in_front(analysis: Analysis) -> None:
         tokens = analysis.tokens(source)
         if tokens.dim != 1 or tokens.folded:
             raise NoRule(source, reason)
-        batch[source] = Tokens(0, (Segment("batch", 0, int(value_of(source).shape[0])),))
+        batch[source] = Tokens(0, (Segment(Source("batch"), 0, int(value_of(source).shape[0])),))
     for node in analysis.body:
         if node.target in ATTENTION:
             batch[node] = batch.get(node.args[ATTENTION[node.target].query])  # type: ignore[arg-type]

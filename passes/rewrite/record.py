@@ -189,12 +189,7 @@ def image_range(nodes: Mapping[str, fx.Node], structure: Structure, attention: f
     key = attention.args[ATTENTION[attention.target].key]
     tokens = analyse(nodes, structure, branch, "pre_gate").infos[key]  # type: ignore[index]
     assert isinstance(tokens, Tokens)
-    offset = 0
-    for segment in tokens.segments:
-        if segment.source == structure.image:
-            return offset, offset + segment.length
-        offset += segment.length
-    raise AssertionError("image tokens are keys of their own self-attention")
+    return next((start, stop) for segment, start, stop in tokens.spans() if segment.source.is_image)
 
 
 def key_slots(
@@ -204,17 +199,16 @@ def key_slots(
     base = f"{branch.label}_{role}{number or ''}"
     if keys.keys == "all":
         return [(StateSlot(base, (branch.label, number, role)), 0, tokens.length, 1)]
-    slots, offset, names = [], 0, list[str]()
-    for segment in tokens.segments:
-        image = segment.source == "image" or segment.source.startswith("%")
+    slots, names = [], list[str]()
+    for segment, start, stop in tokens.spans():
+        image = segment.source.is_image or segment.source.is_outside
         if not image or keys.keys == "landmarks":
-            name = "landmarks" if image else segment.source
+            name = "landmarks" if image else str(segment.source)
             names.append(name)
             # A sequence may hold the same tokens twice, each with keys of its own.
             again = f"_{names.count(name) - 1}" if names.count(name) > 1 else ""
-            slot = StateSlot(f"{base}_{name}{again}", (branch.label, number, role, offset))
-            slots.append((slot, offset, offset + segment.length, keys.stride if image else 1))
-        offset += segment.length
+            slot = StateSlot(f"{base}_{name}{again}", (branch.label, number, role, start))
+            slots.append((slot, start, stop, keys.stride if image else 1))
     return slots
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from hero_fx.passes.analysis.structure import Branch, Structure
-from hero_fx.passes.analysis.tokens import Tokens
+from hero_fx.passes.analysis.tokens import Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
 from hero_fx.passes.ops import argument_of, with_arguments
 
 from .extrapolate import taylor
-from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, analyse, term_slot
+from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, Text, analyse, term_slot
 from .record import key_slots
 from .subset import Keep, Rows, Subset
 
@@ -110,23 +110,16 @@ class RefreshBranches:
                 args[argument] = subset.merge(value, tokens, fresh)
                 emitter.write_back(state, args[argument])  # type: ignore[arg-type]
             else:
-                args[argument], seen = _beside(
-                    subset, tokens, fresh, {s: v for s, (_, v) in cached.items()}, self.structure.image
-                )
+                args[argument], seen = _beside(subset, tokens, fresh, {s: v for s, (_, v) in cached.items()})
         return _attention_call(node, args, analysis, subset, None if strategy.keys == "all" else seen)
 
 
-def _keep(structure: Structure, rows: Rows, text: str) -> dict[str, Keep]:
+def _keep(structure: Structure, rows: Rows, text: Text) -> dict[Source, Keep]:
     """What a cached step keeps of each token source."""
-    return {
-        source: rows if source == structure.image else "all" if text == "live" else "none"
-        for source in structure.lengths
-    }
+    return {source: rows if source.is_image else "all" if text == "live" else "none" for source in structure.lengths}
 
 
-def _beside(
-    subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node], image: str | None
-) -> tuple[fx.Node, Subset]:
+def _beside(subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node]) -> tuple[fx.Node, Subset]:
     """Fresh keys with the cached ones of skipped sources and landmarks beside them, and what of the sources they stand for."""
     seen = Subset(
         subset.emitter,
@@ -134,8 +127,8 @@ def _beside(
         {source: "all" if keep == "none" else keep for source, keep in subset.keep.items()},
         subset.attention,
     )
-    pieces, at, offset = [], 0, 0
-    for segment in tokens.segments:
+    pieces, at = [], 0
+    for segment, start, _ in tokens.spans():
         count = subset.kept(Tokens(tokens.dim, (segment,)))
         if count:
             piece = fresh
@@ -143,9 +136,8 @@ def _beside(
                 piece = subset.emitter.call(aten.slice.Tensor, fresh, tokens.dim, at, at + count)
             pieces.append(piece)
             at += count
-        if offset in cached and (not count or segment.source == image):
-            pieces.append(cached[offset])
-        offset += segment.length
+        if start in cached and (not count or segment.source.is_image):
+            pieces.append(cached[start])
     if len(pieces) == 1:
         return pieces[0], seen
     return subset.emitter.call(aten.cat.default, pieces, tokens.dim), seen
@@ -186,7 +178,7 @@ def _recompute(
     strategy: Refresh | ScoredRefresh,
     analysis: Analysis,
     emitter: Emitter,
-    keep: dict[str, Keep],
+    keep: dict[Source, Keep],
     attend: Callable[[Subset, fx.Node], fx.Node],
     dtype: torch.dtype | None,
 ) -> None:

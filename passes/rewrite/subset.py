@@ -24,7 +24,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.follow import attends_within, slice_bounds
 from hero_fx.passes.analysis.rules import letter_axes
-from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Tokens, normal_dim
+from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Source, Tokens, normal_dim
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, value_of
 
@@ -52,7 +52,7 @@ Keep = Literal["all", "none"] | Rows
 Attention = Callable[["Subset", fx.Node], fx.Node]
 
 
-def check_whole(infos: Mapping[fx.Node, Info], lengths: Mapping[str, int]) -> None:
+def check_whole(infos: Mapping[fx.Node, Info], lengths: Mapping[Source, int]) -> None:
     """Raises NoRule if some node holds only a part of a token source: rows of a part are not known statically."""
     for node, info in infos.items():
         for tokens in info if isinstance(info, tuple) else (info,):
@@ -65,7 +65,7 @@ class Subset:
     """Emits nodes of a branch for the kept tokens; `env` maps old nodes to new ones, None where nothing is kept."""
 
     def __init__(
-        self, emitter: Emitter, infos: Mapping[fx.Node, Info], keep: Mapping[str, Keep], attention: Attention
+        self, emitter: Emitter, infos: Mapping[fx.Node, Info], keep: Mapping[Source, Keep], attention: Attention
     ) -> None:
         self.emitter = emitter
         self.infos = infos
@@ -115,21 +115,20 @@ class Subset:
         if tokens.folded:
             gathered = self.gather(self._unfolded(node, tokens), Tokens(tokens.dim + 1, tokens.segments))
             return gathered and self._refolded(gathered, tokens)
-        call, pieces, offset = self.emitter.call, [], 0
+        call, pieces = self.emitter.call, []
         batches = [int(value_of(k.index).shape[0]) for k in self._kept_rows(tokens) if k.per_batch]
         shape = list(value_of(node).shape)
         if batches and shape[0] != batches[0]:
             assert shape[0] == 1, "a tensor indexed by token has the batch's size in front, or 1"
             node = call(aten.expand.default, node, [batches[0], *shape[1:]])
-        for segment in tokens.segments:
+        for segment, start, stop in tokens.spans():
             keep = self.keep.get(segment.source, "all")
             if isinstance(keep, Rows):
-                pieces.append(self.rows(node, tokens.dim, self.shifted(keep.index, offset)))
+                pieces.append(self.rows(node, tokens.dim, self.shifted(keep.index, start)))
             elif keep == "all" and segment.length == tokens.length:
                 pieces.append(node)
             elif keep == "all":
-                pieces.append(call(aten.slice.Tensor, node, tokens.dim, offset, offset + segment.length))
-            offset += segment.length
+                pieces.append(call(aten.slice.Tensor, node, tokens.dim, start, stop))
         if len(pieces) <= 1:
             return pieces[0] if pieces else None
         return call(aten.cat.default, pieces, tokens.dim)
@@ -173,8 +172,8 @@ class Subset:
         if tokens.folded:
             own, new = (self._unfolded(n, tokens) for n in (base, fresh))
             return self._refolded(self.merge(own, Tokens(tokens.dim + 1, tokens.segments), new), tokens)
-        call, whole, offset, at = self.emitter.call, self.kept(tokens), 0, 0
-        for segment in tokens.segments:
+        call, whole, at = self.emitter.call, self.kept(tokens), 0
+        for segment, start, stop in tokens.spans():
             count = self._kept_of(segment)
             if count:
                 piece = fresh
@@ -182,13 +181,12 @@ class Subset:
                     piece = call(aten.slice.Tensor, fresh, tokens.dim, at, at + count)
                 keep = self.keep.get(segment.source, "all")
                 if isinstance(keep, Rows):
-                    base = self._put_rows(base, tokens.dim, self.shifted(keep.index, offset), piece)
+                    base = self._put_rows(base, tokens.dim, self.shifted(keep.index, start), piece)
                 elif segment.length == tokens.length:
                     base = piece
                 else:
-                    base = call(aten.slice_scatter.default, base, piece, tokens.dim, offset, offset + count)
+                    base = call(aten.slice_scatter.default, base, piece, tokens.dim, start, stop)
                 at += count
-            offset += segment.length
         return base
 
     def _put_rows(self, base: fx.Node, dim: int, index: fx.Node, piece: fx.Node) -> fx.Node:
