@@ -8,11 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from hero_fx.passes.analysis.branch_tokens import check_whole
 from hero_fx.passes.analysis.follow import follow
 from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter
-from hero_fx.passes.rewrite.subset import Rows, Subset, check_whole
+from hero_fx.passes.rewrite.keep import Rows
+from hero_fx.passes.rewrite.subset import Subset
+from hero_fx.passes.rewrite.subset_ops import emit
+from hero_fx.passes.slots import IndexSlot
 
 from .tracing import trace
 
@@ -68,7 +72,7 @@ def take(value: Tensor, dim: int, rows: Tensor) -> Tensor:
 
 def attend_to_all(subset: Subset, node: fx.Node) -> fx.Node:
     """Kept queries, all keys and values."""
-    return subset.emitter.call(node.target, subset.env[node.args[0]], *node.args[1:])  # type: ignore[index]
+    return subset.emitter.call(node.target, subset.env[node.args[0]], *node.args[1:])
 
 
 def emit_subset(gm: fx.GraphModule, image: Tensor, text: Text) -> Tokens:
@@ -77,14 +81,14 @@ def emit_subset(gm: fx.GraphModule, image: Tensor, text: Text) -> Tokens:
     infos = follow(gm.graph.nodes, {source: TOKENS})
     check_whole(infos, LENGTHS)
     emitter = Emitter(gm)
-    index = emitter.indices(None, image.shape[-1], image.device)
+    index = emitter.selection(IndexSlot(None), image.shape[-1], image.device)
     index.meta["val"] = index.meta["val"].expand(image.shape)
     with emitter.before(emitter.output):
         subset = Subset(emitter, infos, {IMAGE_TOKENS: Rows(index), TEXT_TOKENS: text}, attend_to_all)
         subset.seed(source)
         for node in infos:
             if node is not source:
-                subset.emit(node)
+                emit(subset, node)
     emitter.output.args = ((result, subset.env[result]),)
     gm.graph.lint()
     gm.recompile()

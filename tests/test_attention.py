@@ -143,7 +143,7 @@ def test_attention_may_be_causal_where_all_tokens_are_computed_or_none() -> None
     tokens = Tokens(2, (Segment(TEXT_TOKENS, 0, 3), Segment(IMAGE_TOKENS, 0, 5)))
     seeds = {gm.graph.find_nodes(op="placeholder")[0]: tokens}
     with pytest.raises(NoRule, match="is_causal=True: it depends on the order of the tokens"):
-        follow(gm.graph.nodes, seeds, whole={"text"})
+        follow(gm.graph.nodes, seeds, whole={TEXT_TOKENS})
     (*_, attention, _) = gm.graph.nodes
     assert follow(gm.graph.nodes, seeds, whole={TEXT_TOKENS, IMAGE_TOKENS})[attention] == tokens
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hero_fx.build import normalized
-from hero_fx.passes.analysis.branches import body_of, find_branches
+from hero_fx.passes.analysis.branch_tokens import body_of
+from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.grid import find_grid
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import IMAGE

@@ -12,6 +12,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.passes.render import op_count
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
+from hero_fx.passes.slots import ScaleSlot
 
 from . import tiny
 from .test_collapse import graph, outputs, run
@@ -128,7 +129,7 @@ def test_trajectory_with_whole_numbers(options: dict[str, Any], form: str) -> No
     floats, bytes_ = (
         sum(s.nbytes for s in b.graphs[0].state if len(s.shape) > 2 and 1 not in s.shape[-2:]) for b in (own, narrow)
     )
-    scales = sum(s.nbytes for s in narrow.graphs[0].state if s.slot.name.endswith("_scale"))
+    scales = sum(s.nbytes for s in narrow.graphs[0].state if isinstance(s.slot, ScaleSlot))
     assert bytes_ == floats // 4
     assert 0 < scales <= floats // 16
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hero_fx.passes.analysis.tokens import IMAGE as IMAGE_TOKENS
 from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.render import graph_diff
+from hero_fx.passes.rewrite.features import key_slots
 from hero_fx.passes.rewrite.plan import (
     CachePoint,
     Extrapolate,
@@ -25,7 +26,6 @@ from hero_fx.passes.rewrite.plan import (
     Text,
     Unsampled,
 )
-from hero_fx.passes.rewrite.record import key_slots
 from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored, best_tokens
 from hero_fx.step_graphs import copy_graph

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.emit import Emitter
 from hero_fx.passes.render import graph_diff, op_count, render
-from hero_fx.passes.rewrite.subset import Rows, Subset
+from hero_fx.passes.rewrite.keep import Rows
+from hero_fx.passes.rewrite.subset import Subset
 
 from .axis import (
     BATCH,
@@ -248,10 +249,10 @@ def test_merge_puts_kept_tokens_in_their_places(tokens: Tokens, text: Text, imag
     emitter = Emitter(gm)
     with emitter.before(emitter.output):
         subset = Subset(emitter, {}, {IMAGE_TOKENS: Rows(inputs[2]), TEXT_TOKENS: text}, attend_to_all)
-        kept = subset.gather(inputs[1], tokens)
+        kept = subset.rows.gather(inputs[1], tokens)
         assert kept is not None
-        assert kept.meta["val"].shape == (BATCH, subset.kept(tokens), WIDTH)
-        emitter.output.args = (subset.merge(inputs[0], tokens, kept),)
+        assert kept.meta["val"].shape == (BATCH, subset.kept.count(tokens), WIDTH)
+        emitter.output.args = (subset.rows.merge(inputs[0], tokens, kept),)
     gm.recompile()
     expected = base.clone()
     for batch, rows in enumerate(kept_rows(tokens, index, text).expand(BATCH, -1)):
