@@ -88,7 +88,8 @@ class Emitter:
         """Computes the fake value of a node from those of its arguments."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         with self.mode, torch.no_grad(), unbound_sizes(self.mode):
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            assert callable(node.target)
+            node.meta["val"] = node.target(*args, **kwargs)
 
     def inline(self, function: Callable[..., torch.Tensor], *args: fx.Node) -> fx.Node:
         """The nodes of a plain PyTorch function of tensors, traced and copied in; returns its result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -49,7 +49,7 @@ def _of_unpatchify(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
         if len(before) == 3 and before[1] == tokens and len(after) > 4 and after[0] == before[0]:
             for rank in (3, 2):
                 if prod(after[1 : 1 + rank]) == tokens:
-                    yield (1, 1, *map(int, after[1 : 1 + rank]))[-3:]  # type: ignore[misc]
+                    yield _grid(after[1 : 1 + rank])
 
 
 def _of_meshes(calls: list[fx.Node], tokens: int) -> Iterator[Grid]:
@@ -57,7 +57,7 @@ def _of_meshes(calls: list[fx.Node], tokens: int) -> Iterator[Grid]:
         if str(node.target).startswith("aten.meshgrid"):
             mesh = [int(s) for s in value_of(node)[0].shape]
             if len(mesh) in (2, 3) and prod(mesh) == tokens:
-                yield (1, 1, *mesh)[-3:]  # type: ignore[misc]
+                yield _grid(mesh)
 
 
 def _of_tables(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
@@ -68,7 +68,13 @@ def _of_tables(reshapes: list[fx.Node], tokens: int) -> Iterator[Grid]:
             folds = after == [*before[:at], tokens, *rest] and len(rest) < 2
             patches = at == 0 and len(rest) > 1 and after == [tokens, prod(rest)]
             if (folds or patches) and prod(grid) == tokens:
-                yield int(grid[0]), int(grid[1]), int(grid[2])
+                yield _grid(grid)
+
+
+def _grid(sizes: Sequence[int]) -> Grid:
+    """Two or three sizes as (frames, height, width)."""
+    frames, height, width = (1, 1, *map(int, sizes))[-3:]
+    return frames, height, width
 
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten.unflatten.int, aten.flatten.using_ints)

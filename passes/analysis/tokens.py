@@ -157,12 +157,8 @@ def is_matmul(node: fx.Node) -> bool:
     """True for the ops whose work caching saves: projections, convolutions, attention."""
     if node.op != "call_function":
         return False
-    return node.target in ATTENTION or (
-        getattr(node.target, "_schema", None) is not None
-        and (
-            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
-        )
-    )
+    schema = getattr(node.target, "_schema", None)
+    return node.target in ATTENTION or (schema is not None and schema.name in _MATMULS)
 
 
 Info = Tokens | None | tuple["Tokens | None", ...]
@@ -171,7 +167,8 @@ Lookup = Callable[[Any], Tokens | None]
 
 def rank_of(node: Any) -> int:
     """The number of axes of a node's value."""
-    return value_of(node).dim()  # type: ignore[no-any-return]
+    rank: int = value_of(node).dim()
+    return rank
 
 
 def sizes_of(node: Any) -> tuple[int | str, ...]:
