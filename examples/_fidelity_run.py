@@ -21,7 +21,7 @@ from hero_fx.find_timestep import find_timestep
 from hero_fx.passes.rewrite.observe import Features
 from hero_fx.passes.slots import slots_of
 from hero_fx.runtime.inputs import graph_inputs
-from hero_fx.runtime.stepper import Step, Stepper
+from hero_fx.runtime.stepper import CompiledStep, Stepper
 from hero_fx.stability import Recorder, Stability
 from world.latents import encode
 from world.model import FRAMES, SIZE
@@ -122,8 +122,8 @@ def stepper(backend: hero_fx.Backend, steps: hero_fx.StepGraphs, timestep: int) 
     policy = backend.config.make_policy()
     assert policy is not None, "full compute needs no stepper"
 
-    def step(gm: fx.GraphModule) -> Step:
-        return Step(gm.forward, tuple(slot for _, slot in slots_of(gm)), torch.device("cpu"))
+    def step(gm: fx.GraphModule) -> CompiledStep:
+        return CompiledStep(gm.forward, tuple(slot for _, slot in slots_of(gm)), torch.device("cpu"))
 
     return Stepper(
         full=step(steps.full),

@@ -12,14 +12,17 @@ from hero_fx.runtime.timestep import AmbiguousCall
 from hero_fx.verification.trial import Check
 from hero_fx.verification.verify import Verification, verify
 
-from .backends import Backend, Stats, backend
+from .backends import Backend, backend
 from .calibration import Calibration, calibrate
 from .checks import UnsupportedModel
 from .config import Config
+from .flops import Flops, flops, step_kinds, trajectory_flops
 from .plan import Fingerprint, Plan, Timeline
 from .policy import Policy
-from .report import Explanation, Flops, explain, flops, step_kinds, trace, trajectory_flops
+from .report import Explanation, explain
+from .stats import Stats
 from .step_graphs import StepGraphs
+from .tracing import trace
 
 if TYPE_CHECKING:
     from . import stability

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ParamSpec
 
-import torch
 from torch import fx
 
 from hero_fx.passes import compat
@@ -25,7 +24,7 @@ from hero_fx.runtime.watch import Watch
 from . import dynamo
 from .build import build_steps, find_structure, normalized
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure
-from .compiling import _compile_plain, compile_step
+from .compiling import compile_plain, compile_step
 from .config import Config
 from .find_timestep import find_timestep
 from .fingerprint import check_fingerprint
@@ -33,32 +32,14 @@ from .flops import too_much_outside
 from .plan import Plan
 from .policy import Forecast, Policy
 from .stack import warn
+from .stats import Stats
 from .step_graphs import StepGraphs
 
 __all__ = ["Backend", "Stats", "backend", "hero_fx"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What a backend has compiled and run so far."""
-
-    graphs: int
-    """Dynamo graphs that are compiled now (one per resolution, and per model of a class of its own)."""
-    full_steps: int
-    """Steps of trajectories whose calls computed every layer."""
-    cached_steps: int
-    """Steps with a call that used cached features."""
-    full_calls: int
-    """Calls that computed every layer. A step makes several where guidance calls the model twice."""
-    cached_calls: int
-    refused_calls: int
-    """Of the full calls those whose step, lane or request could not be told (`strict=False`; they are errors otherwise)."""
-    state_bytes: int
-    """Bytes of feature state held now, over all sessions and lanes."""
-    sessions: int
-    """Sessions that hold state."""
+_Options = ParamSpec("_Options")
 
 
 class Backend:
@@ -93,7 +74,7 @@ class Backend:
             )
         policy = config.make_policy()
         if policy is None:
-            return _compile_plain(gm, inputs, config)
+            return compile_plain(gm, inputs, config)
         try:
             plain = unwrap(gm, inputs)
             steps, timestep = self._steps(plain, config, policy)
@@ -104,7 +85,7 @@ class Backend:
             if config.strict:
                 raise as_ours(error) from error
             self._warn_of_plain(as_ours(error))
-            return _compile_plain(gm, inputs, config)
+            return compile_plain(gm, inputs, config)
         for fallback in steps.fallbacks:
             warn(
                 f"hero_fx: {fallback.branch} cannot be cached as planned and is computed in full at every step: "
@@ -249,7 +230,7 @@ class Backend:
         return stepper
 
     def _warn_of_limit(self, graphs: int) -> None:
-        """Says ahead that Dynamo will not compile another shape of this model: what it says then names no mend."""
+        """Says ahead that Dynamo will not compile another shape of this model: what it says then names no fix."""
         limit = dynamo.last_recompile()
         if limit is not None and graphs >= limit:
             warn(
@@ -271,37 +252,22 @@ def _planned(config: Config) -> Planned | None:
     return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
-def backend(
-    policy: str | Policy = "hero",
-    *,
-    interval: int = 2,
-    schedule: str | Sequence[object] = "uniform",
-    num_steps: int | None = None,
-    warmup: int = 3,
-    cooldown: int = 1,
-    refresh_layers: int | float = 0.5,
-    refresh_ratio: float = 1 / 6,
-    patch: tuple[int, int, int] = (1, 2, 3),
-    order: int = 1,
-    selection: Literal["per_step", "per_layer"] = "per_step",
-    keys: Literal["sampled", "sampled+text", "landmarks", "all"] | None = None,
-    text: Literal["skip", "live"] = "skip",
-    cache_point: str | tuple[str, str] | None = None,
-    unsampled: Literal["reuse", "extrapolate", "gate"] | None = None,
-    age_weighting: bool = True,
-    state_dtype: torch.dtype | None = None,
-    form: Literal["collapsed", "literal"] = "collapsed",
-    grid: tuple[int, int, int] | None = None,
-    timestep: str | int | None = None,
-    seed: int = 0,
-    inner: str | Callable[..., Any] = "inductor",
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    plan: Plan | str | Path | None = None,
-    plan_mismatch: Literal["error", "warn"] = "error",
-    disable_passes: Sequence[str] = (),
-    strict: bool = True,
-) -> Backend:
+def _with_options_of(
+    config: Callable[_Options, Config],
+) -> Callable[[Callable[..., Backend]], Callable[_Options, Backend]]:
+    """Gives a function the signature of the options, and their documentation: both are written once."""
+
+    def decorate(function: Callable[..., Backend]) -> Callable[_Options, Backend]:
+        documentation = str(config.__doc__)
+        function.__doc__ = f"{function.__doc__}\n    {documentation[documentation.index('Args:') :]}"
+        function.__signature__ = inspect.signature(config).replace(return_annotation=Backend)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_options_of(Config)
+def backend(*policy: Any, **options: Any) -> Backend:
     """A torch.compile backend that caches features between denoising steps.
 
     ::
@@ -309,92 +275,14 @@ def backend(
         model = torch.compile(model, backend=hero_fx.backend(interval=2, num_steps=50))
 
     Between full steps, layers 0..M-1 recompute a sampled share of the image tokens and take cached features for the
-    rest (paper Eq. 4-5; by default they go on along a line, see `unsampled`); the other layers extrapolate their features
-    and run neither attention nor FFN (Eq. 6). Which step a call belongs to is read from the model's timestep input, so
-    the denoising loop stays as it is.
-
-    Args:
-        policy: `"hero"`; `"lean"` (HERO with all caches behind the gates and no keys of other tokens: its state is 3
-            hidden-state tensors whatever the depth); a baseline on the same machinery (`"fora"`, `"taylorseer"`,
-            `"toca"`, `"duca"`); `"forecast"` (cached steps run no layer and forecast the output by the coefficients of a
-            plan, which it needs); `"full"` (plain compilation: every step is full, whatever the schedule); or an object with
-            the members of `hero_fx.Policy`.
-        interval: N; a full step every N steps. 1 makes every step full.
-        schedule: `"uniform"`; `"toca"` (ToCa's varying interval, needs `num_steps`); or T truth values, true = full.
-        num_steps: T, the steps of a trajectory. Without it the end of a trajectory is not known, and `cooldown` has no
-            effect.
-        warmup, cooldown: how many first and last steps are full (`schedule="uniform"`).
-        refresh_layers: M, as a count or as a float share of the depth.
-        refresh_ratio: alpha, the share of image tokens recomputed at a cached step (for ToCa and DuCa: in FFNs).
-        patch: (frames, height, width) of the patches in each of which a share alpha is sampled, in tokens.
-        order: order of the extrapolation (hero, taylorseer); 1 is linear.
-        selection: draw tokens once per step, or for each layer.
-        keys: keys and values that refreshed tokens attend to: those of the sampled tokens, these and the text's from the
-            last full step, these and one cached image token per patch (`"landmarks"`), or a cache of all, updated where
-            sampled. Default: hero `"all"`, lean `"sampled"`.
-        text: in shallow layers text tokens do what tokens that are not sampled do (`"skip"`), or are recomputed (`"live"`).
-        cache_point: cache features before the adaLN gate (and apply the current gate) or after it; a pair for
-            (shallow, deep). Default: hero `"post_gate"` (with `unsampled="reuse"` `("pre_gate", "post_gate")`), others
-            `"pre_gate"`.
-        unsampled: shallow tokens that are not sampled reuse their cached features (`"reuse"`, the paper), extrapolate them as
-            deep layers do (`"extrapolate"`, Eq. 6), or follow the change of the adaLN gate to first order (`"gate"`). With
-            the last two, caches behind the gate merge into two tensors per stream however many layers are refreshed.
-            Default: hero `"extrapolate"`, which is nearer to full compute (see the README); lean `"reuse"`.
-        age_weighting: sample tokens with a probability that grows with the time they have not been sampled.
-        state_dtype: dtype to store features in: a floating-point one, or `torch.int8` with a float32 scale per token (of keys
-            and values: per token and head); None keeps their own.
-        form: `"collapsed"` (exact rewrites: one gather, one scatter, summed caches), or `"literal"`, one cache per branch.
-        grid: (frames, height, width) of the image tokens, where the graph does not show it (packed latents). Without it,
-            runs of tokens in a row are the patches there, and a warning is logged.
-        timestep: name or position of the input with the diffusion time, where it is not found by itself.
-        seed: seed of the sampling.
-        inner: compiler of the rewritten graphs: `"inductor"`, `"aot_eager"`, `"eager"` (run as they are), or a callable.
-        mode, options: Inductor's, as in `torch.compile`; those given to `torch.compile` come on top.
-        plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
-            coefficients of cached steps; options given beside it must agree with it.
-        plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
-        disable_passes: names of passes to leave out, to find the one at fault: any of `hero_fx.stages.OPTIONAL`, which preserve
-            numerics.
-        strict: raise if the model cannot be accelerated (True), or warn once and compile plainly (False).
+    rest (paper Eq. 4-5; by default these are extrapolated linearly, see `unsampled`); the other layers extrapolate their
+    features and run neither attention nor FFN (Eq. 6). Which step a call belongs to is read from the model's timestep
+    input, so the denoising loop stays as it is.
 
     Returns:
         A callable backend; `.stats()` counts steps and bytes, `hero_fx.explain(...)` tells what it did.
-
-    Raises:
-        ValueError: an option is out of range or has no effect with the policy; the message names it and the mend.
     """
-    return Backend(
-        Config(
-            policy=policy,
-            interval=interval,
-            schedule=schedule,
-            num_steps=num_steps,
-            warmup=warmup,
-            cooldown=cooldown,
-            refresh_layers=refresh_layers,
-            refresh_ratio=refresh_ratio,
-            patch=patch,
-            order=order,
-            selection=selection,
-            keys=keys,
-            text=text,
-            cache_point=cache_point,
-            unsampled=unsampled,
-            age_weighting=age_weighting,
-            state_dtype=state_dtype,
-            form=form,
-            grid=grid,
-            timestep=timestep,
-            seed=seed,
-            inner=inner,
-            mode=mode,
-            options=options,
-            plan=plan,
-            plan_mismatch=plan_mismatch,
-            disable_passes=disable_passes,
-            strict=strict,
-        )
-    )
+    return Backend(Config(*policy, **options))
 
 
 def hero_fx(

@@ -77,6 +77,8 @@ class _Build:
         self.records = records
         self.full = copy_graph(normal)
         self.cached: list[fx.GraphModule] = []
+        self.kinds = 1
+        """Of cached steps."""
         self.dtype = None if config.state_dtype is torch.int8 else config.state_dtype  # int8 comes last
 
     def run(self, label: str, passes: stages.Passes, gm: fx.GraphModule) -> None:
@@ -87,8 +89,12 @@ class _Build:
     def run_on_all(self, label: str, passes: stages.Passes) -> None:
         """Runs passes that change what state there is on all step graphs, so that they agree."""
         self.run(f"full_{label}", passes, self.full)
-        for number, gm in enumerate(self.cached):
-            self.run(f"cached{number}_{label}", passes, gm)
+        for name, gm in self.named():
+            self.run(f"{name}_{label}", passes, gm)
+
+    def named(self) -> list[tuple[str, fx.GraphModule]]:
+        """The cached graphs with the labels of their pipelines."""
+        return [("cached" if self.kinds == 1 else f"cached{number}", gm) for number, gm in enumerate(self.cached)]
 
     def forecast(self, structure: Structure, policy: Forecast) -> StepGraphs:
         """The step graphs of a forecast.
@@ -110,11 +116,11 @@ class _Build:
         sampler = make_sampler(structure, config, grid, plans)
         kept = recordings(plans)
         self.run("full", stages.recording(structure, kept, self.dtype), self.full)
-        for number, plan in enumerate(plans):
-            self.cached.append(copy_graph(self.normal))
+        self.kinds, self.cached = len(plans), [copy_graph(self.normal) for _ in plans]
+        for (name, gm), plan in zip(self.named(), plans, strict=True):
             passes = stages.rewriting(structure, plan, grid, sampler.count if sampler else 0, self.dtype)
             collapsing = stages.COLLAPSING if config.form == "collapsed" else ()
-            self.run("cached" if len(plans) == 1 else f"cached{number}", passes + collapsing, self.cached[-1])
+            self.run(name, passes + collapsing, gm)
         if config.form == "collapsed":
             families = [
                 tuple(feature_slots(structure, recording.branch, update, recording.terms))
@@ -127,8 +133,8 @@ class _Build:
         if config.timeline is not None:
             coefficients = config.timeline.coefficients
             tables = {name: tuple(table.shape[2:]) for name, table in coefficients.items() if "@" not in name}
-            for number, gm in enumerate(self.cached):
-                self.run(f"cached{number}_plan", stages.weighing(tables), gm)
+            for name, gm in self.named():
+                self.run(f"{name}_plan", stages.weighing(tables), gm)
         if config.state_dtype is torch.int8:
             self.run_on_all("int8", stages.QUANTIZING)
         self.run_on_all("finish", stages.FINISHING)

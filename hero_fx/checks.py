@@ -1,4 +1,4 @@
-"""Loud failure: what a graph must be like for step caching to make sense, each with the mend."""
+"""Preconditions for step caching; each error says how to fix it."""
 
 from __future__ import annotations
 

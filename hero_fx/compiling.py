@@ -11,7 +11,7 @@ from torch import fx
 from hero_fx.passes import compat
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.slots import slots_of
-from hero_fx.runtime.stepper import Step
+from hero_fx.runtime.stepper import CompiledStep
 
 from . import dynamo
 from .config import Config
@@ -19,7 +19,7 @@ from .config import Config
 __all__ = ["compile_step"]
 
 
-def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> Step:
+def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> CompiledStep:
     """Hands a step graph to the inner compiler."""
     dynamo.copy_dynamo_marks(source, gm)
     inputs = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
@@ -39,13 +39,13 @@ def compile_step(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> 
     slots = list(slots_of(gm))
     device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
     state = [value_of(node).device for node, _ in slots]
-    return Step(run, tuple(slot for _, slot in slots), state[0] if state else device)
+    return CompiledStep(run, tuple(slot for _, slot in slots), state[0] if state else device)
 
 
-def _compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> dynamo.Compiled:
+def compile_plain(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> dynamo.Compiled:
     """What torch.compile does without hero_fx."""
     if config.inner == "eager":
         return gm.forward
     if config.inner == "inductor":
-        return torch._TorchCompileInductorWrapper(config.mode, dict(config.options or {}), None)(gm, inputs)  # type: ignore[no-any-return]
-    return torch._dynamo.lookup_backend(config.inner)(gm, list(inputs))
+        return dynamo.inductor(config.mode, config.options)(gm, inputs)
+    return dynamo.backend_named(config.inner)(gm, list(inputs))

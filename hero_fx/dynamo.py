@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def recompile_reason() -> str | None:
     return None if reason is None else str(reason).strip().splitlines()[0]
 
 
+def enters_dynamo(frame: FrameType) -> bool:
+    """True for the function that `torch.compile` puts in the place of a callable (2.9 and later)."""
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+
+
 def frame_module() -> torch.nn.Module | None:
     """The module whose forward Dynamo is compiling right now, if the frame has one."""
     frame = _root_frame()
@@ -175,6 +181,18 @@ def _own_tracing_context(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def inductor(
+    mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None = None
+) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    """Inductor with a mode and options, as `torch.compile` calls it (the same class from 2.11 to 2.15)."""
+    return torch._TorchCompileInductorWrapper(mode, dict(options or {}), dynamic)
+
+
+def backend_named(backend: str | Callable[..., Any]) -> Callable[..., Compiled]:
+    """The backend that `torch.compile(backend=...)` would take."""
+    return torch._dynamo.lookup_backend(backend)
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -186,9 +204,8 @@ def compile_with_inductor(
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
 
     def compiled(**more: Any) -> Compiled:
-        wrapper = torch._TorchCompileInductorWrapper(compile_mode, {**(options or {}), **more}, False)
         with _own_tracing_context(mode), torch.no_grad():
-            return wrapper(gm, list(inputs))  # type: ignore[no-any-return]
+            return inductor(compile_mode, {**(options or {}), **more}, dynamic=False)(gm, list(inputs))
 
     try:
         return compiled()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from . import dynamo
 from .checks import UnsupportedModel
 from .config import Config
 from .plan import Fingerprint, Plan
+from .stack import warn
 
 __all__ = ["check_fingerprint", "fingerprint_of"]
 
@@ -90,7 +90,7 @@ def check_fingerprint(config: Config, normal: fx.GraphModule, structure: Structu
     message = f"the plan was calibrated on another model: {'; '.join(differs)}"
     if config.plan_mismatch == "error":
         raise UnsupportedModel(f"{message}. Calibrate a plan for this model, or pass plan_mismatch='warn' to go on")
-    warnings.warn(f"hero_fx: {message}", stacklevel=2)
+    warn(f"hero_fx: {message}")
 
 
 def _has_axes(output: object, rule: OutputRule) -> bool:

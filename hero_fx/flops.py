@@ -19,7 +19,11 @@ from hero_fx.passes.analysis.tokens import is_matmul
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
 
-__all__ = ["Flops", "Outside", "flops", "outside", "too_much_outside"]
+from .config import Config
+from .policy import Policy
+from .step_graphs import StepGraphs
+
+__all__ = ["Flops", "Outside", "flops", "outside", "step_kinds", "too_much_outside", "trajectory_flops"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +119,28 @@ def too_much_outside(normal: fx.GraphModule, structure: Structure) -> str | None
         f"step{where}. In a model of usual size that means that updates of the residual stream were not found: they are "
         "x + f(x) or x + gate * f(x) of hidden states [batch, tokens, width], with f a layer's attention or FFN"
     )
+
+
+def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
+    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind."""
+    schedule = config.make_schedule()
+    kinds: list[int | None] = []
+    last = 0
+    for step in range(num_steps):
+        if schedule.is_full(step):
+            kinds.append(None)
+            last = step
+        else:
+            kinds.append(policy.kind(step - last))
+    return kinds
+
+
+def trajectory_flops(steps: StepGraphs, config: Config, num_steps: int) -> Flops:
+    """FLOPs of a whole trajectory of `num_steps` calls."""
+    policy = config.make_policy()
+    assert policy is not None
+    count = Counter(step_kinds(config, policy, num_steps))
+    total = flops(steps.full) * count[None]
+    for number, gm in enumerate(steps.cached):
+        total += flops(gm) * count[number]
+    return total

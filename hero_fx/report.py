@@ -3,99 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import fx
 
+from hero_fx.passes.pipeline import PassRecord
 from hero_fx.passes.rewrite.plan import Extrapolate, Full, Refresh, Reuse, ScoredRefresh, Strategy
 
 from . import dynamo
 from .backends import Backend
 from .backends import backend as make_backend
 from .config import Config
-from .flops import Flops, flops, outside, too_much_outside
-from .policy import Policy
+from .flops import flops, outside, step_kinds, too_much_outside, trajectory_flops
 from .step_graphs import StepGraphs
+from .tracing import trace
 
-__all__ = ["Explanation", "Flops", "explain", "flops", "look_at_graph", "step_kinds", "trace", "trajectory_flops"]
-
-T = TypeVar("T")
-
-
-def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
-    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind."""
-    schedule = config.make_schedule()
-    kinds: list[int | None] = []
-    last = 0
-    for step in range(num_steps):
-        if schedule.is_full(step):
-            kinds.append(None)
-            last = step
-        else:
-            kinds.append(policy.kind(step - last))
-    return kinds
-
-
-def trajectory_flops(steps: StepGraphs, config: Config, num_steps: int) -> Flops:
-    """FLOPs of a whole trajectory of `num_steps` calls."""
-    policy = config.make_policy()
-    assert policy is not None
-    count = Counter(step_kinds(config, policy, num_steps))
-    total = flops(steps.full) * count[None]
-    for number, gm in enumerate(steps.cached):
-        total += flops(gm) * count[number]
-    return total
-
-
-class _TracedOnly(Exception):
-    """Stops a traced model before it runs."""
-
-
-def trace(model: Callable[..., Any], *args: Any, backend: Backend | None = None, **kwargs: Any) -> StepGraphs:
-    """The step graphs that `backend` would compile for a call of `model`, without compiling or running anything.
-
-    Args:
-        model: a module, or what `torch.compile` made of one. On the meta device it needs no memory.
-        backend: options to rewrite with; None: the backend the model was compiled with, or the defaults.
-        args, kwargs: of the call, as the denoising loop makes it.
-
-    Raises:
-        ValueError: the model cannot be accelerated; the message says why.
-    """
-    backend = backend or dynamo.backend_of(model, Backend) or make_backend()
-    assert isinstance(backend, Backend)
-    return look_at_graph(dynamo.uncompiled(model), args, kwargs, backend.trace)
-
-
-def look_at_graph(
-    model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    look: Callable[[fx.GraphModule, Sequence[Any]], T],
-) -> T:
-    """What `look` says of the Dynamo graph of a call and its example inputs; nothing is compiled or run."""
-    seen: list[T] = []
-
-    def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> dynamo.Compiled:
-        seen.append(look(gm, inputs))
-        raise _TracedOnly  # here, not at the call: so Dynamo keeps no code, and its recompile limit stays whole
-
-    compiled = torch.compile(model, backend=capture)
-    try:
-        with torch.no_grad(), dynamo.unlimited_tracing():
-            compiled(*args, **kwargs)
-    except Exception as error:
-        cause = getattr(error, "inner_exception", error)
-        if isinstance(cause, _TracedOnly):
-            return seen[0]
-        if isinstance(cause, ValueError):
-            raise cause from None
-        raise
-    raise ValueError("the call ran no graph: was the model compiled away, or is torch.compile disabled?")
+__all__ = ["Explanation", "explain"]
 
 
 def explain(
@@ -131,9 +57,34 @@ class Explanation:
     config: Config
 
     def __str__(self) -> str:
+        return f"{self.findings}\n\n{self.passes}"
+
+    @property
+    def findings(self) -> str:
+        """What was found in the model, what each step kind does, what it costs."""
         plan = "" if self.config.plan is None else str(self.config.plan)
         parts = (self._found(), self._layers(), plan, self._cost(), self._state(), self._notes())
         return "\n\n".join(part for part in parts if part)
+
+    @property
+    def passes(self) -> str:
+        """What each pass did to each graph: sites rewritten, nodes added or removed, milliseconds."""
+        rows: dict[tuple[str, str], list[PassRecord]] = {}
+        for record in self.steps.records:
+            rows.setdefault((record.pipeline.partition("_")[0], record.name), []).append(record)
+        shown = []
+        for names, records in rows.items():
+            if sites := sum(r.sites for r in records):
+                nodes, seconds = sum(r.nodes_after - r.nodes_before for r in records), sum(r.seconds for r in records)
+                shown.append([*names, str(sites), f"{nodes:+d}", f"{1000 * seconds:.1f}"])
+        idle = sorted({name for _, name in rows} - {row[1] for row in shown})
+        table = tabulate(
+            shown,
+            headers=["graph", "pass", "sites", "nodes", "ms"],
+            disable_numparse=True,
+            colalign=("left", "left", "right", "right", "right"),
+        )
+        return f"{table}\nnothing to do: {', '.join(idle)}" if idle else table
 
     def _found(self) -> str:
         structure, steps = self.steps.structure, self.steps

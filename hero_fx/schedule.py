@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from .arguments import whole_number
+
 __all__ = ["Explicit", "Schedule", "Toca", "Uniform", "full_steps", "make_schedule"]
 
 
@@ -48,11 +50,11 @@ class Uniform:
     """Steps in a trajectory, or None where that is not known ahead."""
 
     def __post_init__(self) -> None:
-        _check_int("interval", self.interval, 1, "use 1 to make every step full")
-        _check_int("warmup", self.warmup, 1, "the first step must be full, for there is nothing to reuse yet")
-        _check_int("cooldown", self.cooldown, 0, "use 0 for no full steps at the end")
+        whole_number("interval", self.interval, 1, "(use 1 to make every step full)")
+        whole_number("warmup", self.warmup, 1, "(the first step must be full, for there is nothing to reuse yet)")
+        whole_number("cooldown", self.cooldown, 0, "(use 0 for no full steps at the end)")
         if self.num_steps is not None:
-            _check_int("num_steps", self.num_steps, 1, "leave it out if the number of steps is not known")
+            whole_number("num_steps", self.num_steps, 1, "(leave it out if the number of steps is not known)")
         elif self.cooldown > 1:
             raise ValueError(
                 f"cooldown={self.cooldown} needs num_steps: the last steps cannot be told from the others "
@@ -87,8 +89,8 @@ class Toca:
     _mask: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_int("interval", self.interval, 1, "the paper uses 2 and 3")
-        _check_int("num_steps", self.num_steps, 1, "pass the length of the denoising loop")
+        whole_number("interval", self.interval, 1, "(the paper uses 2 and 3)")
+        whole_number("num_steps", self.num_steps, 1, "(pass the length of the denoising loop)")
         total, mask, threshold = self.num_steps, [], 1
         for step in range(total):
             full = step <= 2 or step == total - 1 or step % threshold == 0
@@ -191,12 +193,6 @@ def _truth(index: int, value: object) -> bool:
     if not exact:
         raise ValueError(f"schedule[{index}]={value!r} is not a truth value; {_ALLOWED}.")
     return truth
-
-
-def _check_int(name: str, value: object, lowest: int, mend: str) -> None:
-    """ValueError unless `value` is an int (and no bool) of at least `lowest`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be an int of at least {lowest}: {mend}.")
 
 
 def _check_step(step: int, num_steps: int | None) -> None:

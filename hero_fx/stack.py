@@ -8,6 +8,8 @@ from types import FrameType
 
 import torch
 
+from . import dynamo
+
 __all__ = ["modules_within", "warn"]
 
 _INSIDE = ("torch", "hero_fx", "diffusers.hooks", "accelerate.hooks")
@@ -30,7 +32,7 @@ def _level(frame: FrameType) -> int:
         frames.append(at)
         at = at.f_back
     # Code that Dynamo made has the name and the globals of the model's own forward: the call of the model is beyond it.
-    entry = next((i for i, f in enumerate(frames) if _enters_dynamo(f)), 0)
+    entry = next((i for i, f in enumerate(frames) if dynamo.enters_dynamo(f)), 0)
     user = next((i for i, f in enumerate(frames) if i >= entry and not _is_inside(f)), 1)
     return user + 1
 
@@ -42,17 +44,12 @@ def modules_within() -> list[torch.nn.Module]:
     """
     found: list[torch.nn.Module] = []
     at: FrameType | None = sys._getframe(1)
-    while at is not None and not _enters_dynamo(at):
+    while at is not None and not dynamo.enters_dynamo(at):
         module = at.f_locals.get("self")
         if isinstance(module, torch.nn.Module) and not any(module is other for other in found):
             found.append(module)
         at = at.f_back
     return found if at is not None else []
-
-
-def _enters_dynamo(frame: FrameType) -> bool:
-    """True for the function that `torch.compile` puts in the place of a callable (2.9 and later)."""
-    return frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
 
 
 def _is_inside(frame: FrameType) -> bool:

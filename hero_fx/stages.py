@@ -10,6 +10,7 @@
 `weighing`            coefficients of a calibrated plan
 `recording_outputs`   the full step of a forecast
 `forecasting`         its cached step
+`observing`           the model's own graph, showing the features of its layers
 `QUANTIZING`          int8 state, in all step graphs
 `FINISHING`           the form that compilers want, in all step graphs
 ====================  ===================================================================================
@@ -32,6 +33,7 @@ from hero_fx.passes.normalize.unflatten import UnflattenProducts
 from hero_fx.passes.pipeline import Pass
 from hero_fx.passes.rewrite.extrapolate import ExtrapolateBranches, ReuseBranches
 from hero_fx.passes.rewrite.forecast import ForecastOutputs, OutputRule, RecordOutputs
+from hero_fx.passes.rewrite.observe import Features, ReturnFeatures
 from hero_fx.passes.rewrite.outputs import OwnOutputs
 from hero_fx.passes.rewrite.plan import Recording, StepPlan
 from hero_fx.passes.rewrite.record import RecordFeatures
@@ -48,7 +50,7 @@ from hero_fx.passes.simplify.write_rows import WriteRows
 from hero_fx.passes.slots import StateSlot
 
 __all__ = [
-    "COLLAPSING", "FINISHING", "OPTIONAL", "QUANTIZING", "forecasting", "merging", "normalizing", "recording",
+    "COLLAPSING", "FINISHING", "OPTIONAL", "QUANTIZING", "forecasting", "merging", "normalizing", "observing", "recording",
     "recording_outputs", "rewriting", "shrinking", "weighing", "without",
 ]  # fmt: skip
 
@@ -135,6 +137,11 @@ def forecasting(rules: tuple[OutputRule, ...], state_dtype: torch.dtype | None) 
         ForecastOutputs(rules=rules, state_dtype=state_dtype),
         DropDeadCode(),  # the whole model
     )
+
+
+def observing(structure: Structure, features: Features) -> Passes:
+    """Of a graph that shows the features of its layers, to measure how stable they are."""
+    return (ReturnFeatures(structure=structure, features=features),)
 
 
 QUANTIZING: Passes = (QuantizeState(),)  # after the algebra, which knows no scales

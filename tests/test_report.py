@@ -42,7 +42,7 @@ def tiny_steps() -> hero_fx.StepGraphs:
 def explained(traced: hero_fx.StepGraphs, **options: Any) -> str:
     """What `explain` says of a traced model under other options."""
     backend = hero_fx.backend(**options)
-    return str(hero_fx.Explanation(backend.rewrite(traced), backend.config))
+    return hero_fx.Explanation(backend.rewrite(traced), backend.config).findings
 
 
 def explain_toy(model: Any = None, **options: Any) -> hero_fx.Explanation:
@@ -159,15 +159,28 @@ def test_explain_a_backend_after_a_call_only() -> None:
     toys.loop(torch.compile(toys.toy(layers=2), backend=backend), toys.latents(), toys.times(1))
     explanation = hero_fx.explain(backend)
     assert explanation.steps is backend.graphs[-1]
-    assert str(explanation) == str(explain_toy(inner="eager", grid=toys.GRID))
+    assert explanation.findings == explain_toy(inner="eager", grid=toys.GRID).findings
 
 
 def test_explain_names_branches_that_fall_back(toy_steps: hero_fx.StepGraphs) -> None:
     steps = replace(toy_steps, fallbacks=(Fallback("layer 1 attention", "aten.fft has no rule"),))
-    assert str(hero_fx.Explanation(steps, hero_fx.backend("fora").config)).endswith(
+    assert hero_fx.Explanation(steps, hero_fx.backend("fora").config).findings.endswith(
         "note: layer 1 attention is computed in full at every step: aten.fft has no rule\n"
         "note: num_steps is not given, so the end of a trajectory is not known and cooldown=1 forces no full step"
     )
+
+
+def test_explain_ends_with_what_each_pass_did(toy_steps: hero_fx.StepGraphs) -> None:
+    explanation = hero_fx.Explanation(toy_steps, hero_fx.backend("fora").config)
+    lines = str(explanation).splitlines()[-len(explanation.passes.splitlines()) :]
+    assert lines[0].split() == ["graph", "pass", "sites", "nodes", "ms"]
+    rows = {tuple(line.split()[:2]): line.split()[2:4] for line in lines[2:-1]}
+    normal = [r for r in toy_steps.records if r.pipeline == "normal"]
+    wanted = {("normal", r.name): [str(r.sites), f"{r.nodes_after - r.nodes_before:+d}"] for r in normal if r.sites}
+    assert wanted
+    assert {key: row for key, row in rows.items() if key[0] == "normal"} == wanted
+    assert rows["cached", "reuse"] == ["4", "+4"]
+    assert {"refresh", "quantize_state"} & set(lines[-1].removeprefix("nothing to do: ").split(", ")) == {"refresh"}
 
 
 def test_trace_uses_the_backend_that_the_model_was_compiled_with() -> None:

@@ -108,7 +108,7 @@ def test_more_steps_than_the_schedule_has(schedule: Schedule) -> None:
         ("toca", None, {}, 'schedule="toca" needs num_steps'),
         ("toca", 0, {}, "num_steps=0"),
         ("toca", 9, {"interval": 0}, "interval=0"),
-        ("uniform", None, {"interval": 0}, "interval=0 is not allowed; it must be an int of at least 1"),
+        ("uniform", None, {"interval": 0}, "interval=0 must be a whole number of at least 1"),
         ("uniform", None, {"interval": True}, "interval=True"),
         ("uniform", None, {"interval": 2.0}, "interval=2.0"),
         ("uniform", None, {"warmup": 0}, "warmup=0"),

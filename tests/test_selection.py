@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hero_fx.selection import PatchSampler, Selection, _Quota, _quotas
+from hero_fx.quota import Quota
+from hero_fx.selection import PatchSampler, Selection
 
 AETHER = (11, 30, 45)
 
@@ -86,7 +87,7 @@ def test_ages_count_the_draws_a_token_was_left_out_of(sampler: PatchSampler, ful
 def test_each_patch_gives_the_whole_part_of_its_share_and_at_most_one_more(sampler: PatchSampler, steps: int) -> None:
     patches = patch_of_each_token(sampler)
     sizes = patches.bincount()
-    quotas = _quotas(sampler)
+    quotas = sampler.quotas
     for rows in trajectory(sampler, steps):
         for row in rows:
             given_ = patches[row].bincount(minlength=len(sizes))
@@ -129,7 +130,7 @@ def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) ->
     for patch in [(2, 3, 4), (1, 1, 1), (5, 5, 5), (2, 2, 2)]:
         fitting = tuple(map(min, patch, grid))
         sampler = PatchSampler(grid=grid, patch=fitting, ratio=ratio)  # type: ignore[arg-type]
-        quotas = _quotas(sampler)
+        quotas = sampler.quotas
         cuts = [[min(p, g - at) for at in range(0, g, p)] for g, p in zip(grid, fitting, strict=True)]
         number = dict.fromkeys(quotas, 0)
         for f in cuts[0]:
@@ -151,7 +152,7 @@ def test_quotas_add_up_to_the_count(ratio: float, grid: tuple[int, int, int]) ->
 def test_shares_are_exact_in_the_long_run(sampler: PatchSampler) -> None:
     patches = patch_of_each_token(sampler)
     sizes = patches.bincount().tolist()
-    quotas = _quotas(sampler)
+    quotas = sampler.quotas
     unit = next(iter(quotas.values())).unit
     if unit > 40:
         return
@@ -187,7 +188,7 @@ def test_shares_on_a_grid_that_patches_do_not_divide() -> None:
 def test_wait_is_the_longest_gap_between_extras(unit: int, data: st.DataObject) -> None:
     extra = data.draw(st.integers(1, unit))
     stride = data.draw(st.integers(1, unit).filter(lambda n: math.gcd(n, unit) == 1))
-    quota = _Quota(size=3, base=0, extra=extra, unit=unit, stride=stride)
+    quota = Quota(size=3, base=0, extra=extra, unit=unit, stride=stride)
     hits = [t for t in range(2 * unit + 1) if t * stride % unit >= unit - extra]
     assert quota.wait == max(b - a for a, b in pairwise(hits))
 
@@ -198,7 +199,7 @@ def test_max_age_is_what_the_proof_says(base: int, extra: int, unit: int, data: 
     extra = max(min(extra, unit), int(base == 0))
     size = data.draw(st.integers(base + (extra > 0), 30))
     stride = data.draw(st.integers(1, unit).filter(lambda n: math.gcd(n, unit) == 1))
-    quota = _Quota(size=size, base=base, extra=extra, unit=unit, stride=stride)
+    quota = Quota(size=size, base=base, extra=extra, unit=unit, stride=stride)
     wait = quota.wait or 10**9
     n = size - max(base, 1 if quota.late >= wait else 0)
     draws = next(w for w in range(10**6) if base * w + w // wait >= n)
@@ -321,7 +322,7 @@ def test_odds_double_with_every_missed_draw() -> None:
 @example(PatchSampler(grid=(4, 6, 7), patch=(2, 3, 3), ratio=1 / 6), 0.0)
 def test_late_tokens_go_first_and_the_oldest_before_the_others(sampler: PatchSampler, doublings: float) -> None:
     patches = patch_of_each_token(sampler)
-    late = torch.tensor([_quotas(sampler)[size].late for size in patches.bincount().tolist()])[patches]
+    late = torch.tensor([sampler.quotas[size].late for size in patches.bincount().tolist()])[patches]
     selection = unlucky(sampler, doublings)
     for _ in range(30):
         (ages,) = selection.ages
@@ -389,10 +390,9 @@ def test_samplers_are_values() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": (2, 4)}, r"grid=\(2, 4\) is not allowed; it must be a tuple of three ints"),
-        ({"grid": [2, 4, 6]}, r"grid=\[2, 4, 6\]"),
+        ({"grid": (2, 4)}, r"grid=\(2, 4\) must be three whole numbers"),
         ({"grid": (0, 4, 6)}, r"grid=\(0, 4, 6\)"),
-        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) is not allowed"),
+        ({"patch": (1, 2, -3)}, r"patch=\(1, 2, -3\) must be three whole numbers"),
         ({"patch": (1, 2, 3.0)}, r"patch=\(1, 2, 3\.0\)"),
         ({"patch": (1, 2, True)}, r"patch=\(1, 2, True\)"),
         ({"patch": (3, 2, 3)}, r"patch=\(3, 2, 3\) is larger than grid=\(2, 4, 6\).*Try patch=\(2, 2, 3\)"),
@@ -400,8 +400,8 @@ def test_samplers_are_values() -> None:
         ({"ratio": 1.01}, r"ratio=1\.01"),
         ({"ratio": math.nan}, r"ratio=nan"),
         ({"ratio": True}, r"ratio=True"),
-        ({"draws": 0}, r"draws=0 is not allowed"),
-        ({"seed": 0.5}, r"seed=0\.5 is not allowed"),
+        ({"draws": 0}, r"draws=0 must be a whole number of at least 1"),
+        ({"seed": 0.5}, r"seed=0\.5 must be a whole number"),
     ],
 )
 def test_errors(changes: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+from hero_fx.arguments import is_number, one_of, whole_number
 from hero_fx.plan import POLICIES
 
 __all__ = ["check", "numbers_of"]
@@ -13,8 +14,7 @@ __all__ = ["check", "numbers_of"]
 def numbers_of(name: str, given: int | Sequence[int], start: int) -> tuple[int, ...]:
     """Numbers of trajectories; a count stands for those from `start` on."""
     if isinstance(given, int):
-        if isinstance(given, bool) or given < 1:
-            raise ValueError(f"{name}={given!r} must be at least 1, or the numbers of trajectories")
+        whole_number(name, given, 1, "or the numbers of trajectories")
         return tuple(range(start, start + given))
     numbers = tuple(given)
     if not numbers or len(set(numbers)) < len(numbers) or not all(isinstance(n, int) and n >= 0 for n in numbers):
@@ -28,16 +28,14 @@ def check(
 ) -> None:  # fmt: skip
     """Raises ValueError for arguments of `calibrate` that mean nothing."""
     for name, value, least in (("num_steps", num_steps, 2), ("search", search, 1), ("samples", samples, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1 <= budget < math.inf:
+        whole_number(name, value, least)
+    if not is_number(budget) or not 1 <= budget < math.inf:
         raise ValueError(
             f"budget={budget!r} must be a number of full steps (an int), or a speed-up (a float, at least 1.0)"
         )
     if isinstance(budget, int) and budget > num_steps:
         raise ValueError(f"budget={budget!r} full steps, but num_steps={num_steps}; a speed-up is a float, such as 2.0")
-    if history not in (1, 2, 3):
-        raise ValueError(f"history={history!r} must be 1, 2 or 3")
+    one_of("history", history, (1, 2, 3))
     for name, given, allowed in (("policies", policies, POLICIES), ("by", by, ("frames", "batch"))):
         unknown = [value for value in given if value not in allowed]
         if isinstance(given, str) or unknown or (name == "policies" and not given):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,25 +14,22 @@ import torch
 from tqdm import tqdm
 
 from hero_fx import dynamo
-from hero_fx.backends import Backend, backend
+from hero_fx.backends import backend
 from hero_fx.fingerprint import fingerprint_of
+from hero_fx.flops import flops
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
-from hero_fx.plan import Plan, Timeline
-from hero_fx.report import flops
 
 from .arguments import check, numbers_of
-from .record import Recorder, Recording
+from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
+from .record import Recorder
 from .report import Calibration, Candidate
-from .search import Schedule, even_schedule, improve, pairs, seed_schedule
+from .search import even_schedule, improve, pairs, seed_schedule
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
 
 log = logging.getLogger(__name__)
-
-Run = Callable[[Any, int], Any]
-Distances = Callable[[Any, Any], Mapping[str, float]]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "hero": {"cache_point": "post_gate", "unsampled": "extrapolate"},
@@ -58,47 +53,6 @@ def relative_l2(sample: Any, reference: Any) -> dict[str, float]:
         else [("sample", sample, reference)]
     )
     return {name: float((a.float() - b.float()).norm() / b.float().norm()) for name, a, b in pairs}
-
-
-@dataclass(slots=True)
-class _Job:
-    """What the parts of a calibration share."""
-
-    model: Any
-    run: Run
-    recorder: Recorder
-    recordings: list[Recording]
-    finals: dict[int, Any]
-    scenes: tuple[int, ...]
-    holdout: tuple[int, ...]
-    distances: Distances
-    options: dict[str, Any]
-    store: _Store
-    seed: int
-    evaluations: int
-    must: tuple[int, ...]
-    searched: int
-    """Trajectories that an evaluation of the search runs."""
-    bar: Any = None
-
-
-@dataclass(slots=True)
-class _Store:
-    """What has been evaluated, kept in a file so that a calibration that was cut off goes on."""
-
-    path: Path | None
-    known: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.path is not None and self.path.exists():
-            self.known = json.loads(self.path.read_text())
-
-    def put(self, key: str, found: Mapping[str, float]) -> None:
-        self.known[key] = dict(found)
-        if self.path is not None:
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.known))
-            part.replace(self.path)
 
 
 def calibrate(
@@ -178,11 +132,11 @@ def calibrate(
         tapped, backend("fora", inner=inner, timestep=timestep),
         latent=latent, samples=samples, feature_samples=max(64, samples // 8), seed=seed,
     )  # fmt: skip
-    store = _Store(None if folder is None else Path(folder) / "evaluations.json")
+    store = Store(None if folder is None else Path(folder) / "evaluations.json")
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     options = {"inner": inner, "timestep": timestep}
-    job = _Job(
+    job = Job(
         getattr(model, "_orig_mod", model), run, recorder, [], {}, fitted, held, distances, options, store, seed, search,
         tuple(full_steps), min(2, len(fitted)),
     )  # fmt: skip
@@ -206,7 +160,7 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
         dynamo.forget_code(model)
 
 
-def _record(job: _Job, num_steps: int) -> None:
+def _record(job: Job, num_steps: int) -> None:
     compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
     for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
         job.finals[i] = job.run(compiled, i)
@@ -227,12 +181,12 @@ def _record(job: _Job, num_steps: int) -> None:
             )  # fmt: skip
 
 
-def _candidate(job: _Job, policy: str, budget: int | float, by: Collection[str], history: int) -> Candidate | None:
+def _candidate(job: Job, policy: str, budget: int | float, by: Collection[str], history: int) -> Candidate | None:
     if policy in job.recorder.unsupported:
         return None
     predictor, base = _predictor(job, policy, by, history)
     steps = len(job.recordings[0].timesteps)
-    plan = _plan(job, base, predictor, tuple(True for _ in range(steps)))
+    plan = plan_for(job, base, predictor, tuple(True for _ in range(steps)))
     chosen = backend(plan=plan, **job.options)
     compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
     job.run(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
@@ -250,20 +204,20 @@ def _candidate(job: _Job, policy: str, budget: int | float, by: Collection[str],
     for power in POWERS:
         errors = dict(zip(asked, predictor.errors(asked, power), strict=True))
         seeds.append(seed_schedule(errors, steps, full, reach=reach, must=job.must))
-    evaluate = _Evaluator(job, base, predictor, chosen, compiled)
+    evaluate = Evaluator(job, base, predictor, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
         best, _ = improve(seeds, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
     error = evaluate.errors(best, job.holdout)
     speed = steps / (full + (steps - full) * share)
-    final = _plan(job, base, predictor, best, error=error, speed=speed)
+    final = plan_for(job, base, predictor, best, error=error, speed=speed)
     tried = tuple((full, schedule, value) for schedule, value in evaluate.scores.items())
     return Candidate(
         policy=policy, plan=final, seeds=tuple(dict.fromkeys(seeds)), error=error, speed=speed, share=share,
-        score=_log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
+        score=log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
     )  # fmt: skip
 
 
-def _predictor(job: _Job, policy: str, by: Collection[str], history: int) -> tuple[Predictor, dict[str, Any]]:
+def _predictor(job: Job, policy: str, by: Collection[str], history: int) -> tuple[Predictor, dict[str, Any]]:
     recorder, recordings = job.recorder, tuple(job.recordings)
     lanes = next(iter(recordings[0].outputs.values())).shape[0]
     notes = {"fitted to": f"{len(recordings)} trajectories", "errors on": f"{len(job.holdout)} others"}
@@ -283,55 +237,3 @@ def _predictor(job: _Job, policy: str, by: Collection[str], history: int) -> tup
     names = [n.removeprefix(f"{policy}/") for n in recordings[0].features if n.startswith(f"{policy}/")]
     refreshed = frozenset(n for n in names if n.startswith(("sum_l0_", "l0_"))) if policy == "hero" else frozenset()
     return Features(recordings, policy, 1, refreshed), base
-
-
-def _plan(job: _Job, base: Mapping[str, Any], predictor: Predictor, schedule: Schedule, **more: Any) -> Plan:
-    line = Timeline(
-        schedule=schedule, timesteps=job.recordings[0].timesteps, coefficients=predictor.tables(schedule), **more
-    )
-    return Plan(timelines=(line,), **base)
-
-
-class _Evaluator:
-    """Runs schedules."""
-
-    def __init__(
-        self, job: _Job, base: Mapping[str, Any], predictor: Predictor, chosen: Backend, compiled: Any
-    ) -> None:
-        self.job, self.base, self.predictor, self.chosen, self.compiled = job, base, predictor, chosen, compiled
-        self.scores: dict[Schedule, float] = {}
-
-    def score(self, schedule: Schedule) -> float:
-        """Sum of the logarithms of all distances, mean over the trajectories that are searched on."""
-        self.scores[schedule] = _log_sum(self.errors(schedule, self.job.scenes[: self.job.searched]))
-        if self.job.bar is not None:
-            self.job.bar.update()
-        return self.scores[schedule]
-
-    def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
-        """Distances to full compute, mean over trajectories."""
-        plan, total = None, dict[str, float]()
-        for i in numbers:
-            key = self._key(schedule, i)
-            if key not in self.job.store.known:
-                if plan is None:
-                    plan = _plan(self.job, self.base, self.predictor, schedule)
-                    self.chosen.follow(plan)
-                self.chosen.reset()
-                sample = self.job.run(self.compiled, i)
-                self.job.store.put(key, self.job.distances(sample, self.job.finals[i]))
-            for name, value in self.job.store.known[key].items():
-                total[name] = total.get(name, 0.0) + value / len(numbers)
-        return total
-
-    def _key(self, schedule: Schedule, i: int) -> str:
-        """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
-        of = [
-            self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
-            "".join("01"[full] for full in schedule), str(self.job.recordings[0].timesteps),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
-
-
-def _log_sum(error: Mapping[str, float]) -> float:
-    return sum(math.log(max(value, 1e-12)) for value in error.values())

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Protocol
 
+from hero_fx.arguments import whole_number
+
 from .timestep import AmbiguousCall
 
 __all__ = ["Calling", "Session", "calling", "current_calling", "current_session", "reset", "session", "watch_state"]
@@ -267,8 +269,8 @@ def calling(
     if lane is not None and (not isinstance(lane, str | int) or isinstance(lane, bool) or lane == ""):
         raise ValueError(f"lane={lane!r} must be a non-empty string or a whole number that names the call of a step")
     for name, value, least in (("step_index", step_index, 0), ("num_steps", num_steps, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if value is not None:
+            whole_number(name, value, least)
     if step_index is not None and num_steps is not None and step_index >= num_steps:
         raise ValueError(
             f"step_index={step_index} is not below num_steps={num_steps}; steps are counted from 0 to {num_steps - 1}"

@@ -31,13 +31,13 @@ from .timestep import AmbiguousCall, Timestep, TimestepReader
 from .tracker import Call, Tracker
 from .weights import Model, Weights
 
-__all__ = ["Step", "Stepper"]
+__all__ = ["CompiledStep", "Stepper"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CompiledStep:
     """A compiled step graph and what its extra inputs are."""
 
     run: Compiled
@@ -55,8 +55,8 @@ class Stepper:
     def __init__(
         self,
         *,
-        full: Step,
-        cached: Sequence[Step],
+        full: CompiledStep,
+        cached: Sequence[CompiledStep],
         policy: Policy,
         schedule: Callable[[int | None], Schedule],
         state: Sequence[StateSpec],

@@ -22,8 +22,8 @@ from hero_fx.passes import compat
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.normalize.functionalize import is_in_place
 from hero_fx.passes.normalize.subclasses import unwrap
-from hero_fx.report import look_at_graph
 from hero_fx.step_graphs import StepGraphs
+from hero_fx.tracing import look_at_graph
 
 __all__ = ["Call", "Compiled", "Example", "look", "times_from", "twin_of"]
 

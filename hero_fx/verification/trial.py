@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -136,7 +136,7 @@ class Trial:
 
     def _forms(self, alone: Outputs) -> float:
         """The other form of the same steps."""
-        form = "literal" if self.config.form == "collapsed" else "collapsed"
+        form: Literal["collapsed", "literal"] = "literal" if self.config.form == "collapsed" else "collapsed"
         other = self.run(Compiled(replace(self.config, form=form)), self.calls)
         return worst(alone, other) if form == "literal" else worst(other, alone)
 

@@ -1,0 +1,116 @@
+"""Running schedules: how far each leads from full compute."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hero_fx.backends import Backend
+from hero_fx.plan import Plan, Timeline
+
+from .record import Recorder, Recording
+from .search import Schedule
+from .tables import Predictor
+
+__all__ = ["Distances", "Evaluator", "Job", "Run", "Store", "log_sum", "plan_for"]
+
+Run = Callable[[Any, int], Any]
+Distances = Callable[[Any, Any], Mapping[str, float]]
+
+
+@dataclass(slots=True)
+class Job:
+    """What the parts of a calibration share."""
+
+    model: Any
+    run: Run
+    recorder: Recorder
+    recordings: list[Recording]
+    finals: dict[int, Any]
+    scenes: tuple[int, ...]
+    holdout: tuple[int, ...]
+    distances: Distances
+    options: dict[str, Any]
+    store: Store
+    seed: int
+    evaluations: int
+    must: tuple[int, ...]
+    searched: int
+    """Trajectories that an evaluation of the search runs."""
+    bar: Any = None
+
+
+@dataclass(slots=True)
+class Store:
+    """What has been evaluated, kept in a file so that a calibration that was cut off goes on."""
+
+    path: Path | None
+    known: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            self.known = json.loads(self.path.read_text())
+
+    def put(self, key: str, found: Mapping[str, float]) -> None:
+        self.known[key] = dict(found)
+        if self.path is not None:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.known))
+            part.replace(self.path)
+
+
+def plan_for(job: Job, base: Mapping[str, Any], predictor: Predictor, schedule: Schedule, **more: Any) -> Plan:
+    """The plan of a schedule with fitted coefficients."""
+    line = Timeline(
+        schedule=schedule, timesteps=job.recordings[0].timesteps, coefficients=predictor.tables(schedule), **more
+    )
+    return Plan(timelines=(line,), **base)
+
+
+class Evaluator:
+    """Runs schedules."""
+
+    def __init__(self, job: Job, base: Mapping[str, Any], predictor: Predictor, chosen: Backend, compiled: Any) -> None:
+        self.job, self.base, self.predictor, self.chosen, self.compiled = job, base, predictor, chosen, compiled
+        self.scores: dict[Schedule, float] = {}
+
+    def score(self, schedule: Schedule) -> float:
+        """Sum of the logarithms of all distances, mean over the trajectories that are searched on."""
+        self.scores[schedule] = log_sum(self.errors(schedule, self.job.scenes[: self.job.searched]))
+        if self.job.bar is not None:
+            self.job.bar.update()
+        return self.scores[schedule]
+
+    def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
+        """Distances to full compute, mean over trajectories."""
+        plan, total = None, dict[str, float]()
+        for i in numbers:
+            key = self._key(schedule, i)
+            if key not in self.job.store.known:
+                if plan is None:
+                    plan = plan_for(self.job, self.base, self.predictor, schedule)
+                    self.chosen.follow(plan)
+                self.chosen.reset()
+                sample = self.job.run(self.compiled, i)
+                self.job.store.put(key, self.job.distances(sample, self.job.finals[i]))
+            for name, value in self.job.store.known[key].items():
+                total[name] = total.get(name, 0.0) + value / len(numbers)
+        return total
+
+    def _key(self, schedule: Schedule, i: int) -> str:
+        """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
+        of = [
+            self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
+            "".join("01"[full] for full in schedule), str(self.job.recordings[0].timesteps),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
+
+
+def log_sum(error: Mapping[str, float]) -> float:
+    """What candidates are compared by: the sum of the logarithms of all distances."""
+    return sum(math.log(max(value, 1e-12)) for value in error.values())

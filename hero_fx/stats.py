@@ -1,0 +1,28 @@
+"""Counts of what a backend has compiled and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a backend has compiled and run so far."""
+
+    graphs: int
+    """Dynamo graphs that are compiled now (one per resolution, and per model of a class of its own)."""
+    full_steps: int
+    """Steps of trajectories whose calls computed every layer."""
+    cached_steps: int
+    """Steps with a call that used cached features."""
+    full_calls: int
+    """Calls that computed every layer. A step makes several where guidance calls the model twice."""
+    cached_calls: int
+    refused_calls: int
+    """Of the full calls those whose step, lane or request could not be told (`strict=False`; they are errors otherwise)."""
+    state_bytes: int
+    """Bytes of feature state held now, over all sessions and lanes."""
+    sessions: int
+    """Sessions that hold state."""
