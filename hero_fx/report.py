@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from hero_fx.passes.pipeline import PassRecord
