@@ -157,6 +157,7 @@ def _call(subset: Subset, node: fx.Node, operands: Mapping[int, fx.Node], keys: 
             tokens, shape = subset.tokens(operand), value_of(mask).shape
             if tokens is not None and rows is not None and shape[dim] == tokens.length != 1:
                 mask = rows.gather(mask, tokens.at(len(shape) + dim))
+                assert mask is not None, "attention is emitted where some of its tokens are kept"
         changes[op.mask or ""] = mask
     for name, place in zip(op.lengths, (op.query, op.key), strict=False):
         if argument_of(node, name) is not None:  # the op is told how many tokens there are

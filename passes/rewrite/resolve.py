@@ -61,11 +61,11 @@ class _Resolver:
     def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
         self.structure = structure
         self.nodes, self.memory = by_name(gm), Memory(gm.graph)
-        self._tokens: dict[tuple[str, CachePoint], BranchTokens[fx.Node] | NoRule] = {}
+        self._tokens: dict[tuple[Branch, CachePoint], BranchTokens[fx.Node] | NoRule] = {}
 
     def tokens(self, branch: Branch, cache_point: CachePoint) -> BranchTokens[fx.Node]:
         """The token axis through a branch. Raises NoRule."""
-        key = (branch.label, cache_point)
+        key = (branch, cache_point)
         if key not in self._tokens:
             try:
                 to_update = cache_point == "post_gate"
