@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from hero_fx.passes.analysis.branches import body_of, module_path
+from hero_fx.passes.analysis.branch_names import module_path
+from hero_fx.passes.analysis.branch_tokens import body_of
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import is_matmul
 from hero_fx.passes.attention import ATTENTION

@@ -143,9 +143,7 @@ class ToCa(_OneKind):
     def strategy(self, branch: Branch, structure: Structure) -> Strategy:
         if branch.kind != "ffn":
             return Reuse(cache_point=self.cache_point)
-        image = any(
-            structure.image in {s.source for s in structure.streams[u.stream].tokens.segments} for u in branch.updates
-        )
+        image = any(structure.image in structure.streams[u.stream].tokens.sources for u in branch.updates)
         if not image and self.text == "skip":
             return Reuse(cache_point=self.cache_point)
         return ScoredRefresh(

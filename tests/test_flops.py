@@ -169,7 +169,7 @@ def test_full_size_rows_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, most in bounds:
         backend = hero_fx.backend(**options, state_dtype=torch.bfloat16)
 
-        def state(steps: hero_fx.StepGraphs, _: object, made: hero_fx.Backend = backend) -> float:
+        def state(steps: hero_fx.StepGraphs, _: int, made: hero_fx.Backend = backend) -> int:
             return made.rewrite(steps).state_bytes
 
         assert 0.98 * most < at_full_depth(state) <= most

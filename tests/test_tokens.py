@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hero_fx.passes.analysis.follow import RULES, follow
-from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
+from hero_fx.passes.analysis.tokens import NoRule, Segment, Source, Tokens
 
-from .support.axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.axis import IMAGE_TOKENS, TEXT, TEXT_TOKENS, TOKENS, WIDTH, Function, check, stream, tokens_of
 from .support.tracing import trace
 
 aten = torch.ops.aten
@@ -156,7 +156,9 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 
 
 def test_tokens_are_cut_and_written_in_the_order_of_their_axis() -> None:
-    axis = Tokens(2, (Segment("text", 0, 3), Segment("image", 2, 7), Segment("%registers", 0, 2)))
+    axis = Tokens(
+        2, (Segment(TEXT_TOKENS, 0, 3), Segment(IMAGE_TOKENS, 2, 7), Segment(Source("registers", "outside"), 0, 2))
+    )
     assert axis.length == 10
     assert str(axis) == "dim 2: text[0:3] image[2:7] %registers[0:2]"
     assert str(axis.cut(1, 5)) == "dim 2: text[1:3] image[2:4]"

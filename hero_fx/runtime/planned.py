@@ -101,7 +101,7 @@ class Planned:
         """`row`: [terms, ...] of one step."""
         row = row.to(torch.float32)
         rule = self._rules.get(slot.table)
-        weight = row[int(slot.term[1:])] if rule is None else combination(list(row), rule)[slot.term]
+        weight = row[slot.term.number] if rule is None else combination(list(row), rule)[slot.term]
         if rule is not None and rule.groups > 1:
             weight = weight.repeat_interleave(slot.shape[0] // rule.groups, dim=0)
         return weight.expand(slot.shape).contiguous()

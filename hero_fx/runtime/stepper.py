@@ -227,8 +227,8 @@ class Stepper:
         match slot:
             case StateSlot():
                 return state[slot]
-            case ScalarSlot(name):
-                return self._scalar(scalar_value(name, call), device)
+            case ScalarSlot():
+                return self._scalar(scalar_value(slot, call), device)
             case IndexSlot(layer):
                 assert self.selections is not None
                 return self.selections.at(pattern)[layer or 0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from hero_fx.passes.ops import argument
 
 from .moves import MOVING
 from .rules import COMPUTING, Rule
-from .tokens import Folded, Info, Lookup, NoRule, Segment, Tokens, normal_dim, rank_of
+from .tokens import Folded, Info, Lookup, NoRule, Segment, Source, Tokens, normal_dim, rank_of
 
 __all__ = ["RULES", "attends_within", "follow"]
 
@@ -33,7 +34,7 @@ RULES: Mapping[Any, Rule] = {**COMPUTING, **MOVING}
 
 
 def follow(
-    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[str] = ()
+    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[Source] = ()
 ) -> dict[fx.Node, Info]:
     """Tokens of every node that depends on a seed.
 
@@ -80,11 +81,11 @@ def follow(
     return known
 
 
-def _attention(node: fx.Node, look: Lookup, whole: Collection[str]) -> Info:
+def _attention(node: fx.Node, look: Lookup, whole: Collection[Source]) -> Info:
     op = ATTENTION[node.target]
     query, key, value = op.operands(node)
     tokens, k, v = look(query), look(key), look(value)
-    met = {segment.source for info in (tokens, k, v) if info is not None for segment in info.segments}
+    met = frozenset[Source]().union(*(info.sources for info in (tokens, k, v) if info is not None))
     reason = op.ordered(node, whole=met <= set(whole))
     if reason:
         raise NoRule(node, reason)
@@ -117,6 +118,6 @@ def _alike(k: Tokens | None, v: Tokens | None) -> bool:
         return k is v
 
     def plain(segment: Segment) -> Segment:
-        return Segment("%", segment.start, segment.stop) if segment.source.startswith("%") else segment
+        return replace(segment, source=Source("", "outside")) if segment.source.is_outside else segment
 
     return k.dim == v.dim and list(map(plain, k.segments)) == list(map(plain, v.segments))

@@ -23,7 +23,7 @@ from hero_fx.passes.ops import (
 )
 
 from .rules import Rule
-from .tokens import Folded, Lookup, NoRule, Segment, Tokens, normal_dim, one_input, rank_of
+from .tokens import Folded, Lookup, NoRule, Segment, Source, Tokens, normal_dim, one_input, rank_of
 
 __all__ = ["MOVING", "slice_bounds"]
 
@@ -165,7 +165,7 @@ def _cat(node: fx.Node, look: Lookup) -> Tokens:
     segments: list[Segment] = []
     for source, info in zip(inputs, infos, strict=True):
         # Tokens that no stream holds (registers, a fixed prompt) are a source of their own, kept whole.
-        own = (Segment(f"%{source.name}", 0, value_of(source).shape[dim]),)
+        own = (Segment(Source(source.name, "outside"), 0, value_of(source).shape[dim]),)
         for segment in own if info is None else info.segments:
             last = segments[-1] if segments else None
             if last is not None and (last.source, last.stop) == (segment.source, segment.start):

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import StateSlot, slots_of
+from hero_fx.passes.slots import ScaleSlot, StateSlot, slots_of
 
 __all__ = ["QuantizeState", "WriteBytes"]
 
@@ -88,7 +88,7 @@ class QuantizeState:
             with emitter.mode:
                 like = torch.empty(*likes[node].shape[:-1], 1, device=likes[node].device)
                 node.meta["val"] = torch.empty(likes[node].shape, dtype=torch.int8, device=likes[node].device)
-            scales[node] = emitter.state(StateSlot(f"{slot.name}_scale", ("scale", slot)), like)
+            scales[node] = emitter.state(ScaleSlot(slot), like)
         values: dict[fx.Node, fx.Node] = {}
         for node in list(gm.graph.nodes):
             target = node.args[0] if node.target in (aten.copy_.default, aten.index_copy_.default) else None
