@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hero_fx.passes.render import graph_counts_diff, graph_diff, op_count, render
+from hero_fx.runtime.budget import OverBudget
 from hero_fx.runtime.calling import Calling, Session, calling, reset, session
 from hero_fx.runtime.timestep import AmbiguousCall
 from hero_fx.verification.trial import Check
@@ -39,6 +40,7 @@ __all__ = [
     "Explanation",
     "Fingerprint",
     "Flops",
+    "OverBudget",
     "Plan",
     "Policy",
     "Session",

@@ -16,9 +16,11 @@ from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.normalize.trace import normalize
 from hero_fx.passes.pipeline import PassRecord, Pipeline
-from hero_fx.passes.rewrite.plan import recordings, resolve, term_slot
+from hero_fx.passes.rewrite.features import feature_slots
+from hero_fx.passes.rewrite.plan import recordings
+from hero_fx.passes.rewrite.resolve import resolve
 from hero_fx.passes.simplify.cleanup import state_read
-from hero_fx.passes.simplify.merge import find_merges
+from hero_fx.passes.simplify.summands import find_merges
 
 from . import stages
 from .config import Config
@@ -121,7 +123,7 @@ class _Build:
             self.run(name, passes + collapsing, gm)
         if config.form == "collapsed":
             families = [
-                tuple(term_slot(recording.branch, structure.streams, update, i) for i in range(recording.terms))
+                tuple(feature_slots(structure, recording.branch, update, recording.terms))
                 for recording in kept
                 for update in recording.branch.updates
             ]

@@ -143,9 +143,7 @@ class ToCa(_OneKind):
     def strategy(self, branch: Branch, structure: Structure) -> Strategy:
         if branch.kind != "ffn":
             return Reuse(cache_point=self.cache_point)
-        image = any(
-            structure.image in {s.source for s in structure.streams[u.stream].tokens.segments} for u in branch.updates
-        )
+        image = any(structure.image in structure.streams[u.stream].tokens.sources for u in branch.updates)
         if not image and self.text == "skip":
             return Reuse(cache_point=self.cache_point)
         return ScoredRefresh(
@@ -155,7 +153,7 @@ class ToCa(_OneKind):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DuCa:
-    """DuCa: steps of ToCa with the score 1 - |v| (no attention map), in turn with steps that reuse everything."""
+    """DuCa: steps of ToCa with the score `1 - |v|` (no attention map), in turn with steps that reuse everything."""
 
     ratio: float = 0.25
     interval: int = 2

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
 from hero_fx.passes.pipeline import PassRecord
@@ -154,12 +153,9 @@ class Explanation:
     def _state(self) -> str:
         roles: Counter[str] = Counter()
         counts: Counter[str] = Counter()
-        # A scale is named after the state that it scales.
-        scales = {f"{spec.slot.name}_scale" for spec in self.steps.state if spec.dtype is torch.int8}
         for spec in self.steps.state:
-            role = "scales of int8 state" if spec.slot.name in scales else _role(spec.slot.name)
-            roles[role] += spec.nbytes
-            counts[role] += 1
+            roles[spec.slot.role] += spec.nbytes
+            counts[spec.slot.role] += 1
         rows = [[role, counts[role], size / 1e6] for role, size in roles.items()]
         rows.append(["feature state per lane and session", len(self.steps.state), self.steps.state_bytes / 1e6])
         return tabulate(rows, headers=["state", "tensors", "MB"], floatfmt=",.3f")
@@ -226,17 +222,3 @@ def _merge(rows: list[list[str]]) -> list[list[str]]:
     return [
         [str(first) if first == last else f"{first}-{last}", *row[1:]] for first, last, group in merged for row in group
     ]
-
-
-def _role(name: str) -> str:
-    """`l3_attention_image_y0` -> `features Y_0`."""
-    last = name.split("_")[-1]
-    if name.startswith("out"):
-        return "past outputs" if last[0] == "v" else "past latents"
-    if last.startswith("y") and last[1:].isdigit():
-        return f"features Y_{last[1:]}"
-    if last in ("score", "stamp"):
-        return "token scores and ages"
-    if last == "gate":
-        return "gates"
-    return "keys and values"

@@ -42,9 +42,10 @@ from hero_fx.passes.rewrite.refresh_scored import RefreshScored
 from hero_fx.passes.rewrite.weigh import WeighFeatures
 from hero_fx.passes.simplify.cleanup import DropDeadCode, DropUnreadState
 from hero_fx.passes.simplify.common_subexpressions import CommonSubexpressions
-from hero_fx.passes.simplify.merge import Merge, MergeCaches
+from hero_fx.passes.simplify.merge import MergeCaches
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
 from hero_fx.passes.simplify.scatters import ForwardGathers, SinkScatters
+from hero_fx.passes.simplify.summands import Merge
 from hero_fx.passes.simplify.write_rows import WriteRows
 from hero_fx.passes.slots import StateSlot
 

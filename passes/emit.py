@@ -1,12 +1,12 @@
 """Adding nodes to a normalised graph: every new node gets its fake value, and state is explicit in and explicit out.
 
 A rewritten graph has the inputs of the graph it came from, then extra inputs in the order the passes made them. What
-an extra input means is in `node.meta["slot"]`, one of the frozen dataclasses below; the runtime fills them by slot:
+an extra input means is in `node.meta["slot"]`, a typed key of `slots`; the runtime fills them by slot:
 
 =============  ==================================================================================
 `StateSlot`    a tensor of feature state, updated in place by a `copy_` at the end of the graph
 `ScalarSlot`   a 0-d tensor with a number of this call (steps since the last full step, ...)
-`IndexSlot`    indices [K] of the sampled image tokens of this step
+`IndexSlot`    the selection of this step: indices [K] of the sampled image tokens
 `TableSlot`    coefficients of this step from a calibrated plan, by channel
 =============  ==================================================================================
 """
@@ -88,7 +88,8 @@ class Emitter:
         """Computes the fake value of a node from those of its arguments."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         with self.mode, torch.no_grad(), unbound_sizes(self.mode):
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            assert callable(node.target)
+            node.meta["val"] = node.target(*args, **kwargs)
 
     def inline(self, function: Callable[..., torch.Tensor], *args: fx.Node) -> fx.Node:
         """The nodes of a plain PyTorch function of tensors, traced and copied in; returns its result."""
@@ -109,7 +110,7 @@ class Emitter:
 
         `dtype` stores floating-point features in another dtype than their own.
         """
-        return self._input(slot, slot.name, like, static=True, dtype=dtype if like.is_floating_point() else None)
+        return self._input(slot, like, static=True, dtype=dtype if like.is_floating_point() else None)
 
     def read(self, state: fx.Node, like: torch.Tensor) -> fx.Node:
         """The value of a state input in the dtype of `like`."""
@@ -117,23 +118,23 @@ class Emitter:
             return state
         return self.call(aten.to.dtype, state, like.dtype)
 
-    def scalar(self, name: str, device: torch.device) -> fx.Node:
+    def scalar(self, slot: ScalarSlot, device: torch.device) -> fx.Node:
         """The input for a 0-d float32 tensor; 0-d tensors do not promote the dtype of what they scale."""
         with self.mode:
             like = torch.empty((), dtype=torch.float32, device=device)
-        return self._input(ScalarSlot(name), name, like)
+        return self._input(slot, like)
 
-    def indices(self, layer: int | None, count: int, device: torch.device) -> fx.Node:
-        """The input for int64 indices [count] of sampled tokens."""
+    def selection(self, slot: IndexSlot, count: int, device: torch.device) -> fx.Node:
+        """The input for a selection: int64 indices [count] of sampled tokens."""
         with self.mode:
             like = torch.empty(count, dtype=torch.int64, device=device)
-        return self._input(IndexSlot(layer), "idx" if layer is None else f"idx_{layer}", like)
+        return self._input(slot, like)
 
     def table(self, slot: TableSlot, device: torch.device) -> fx.Node:
         """The input for a float32 tensor of coefficients; products with it are float32 at least."""
         with self.mode:
             like = torch.empty(slot.shape, dtype=torch.float32, device=device)
-        return self._input(slot, f"{slot.table}_{slot.term}_weight", like)
+        return self._input(slot, like)
 
     def erase_input(self, node: fx.Node) -> None:
         """Removes an extra input that nothing reads."""
@@ -147,20 +148,14 @@ class Emitter:
             self.call(aten.copy_.default, state, value)
 
     def _input(
-        self,
-        slot: Slot,
-        name: str,
-        like: torch.Tensor,
-        *,
-        static: bool = False,
-        dtype: torch.dtype | None = None,
+        self, slot: Slot, like: torch.Tensor, *, static: bool = False, dtype: torch.dtype | None = None
     ) -> fx.Node:
         if slot in self._slots:
             return self._slots[slot]
         if self._last_input is None:
             self._last_input = list(self.graph.find_nodes(op="placeholder"))[-1]
         with self.graph.inserting_after(self._last_input):
-            node = self.graph.create_node("placeholder", name, name=name)
+            node = self.graph.create_node("placeholder", slot.name, name=slot.name)
         node.target = node.name
         with self.mode:
             node.meta["val"] = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
@@ -173,9 +168,6 @@ class Emitter:
 
 def drop_dead_code(graph: fx.Graph) -> int:
     """Removes unused nodes that have no side effect; in-place ops and graph inputs stay."""
-    removed = 0
-    for node in reversed(graph.nodes):
-        if node.op in ("call_function", "get_attr") and not node.users and not has_side_effect(node):
-            graph.erase_node(node)
-            removed += 1
-    return removed
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(is_impure_node=has_side_effect)
+    return before - len(graph.nodes)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from hero_fx.build import build_steps
 from hero_fx.config import Config
-from hero_fx.passes.rewrite.plan import Extrapolate, Refresh, Reuse, ScoredRefresh, resolve
+from hero_fx.passes.rewrite.plan import Extrapolate, Refresh, Reuse, ScoredRefresh
+from hero_fx.passes.rewrite.resolve import resolve
 
 from .support.layers import D, Layer, Model, Part, attend, norm
 from .support.steps_by_hand import GRID, Toy

@@ -20,7 +20,7 @@ from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 
 from .support import tiny, toys
 from .support.attention_ops import registered
-from .support.axis import TOKENS, stream
+from .support.axis import IMAGE_TOKENS, TEXT_TOKENS, TOKENS, stream
 from .support.layers import D, Model, Part, norm
 from .support.steps_by_hand import Toy
 from .support.tracing import trace
@@ -140,12 +140,12 @@ def reason(function: Callable[[Tensor], Tensor]) -> str:
 
 def test_attention_may_be_causal_where_all_tokens_are_computed_or_none() -> None:
     gm = trace(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), torch.ones(2, 3, 8, 4))
-    tokens = Tokens(2, (Segment("text", 0, 3), Segment("image", 0, 5)))
+    tokens = Tokens(2, (Segment(TEXT_TOKENS, 0, 3), Segment(IMAGE_TOKENS, 0, 5)))
     seeds = {gm.graph.find_nodes(op="placeholder")[0]: tokens}
     with pytest.raises(NoRule, match="is_causal=True: it depends on the order of the tokens"):
-        follow(gm.graph.nodes, seeds, whole={"text"})
+        follow(gm.graph.nodes, seeds, whole={TEXT_TOKENS})
     (*_, attention, _) = gm.graph.nodes
-    assert follow(gm.graph.nodes, seeds, whole={"text", "image"})[attention] == tokens
+    assert follow(gm.graph.nodes, seeds, whole={TEXT_TOKENS, IMAGE_TOKENS})[attention] == tokens
 
 
 def test_what_depends_on_the_order_of_tokens_is_refused() -> None:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hero_fx.build import normalized
-from hero_fx.passes.analysis.branches import body_of, find_branches
+from hero_fx.passes.analysis.branch_tokens import body_of
+from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.analysis.tokens import IMAGE
 from hero_fx.passes.emit import by_name
 
 from .support import tiny
@@ -270,7 +272,7 @@ def test_cross_attention() -> None:
         "l0_attention", "l0_cross_attention", "l0_ffn", "l1_attention", "l1_cross_attention", "l1_ffn",
     ]  # fmt: skip
     assert [s.name for s in structure.streams] == ["image"]
-    assert structure.lengths == {"image": 5}
+    assert structure.lengths == {IMAGE: 5}
 
 
 def test_dual_streams_then_a_single_one() -> None:
@@ -303,7 +305,7 @@ def test_a_stream_taken_apart_and_joined_again_in_every_layer() -> None:
     assert [f"{s.name}: {s.tokens}" for s in structure.streams] == [
         "image: dim 1: image[0:5]", "image#1: dim 1: image[2:5]", "image#2: dim 1: image[0:2]",
     ]  # fmt: skip
-    assert structure.lengths == {"image": 5}
+    assert structure.lengths == {IMAGE: 5}
     assert structure.depth == 2
 
 

@@ -11,7 +11,7 @@ from hero_fx.passes.render import graph_diff, render
 from hero_fx.passes.rewrite.extrapolate import ReuseBranches
 from hero_fx.passes.rewrite.plan import Full, Reuse
 from hero_fx.passes.simplify.cleanup import DropDeadCode, DropUnreadState
-from hero_fx.passes.slots import StateSlot
+from hero_fx.passes.slots import FeatureSlot
 from hero_fx.step_graphs import copy_graph
 
 from .support.step_graphs import graph, run, tensors
@@ -75,7 +75,7 @@ def test_state_that_no_step_reads_goes() -> None:
     values = tensors()
     gm = graph(record, x=values["x"], s1=values["s1"], s2=values["s1"].clone())
     assert_expected_inline(
-        run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[1],
+        run(gm, DropUnreadState(read=frozenset({FeatureSlot("s1", "image")})))[1],
         """\
   ...
 - s2: f32[2, 5, 3] = input
@@ -84,4 +84,4 @@ def test_state_that_no_step_reads_goes() -> None:
 - copy__1: f32[2, 5, 3] = aten.copy_.default(s2, mul)
   ...""",
     )
-    assert run(gm, DropUnreadState(read=frozenset({StateSlot("s1")})))[0] == 0
+    assert run(gm, DropUnreadState(read=frozenset({FeatureSlot("s1", "image")})))[0] == 0

@@ -78,6 +78,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mode": "max-autotune", "inner": "eager"}, "with inner='eager' leave them out"),
     ({"options": {"max_autotune": True}, "inner": "aot_eager"}, "with inner='aot_eager' leave them out"),
     ({"disable_passes": ("refresh",)}, "names of passes that preserve numerics: .*sink_scatters"),
+    ({"max_state_bytes": 0}, "whole number of at least 1"),
     ({"disable_passes": "write_rows"}, "names of passes that preserve numerics"),
     ({"strict": "no"}, "True, False"),
 ]

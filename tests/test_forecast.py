@@ -111,6 +111,19 @@ def check(inner: str, history: int, latent: bool, **options: Any) -> hero_fx.Bac
     return backend
 
 
+def test_a_batch_that_changes_keeps_the_plan() -> None:
+    """Dynamo then makes sizes inputs too, which are named after the tensors that they are of."""
+    model, table = tiny.cogvideox(layers=2), theta(1, 1, tiny.CHANNELS, 1, 1)
+    plan = plan_of(OutputRule(index=0, axis=2, latent="hidden_states", history=2), table, FITTING)
+    backend = hero_fx.backend(plan=plan, inner="aot_eager")
+    call = toys.torch_compile(model, backend, fullgraph=True)
+    for batch in (1, 2, 3):
+        kwargs = tiny.inputs(batch=batch)
+        ours = tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
+        assert tiny.worst(ours, by_reference(model, kwargs, table, slice(None), 2)) < 1e-5
+    assert backend.stats().graphs == 3
+
+
 @pytest.mark.parametrize("history", [1, 2, 3])
 @pytest.mark.parametrize("latent", [True, False])
 def test_trajectories_equal_the_equation(history: int, latent: bool) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from hero_fx.passes.normalize.functionalize import Functionalize, is_in_place
+from hero_fx.passes.normalize.functionalize import Functionalize
+from hero_fx.passes.ops import is_in_place
 from hero_fx.passes.render import graph_diff, render
 
 from .support.tracing import equal, run_passes, trace

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hero_fx
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import StateSlot, slots_of
+from hero_fx.passes.slots import FeatureSlot, StateSlot, slots_of
 from hero_fx.step_graphs import check_state
 
 from .support import small
@@ -159,7 +159,8 @@ def test_inductor_returns_no_state() -> None:
 
 
 def test_state_of_equal_names_is_not_one() -> None:
-    first, second = (StateSlot("l0_ffn_image_1_y0", of) for of in (("l0_ffn", 0, 1, 0), ("l0_ffn", 1, 0, 0)))
+    first, second = FeatureSlot("l0_ffn", "image", 1), FeatureSlot("l0_ffn", "image#1")
+    assert first.name == second.name
     gm = trace(lambda x: x + 1, torch.ones(2, 3))
     emitter = Emitter(gm)
     nodes = [

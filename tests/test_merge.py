@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from hero_fx.passes.simplify.cleanup import DropDeadCode
-from hero_fx.passes.simplify.merge import MergeCaches, find_merges
-from hero_fx.passes.slots import StateSlot
+from hero_fx.passes.simplify.merge import MergeCaches
+from hero_fx.passes.simplify.summands import find_merges
+from hero_fx.passes.slots import FeatureSlot
 
 from .support.step_graphs import B, D, N, graph, outputs, run, tensors
 
@@ -31,10 +32,10 @@ class Diff(expecttest.TestCase):
   ...
 - mul: f32[2, 5, 3] = aten.mul.Tensor(s2, w)
 - add: f32[2, 5, 3] = aten.add.Tensor(s1, mul)
-+ sum_s1: f32[2, 5, 3] = input
-+ sum_s2: f32[2, 5, 3] = input
-+ mul: f32[2, 5, 3] = aten.mul.Tensor(sum_s2, w)
-+ add: f32[2, 5, 3] = aten.add.Tensor(sum_s1, mul)
++ sum_s1_image_y0: f32[2, 5, 3] = input
++ sum_s2_image_y0: f32[2, 5, 3] = input
++ mul: f32[2, 5, 3] = aten.mul.Tensor(sum_s2_image_y0, w)
++ add: f32[2, 5, 3] = aten.add.Tensor(sum_s1_image_y0, mul)
   ...
 - mul_1: f32[2, 5, 3] = aten.mul.Tensor(s4, w)
 - add_2: f32[2, 5, 3] = aten.add.Tensor(s3, mul_1)
@@ -51,8 +52,8 @@ class Diff(expecttest.TestCase):
 - s3: f32[2, 5, 3] = input
 - s4: f32[2, 5, 3] = input
   ...
-+ sum_s1: f32[2, 5, 3] = input
-+ sum_s2: f32[2, 5, 3] = input
++ sum_s1_image_y0: f32[2, 5, 3] = input
++ sum_s2_image_y0: f32[2, 5, 3] = input
   ...
 - sub: f32[2, 5, 3] = aten.sub.Tensor(sin, s1)
 - mul: f32[2, 5, 3] = aten.mul.Tensor(sub, w)
@@ -63,10 +64,10 @@ class Diff(expecttest.TestCase):
 - copy__2: f32[2, 5, 3] = aten.copy_.default(s3, cos)
 - copy__3: f32[2, 5, 3] = aten.copy_.default(s4, mul_1)
 + sub_tensor: f32[2, 5, 3] = aten.sub.Tensor(add_1, x)
-+ sub_tensor_1: f32[2, 5, 3] = aten.sub.Tensor(sub_tensor, sum_s1)
++ sub_tensor_1: f32[2, 5, 3] = aten.sub.Tensor(sub_tensor, sum_s1_image_y0)
 + mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(sub_tensor_1, w)
-+ copy__default: f32[2, 5, 3] = aten.copy_.default(sum_s1, sub_tensor)
-+ copy__default_1: f32[2, 5, 3] = aten.copy_.default(sum_s2, mul_tensor)
++ copy__default: f32[2, 5, 3] = aten.copy_.default(sum_s1_image_y0, sub_tensor)
++ copy__default_1: f32[2, 5, 3] = aten.copy_.default(sum_s2_image_y0, mul_tensor)
   ...""",
         )
 
@@ -91,7 +92,10 @@ def two_branches() -> tuple[GraphModule, GraphModule, Any]:
 
     inputs = merge_inputs()
     graphs = graph(cached, **inputs), graph(full, **inputs)
-    families = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
+    families = [
+        (FeatureSlot("s1", "image"), FeatureSlot("s2", "image")),
+        (FeatureSlot("s3", "image"), FeatureSlot("s4", "image")),
+    ]
     return *graphs, find_merges([graphs[0]], families)
 
 
@@ -125,7 +129,7 @@ def test_a_sum_of_caches_alone_is_not_the_state() -> None:
         return s1 + s2
 
     gm = graph(cached, **{n: merge_inputs()[n] for n in ("s1", "s2")})
-    merges = find_merges([gm], [(StateSlot("s1"),), (StateSlot("s2"),)])
+    merges = find_merges([gm], [(FeatureSlot("s1", "image"),), (FeatureSlot("s2", "image"),)])
     assert run(gm, MergeCaches(merges=merges))[0] == 1
     state = torch.ones(B, N, D)
     out = gm(state)
@@ -146,7 +150,7 @@ def test_caches_are_not_merged(case: str) -> None:
     values = tensors()
     inputs = {"x": values["x"], "s1": values["s1"], "s2": values["s1"].clone(), "w": torch.tensor(2.0)}
     gm = graph(cached, **inputs, gate=values["gate"])
-    merges = find_merges([gm], [(StateSlot("s1"),), (StateSlot("s2"),)])
+    merges = find_merges([gm], [(FeatureSlot("s1", "image"),), (FeatureSlot("s2", "image"),)])
     # One sum with one leaf in front of `between` is still a sum; what matters is that s1 and s2 do not become one.
     assert merges == ()
     assert MergeCaches(merges=merges).apply(gm) == 0

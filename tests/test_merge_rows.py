@@ -12,13 +12,17 @@ from torch.fx import GraphModule
 
 import hero_fx
 from hero_fx.passes.simplify.cleanup import DropDeadCode
-from hero_fx.passes.simplify.merge import MergeCaches, find_merges
-from hero_fx.passes.slots import StateSlot
+from hero_fx.passes.simplify.merge import MergeCaches
+from hero_fx.passes.simplify.summands import find_merges
+from hero_fx.passes.slots import FeatureSlot
 
 from .support import toys
 from .support.step_graphs import graph, run, tensors
 
-FAMILIES = [(StateSlot("s1"), StateSlot("s2")), (StateSlot("s3"), StateSlot("s4"))]
+FAMILIES = [
+    (FeatureSlot("s1", "image"), FeatureSlot("s2", "image")),
+    (FeatureSlot("s3", "image"), FeatureSlot("s4", "image")),
+]
 
 
 def cached(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor, w: Tensor, idx: Tensor, v: Tensor) -> Tensor:
@@ -58,16 +62,16 @@ class Diffs(TestCase):
   ...
 - mul: f32[2, 5, 3] = aten.mul.Tensor(s2, w)
 - add: f32[2, 5, 3] = aten.add.Tensor(s1, mul)
-+ sum_s1: f32[2, 5, 3] = input
-+ sum_s2: f32[2, 5, 3] = input
-+ mul: f32[2, 5, 3] = aten.mul.Tensor(sum_s2, w)
-+ add: f32[2, 5, 3] = aten.add.Tensor(sum_s1, mul)
++ sum_s1_image_y0: f32[2, 5, 3] = input
++ sum_s2_image_y0: f32[2, 5, 3] = input
++ mul: f32[2, 5, 3] = aten.mul.Tensor(sum_s2_image_y0, w)
++ add: f32[2, 5, 3] = aten.add.Tensor(sum_s1_image_y0, mul)
   ...
 - mul_1: f32[2, 5, 3] = aten.mul.Tensor(s4, w)
 - add_2: f32[2, 5, 3] = aten.add.Tensor(s3, mul_1)
 - add_3: f32[2, 5, 3] = aten.add.Tensor(add_1, add_2)
 - index_select: f32[2, 2, 3] = aten.index_select.default(s2, 1, idx)
-+ index_select: f32[2, 2, 3] = aten.index_select.default(sum_s2, 1, idx)
++ index_select: f32[2, 2, 3] = aten.index_select.default(sum_s2_image_y0, 1, idx)
   ...
 - index_select_1: f32[2, 2, 3] = aten.index_select.default(s4, 1, idx)
 - mul_4: f32[2, 2, 3] = aten.mul.Tensor(index_select_1, w)
@@ -76,7 +80,7 @@ class Diffs(TestCase):
 - index_copy__1: f32[2, 5, 3] = aten.index_copy_.default(s3, 1, idx, sub_1)
 - return add_3
 + add_tensor: f32[2, 2, 3] = aten.add.Tensor(sub, mul_3)
-+ index_copy__default: f32[2, 5, 3] = aten.index_copy_.default(sum_s1, 1, idx, add_tensor)
++ index_copy__default: f32[2, 5, 3] = aten.index_copy_.default(sum_s1_image_y0, 1, idx, add_tensor)
 + return add_1""",
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.passes.render import op_count
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
+from hero_fx.passes.slots import ScaleSlot
 
 from .support import tiny
 from .support.step_graphs import graph, outputs, run
@@ -39,7 +40,7 @@ class Diff(expecttest.TestCase):
             diff,
             """\
   ...
-- index_copy_: f8e4m3[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
+- index_copy_: f8e4m3fn[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
 + view_dtype: u8[2, 5, 3] = aten.view.dtype(s1, u8)
 + view_dtype_1: u8[2, 2, 3] = aten.view.dtype(to_1, u8)
 + index_copy__default: u8[2, 5, 3] = aten.index_copy_.default(view_dtype, 1, idx, view_dtype_1)
@@ -66,9 +67,9 @@ class DiffOfWholeNumbers(expecttest.TestCase):
 - add: f32[2, 5, 3] = aten.add.Tensor(s1, 1)
 - index_copy_: f32[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, v)
 - mul: f32[2, 5, 3] = aten.mul.Tensor(add, index_copy_)
-+ s1_scale: f32[2, 5, 1] = input
++ s1_image_y0_scale: f32[2, 5, 1] = input
 + to_dtype: f32[2, 5, 3] = aten.to.dtype(s1, f32)
-+ mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(to_dtype, s1_scale)
++ mul_tensor: f32[2, 5, 3] = aten.mul.Tensor(to_dtype, s1_image_y0_scale)
 + add: f32[2, 5, 3] = aten.add.Tensor(mul_tensor, 1)
 + to: f32[2, 2, 3] = aten.to.dtype(v, f32)
 + abs_1: f32[2, 2, 3] = aten.abs.default(to)
@@ -84,9 +85,9 @@ class DiffOfWholeNumbers(expecttest.TestCase):
 + amax_1: f32[2, 2, 1] = aten.amax.default(abs_2, [-1], True)
 + div_2: f32[2, 2, 1] = aten.div.Tensor(amax_1, 127)
 + index_copy__default: i8[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_2)
-+ index_copy__default_1: f32[2, 5, 1] = aten.index_copy_.default(s1_scale, 1, idx, div_2)
++ index_copy__default_1: f32[2, 5, 1] = aten.index_copy_.default(s1_image_y0_scale, 1, idx, div_2)
 + to_dtype_1: f32[2, 5, 3] = aten.to.dtype(s1, f32)
-+ mul_tensor_1: f32[2, 5, 3] = aten.mul.Tensor(to_dtype_1, s1_scale)
++ mul_tensor_1: f32[2, 5, 3] = aten.mul.Tensor(to_dtype_1, s1_image_y0_scale)
 + mul: f32[2, 5, 3] = aten.mul.Tensor(add, mul_tensor_1)
   ...""",
         )
@@ -98,7 +99,7 @@ def test_whole_numbers_are_the_nearest() -> None:
     old = values["s1"]
     scale = old.abs().amax(dim=-1, keepdim=True) / 127
     stored, scales = torch.round(old / scale).to(torch.int8), scale.clone()
-    given = {**values, "s1": stored, "s1_scale": scales}
+    given = {**values, "s1": stored, "s1_image_y0_scale": scales}
     result = gm(*[given[node.name] for node in gm.graph.find_nodes(op="placeholder")])
     new = old.clone()
     new[:, [1, 4]] = values["v"]
@@ -128,7 +129,7 @@ def test_trajectory_with_whole_numbers(options: dict[str, Any], form: str) -> No
     floats, bytes_ = (
         sum(s.nbytes for s in b.graphs[0].state if len(s.shape) > 2 and 1 not in s.shape[-2:]) for b in (own, narrow)
     )
-    scales = sum(s.nbytes for s in narrow.graphs[0].state if s.slot.name.endswith("_scale"))
+    scales = sum(s.nbytes for s in narrow.graphs[0].state if isinstance(s.slot, ScaleSlot))
     assert bytes_ == floats // 4
     assert 0 < scales <= floats // 16
 

@@ -11,8 +11,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.analysis.tokens import Segment, Tokens
+from hero_fx.passes.analysis.tokens import IMAGE as IMAGE_TOKENS
+from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.render import graph_diff
+from hero_fx.passes.rewrite.features import key_slots
 from hero_fx.passes.rewrite.plan import (
     CachePoint,
     Extrapolate,
@@ -24,7 +26,6 @@ from hero_fx.passes.rewrite.plan import (
     Text,
     Unsampled,
 )
-from hero_fx.passes.rewrite.record import key_slots
 from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored, best_tokens
 from hero_fx.step_graphs import copy_graph
@@ -331,7 +332,7 @@ def test_keys_of_tokens_that_are_there_twice_have_state_of_their_own() -> None:
     """Where a sequence holds the image's tokens again, projected otherwise, one tensor cannot hold both."""
     toy = Toy(joint, text=True)
     (branch, *_) = [b for b in toy.structure.branches if b.attention]
-    segments = (Segment("text", 0, 2), Segment("image", 0, 6), Segment("image", 0, 6))
+    segments = (Segment(Source("text"), 0, 2), Segment(IMAGE_TOKENS, 0, 6), Segment(IMAGE_TOKENS, 0, 6))
     kept = key_slots(branch, 0, "k", Tokens(2, segments), Refresh(keys="landmarks", stride=3))
     assert [(slot.name, *place) for slot, *place in kept] == [
         ("l0_attention_k_text", 0, 2, 1),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hero_fx.passes.analysis.branches import find_branches
+from hero_fx.passes.analysis.tokens import IMAGE, Source
 
 from .support.tracing import normal_form
 
@@ -99,5 +100,5 @@ def test_names_of_streams(kind: type[Joint], names: list[str]) -> None:
     other = torch.ones(2, 3, dtype=torch.int64) if kind is Words else torch.ones(2, 3, D)
     structure = find_branches(normal_form(kind().eval(), torch.ones(2, 5, D), other))
     assert [s.name for s in structure.streams] == names
-    assert structure.image == "image"
-    assert structure.lengths == {"image": 5, names[1]: 3}
+    assert structure.image == IMAGE
+    assert structure.lengths == {IMAGE: 5, Source(names[1]): 3}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hero_fx.passes.analysis.branches import find_branches
-from hero_fx.passes.analysis.streams import find_grid
+from hero_fx.passes.analysis.grid import find_grid
 
 from .support.layers import D, Part, norm
 from .support.tracing import normal_form, trace

@@ -15,12 +15,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.analysis.tokens import Segment, Tokens
+from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.emit import Emitter
 from hero_fx.passes.render import graph_diff, op_count, render
-from hero_fx.passes.rewrite.subset import Rows, Subset
+from hero_fx.passes.rewrite.keep import Rows
+from hero_fx.passes.rewrite.subset import Subset
 
-from .support.axis import BATCH, IMAGE, TEXT, TOKENS, WIDTH, Text, attend_to_all, check, emit_subset, kept_rows, stream
+from .support.axis import (
+    BATCH,
+    IMAGE,
+    IMAGE_TOKENS,
+    TEXT,
+    TEXT_TOKENS,
+    TOKENS,
+    WIDTH,
+    Text,
+    attend_to_all,
+    check,
+    emit_subset,
+    kept_rows,
+    stream,
+)
 from .support.tracing import trace
 
 aten = torch.ops.aten
@@ -216,9 +231,11 @@ def test_chains_with_rows_for_each_batch_element(
 
 ORDERS = {
     "text first": TOKENS,
-    "image first": Tokens(1, (Segment("image", 0, IMAGE), Segment("text", 0, TEXT))),
-    "image alone": Tokens(1, (Segment("image", 0, TEXT + IMAGE),)),
-    "registers": Tokens(1, (Segment("%0", 0, 1), Segment("image", 0, IMAGE), Segment("text", 0, TEXT - 1))),
+    "image first": Tokens(1, (Segment(IMAGE_TOKENS, 0, IMAGE), Segment(TEXT_TOKENS, 0, TEXT))),
+    "image alone": Tokens(1, (Segment(IMAGE_TOKENS, 0, TEXT + IMAGE),)),
+    "registers": Tokens(
+        1, (Segment(Source("0", "outside"), 0, 1), Segment(IMAGE_TOKENS, 0, IMAGE), Segment(TEXT_TOKENS, 0, TEXT - 1))
+    ),
 }
 
 
@@ -231,11 +248,11 @@ def test_merge_puts_kept_tokens_in_their_places(tokens: Tokens, text: Text, imag
     inputs = gm.graph.find_nodes(op="placeholder")
     emitter = Emitter(gm)
     with emitter.before(emitter.output):
-        subset = Subset(emitter, {}, {"image": Rows(inputs[2]), "text": text}, attend_to_all)
-        kept = subset.gather(inputs[1], tokens)
+        subset = Subset(emitter, {}, {IMAGE_TOKENS: Rows(inputs[2]), TEXT_TOKENS: text}, attend_to_all)
+        kept = subset.rows.gather(inputs[1], tokens)
         assert kept is not None
-        assert kept.meta["val"].shape == (BATCH, subset.kept(tokens), WIDTH)
-        emitter.output.args = (subset.merge(inputs[0], tokens, kept),)
+        assert kept.meta["val"].shape == (BATCH, subset.kept.count(tokens), WIDTH)
+        emitter.output.args = (subset.rows.merge(inputs[0], tokens, kept),)
     gm.recompile()
     expected = base.clone()
     for batch, rows in enumerate(kept_rows(tokens, index, text).expand(BATCH, -1)):

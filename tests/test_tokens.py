@@ -10,10 +10,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.analysis.follow import _RULES, follow
-from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
+from hero_fx.passes.analysis.follow import RULES, follow
+from hero_fx.passes.analysis.tokens import NoRule, Segment, Source, Tokens
 
-from .support.axis import TEXT, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.axis import IMAGE_TOKENS, TEXT, TEXT_TOKENS, TOKENS, WIDTH, Function, check, stream, tokens_of
 from .support.tracing import trace
 
 aten = torch.ops.aten
@@ -156,7 +156,9 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
 
 
 def test_tokens_are_cut_and_written_in_the_order_of_their_axis() -> None:
-    axis = Tokens(2, (Segment("text", 0, 3), Segment("image", 2, 7), Segment("%registers", 0, 2)))
+    axis = Tokens(
+        2, (Segment(TEXT_TOKENS, 0, 3), Segment(IMAGE_TOKENS, 2, 7), Segment(Source("registers", "outside"), 0, 2))
+    )
     assert axis.length == 10
     assert str(axis) == "dim 2: text[0:3] image[2:7] %registers[0:2]"
     assert str(axis.cut(1, 5)) == "dim 2: text[1:3] image[2:4]"
@@ -199,7 +201,7 @@ def test_every_rule_has_an_example() -> None:
     for function, externals in EXAMPLES.values():
         for node in trace(function, stream(), *externals).graph.nodes:
             used.add(getattr(node.target, "overloadpacket", None))
-    assert sorted(map(str, set(_RULES) - used)) == []
+    assert sorted(map(str, {op.overloadpacket for op in RULES} - used)) == []
 
 
 REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
@@ -282,9 +284,9 @@ mean: mean = aten.mean.dim: it reduces over the token axis
 sum over all: sum_1 = aten.sum.default: it reduces over the token axis
 var over two axes: var = aten.var.dim: it reduces over the token axis
 norm over all: linalg_vector_norm = aten.linalg_vector_norm.default: it reduces over the token axis
-softmax: softmax = aten.softmax.int: it mixes values along the token axis
-cumsum: cumsum = aten.cumsum.default: it mixes values along the token axis
-glu: glu = aten.glu.default: it mixes values along the token axis
+softmax: softmax = aten.softmax.int: it works along the token axis
+cumsum: cumsum = aten.cumsum.default: it works along the token axis
+glu: glu = aten.glu.default: it works along the token axis
 roll: roll = aten.roll.default: it works along the token axis
 flip: flip = aten.flip.default: it works along the token axis
 sort: sort = aten.sort.default: it works along the token axis
@@ -307,13 +309,13 @@ bmm of tokens: bmm = aten.bmm.default: a product over or between token axes has 
 addmm over tokens: addmm = aten.addmm.default: a product over or between token axes has no rule
 baddbmm onto tokens: baddbmm = aten.baddbmm.default: the token axis comes in through an argument that the rule does not expect
 convolution with a stride: conv1d = aten.conv1d.default: it works along the token axis
-linear: linear = aten.linear.default: it mixes values along the token axis
-layer_norm: layer_norm = aten.layer_norm.default: it mixes values along the token axis
-complex: view_as_complex = aten.view_as_complex.default: it mixes values along the token axis
+linear: linear = aten.linear.default: it works along the token axis
+layer_norm: layer_norm = aten.layer_norm.default: it works along the token axis
+complex: view_as_complex = aten.view_as_complex.default: it works along the token axis
 matmul over tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul of tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul with one matrix per token: matmul = aten.matmul.default: a product over or between token axes has no rule
-merge with channels, and mix: softmax = aten.softmax.int: it mixes values along the token axis
+merge with channels, and mix: softmax = aten.softmax.int: it works along the token axis
 merge with the batch, and cut: slice_1 = aten.slice.Tensor: it takes a part of an axis into which more than tokens is folded
 merge with the batch, and join: cat = aten.cat.default: it takes a part of an axis into which more than tokens is folded
 merge with the batch, and repeat: repeat_interleave = aten.repeat_interleave.self_int: it works along the token axis

@@ -83,7 +83,7 @@ def old_labels(patch: pytest.MonkeyPatch) -> None:
         def check(self) -> None:
             pass
 
-    patch.setattr(branches, "_Labels", Labels)
+    patch.setattr(branches, "Labels", Labels)
 
 
 def blind_to_writes(patch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 import hero_fx
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.passes.rewrite.plan import Extrapolate, Full
-from hero_fx.passes.rewrite.weigh import WeighFeatures, family_of
-from hero_fx.passes.slots import ScalarSlot, StateSlot, TableSlot, slots_of
+from hero_fx.passes.rewrite.weigh import WeighFeatures
+from hero_fx.passes.slots import FeatureSlot, ScalarSlot, TableSlot, slots_of
 from hero_fx.plan import Plan, Timeline
 
 from .reference import Config, trajectory
@@ -73,9 +73,10 @@ def test_features_without_coefficients_are_refused() -> None:
         run_passes(gm, WeighFeatures(tables={"l0_ffn_image": (3,)}))
 
 
-def test_families() -> None:
-    assert family_of(StateSlot("sum_l0_attention_image_y1")) == ("sum_l0_attention_image", 1)
-    assert family_of(StateSlot("l0_attention_k")) is None
+def test_terms_have_their_features_in_common() -> None:
+    first, second = (FeatureSlot("l0_attention", "text+image", 0, term, merged=True) for term in (0, 1))
+    assert first.features == second.features == "sum_l0_attention_text_image"
+    assert [first.name, second.name] == ["sum_l0_attention_text_image_y0", "sum_l0_attention_text_image_y1"]
 
 
 # ---------------------------------------------------------------------------------------------------- trajectories
@@ -84,7 +85,7 @@ def families(policy: str, **options: Any) -> list[str]:
     backend = hero_fx.backend(policy, **options)
     graph = tiny.captured(layers=LAYERS)
     slots = [spec.slot for spec in backend.trace(graph.gm, graph.inputs).state]
-    return [family[0] for slot in slots if (family := family_of(slot)) is not None and family[1] == 1]
+    return [slot.features for slot in slots if isinstance(slot, FeatureSlot) and slot.term == 1]
 
 
 def taylor(terms: int, *shape: int) -> Tensor:

@@ -25,8 +25,7 @@ from hero_fx.outputs import find_outputs
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.normalize.subclasses import unwrap
 from hero_fx.passes.rewrite.forecast import OutputRule, arguments_of, outputs_of
-from hero_fx.passes.rewrite.weigh import family_of
-from hero_fx.passes.slots import StateSlot
+from hero_fx.passes.slots import FeatureSlot, StateSlot
 from hero_fx.plan import Fingerprint
 from hero_fx.runtime.evidence import Evidence
 from hero_fx.runtime.timestep import TimestepReader
@@ -153,8 +152,8 @@ class Recorder:
             self.unsupported[policy] = str(error)
             return None
         step = compile_step(gm, steps.full, self.options.config)
-        families = {family_of(s.slot): s for s in steps.state if family_of(s.slot) is not None}
-        read = {f[0]: s for f, s in families.items() if f is not None and f[1] == 0 and (f[0], 1) in families}
+        terms = {spec.slot: spec for spec in steps.state if isinstance(spec.slot, FeatureSlot)}
+        read = {slot.features: s for slot, s in terms.items() if slot.term == 0 and replace(slot, term=1) in terms}
         with torch.inference_mode(False):
             state = {s.slot: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in steps.state}
             one = torch.ones((), device=step.device)

@@ -7,6 +7,7 @@ from math import factorial
 
 import torch
 
+from hero_fx.passes.slots import ScalarSlot
 from hero_fx.selection import PatchSampler, Selection
 
 from .tracker import Call
@@ -14,17 +15,15 @@ from .tracker import Call
 __all__ = ["Selections", "scalar_value"]
 
 
-def scalar_value(name: str, call: Call) -> float:
-    """The number that a `ScalarSlot` stands for at a call.
+def scalar_value(slot: ScalarSlot, call: Call) -> float:
+    """The number that a slot stands for at a call.
 
-    `x<i>`: x^i / i!, with x the steps since the last full step (`x` is `x1`). `inverse_gap_<i>`: 1 / d, with d the
-    distance of this full step to the one before, or 0 while there have been fewer than i full steps: then the i-th
-    difference does not exist yet.
+    A power: x^i / i!, with x the steps since the last full step. An inverse gap: 1 / d, with d the distance of this full
+    step to the one before, or 0 while there have been fewer than i full steps: then the i-th difference does not exist yet.
     """
-    if name.startswith("inverse_gap_"):
-        return 1.0 / call.gap if call.fulls >= int(name.removeprefix("inverse_gap_")) else 0.0
-    power = int(name.removeprefix("x") or 1)
-    return float(call.since_full**power) / factorial(power)
+    if slot.of == "inverse_gap":
+        return 1.0 / call.gap if call.fulls >= slot.order else 0.0
+    return float(call.since_full**slot.order) / factorial(slot.order)
 
 
 class Selections:

@@ -20,8 +20,8 @@ from hero_fx.config import Config
 from hero_fx.find_timestep import find_timestep
 from hero_fx.passes import compat
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.normalize.functionalize import is_in_place
 from hero_fx.passes.normalize.subclasses import unwrap
+from hero_fx.passes.ops import is_in_place
 from hero_fx.step_graphs import StepGraphs
 from hero_fx.tracing import look_at_graph
 
@@ -169,7 +169,7 @@ def _by_name(model: Model, args: Sequence[Any], inputs: Kwargs) -> Call:
 def _in_front_of_layers(steps: StepGraphs) -> set[fx.Node]:
     """What the image tokens come from, in front of the first layer."""
     nodes = {node.name: node for node in steps.normal.graph.nodes}
-    images = [s for s in steps.structure.streams if any(g.source == steps.structure.image for g in s.tokens.segments)]
+    images = [s for s in steps.structure.streams if steps.structure.image in s.tokens.sources]
     todo = [nodes[stream.root] for stream in images[:1] or steps.structure.streams[:1]]
     ahead = set(todo)
     while todo:

@@ -9,8 +9,6 @@ only gives branches names for people.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
@@ -20,44 +18,17 @@ from torch import fx
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
 
+from .branch_names import Labels, LayerNumbers, module_path
+from .branch_tokens import below
+from .grid import find_grid
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
-from .streams import find_grid, find_image, find_outputs, find_streams
-from .structure import Branch, Stream, Structure, Update
-from .tokens import is_matmul
+from .streams import find_image, find_outputs, find_streams
+from .structure import Branch, Structure, Update
+from .tokens import Source, is_matmul
 
-__all__ = ["Branch", "Stream", "Structure", "Update", "body_of", "find_branches", "find_grid", "module_path"]
+__all__ = ["find_branches"]
 
 aten = torch.ops.aten
-
-
-def body_of(
-    nodes: Mapping[str, fx.Node], branch: Branch, *, to_update: bool
-) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
-    """(sources, body, targets) of a branch in a graph: its targets are the updates, or the features before their gates.
-
-    `nodes` are the graph's by name.
-    """
-    sources = [nodes[name] for name, _ in branch.reads]
-    targets = [nodes[u.update if to_update else u.feature] for u in branch.updates]
-    return sources, _below(sources, targets), targets
-
-
-def _below(sources: list[fx.Node], targets: list[fx.Node]) -> list[fx.Node]:
-    """What the targets are computed from and the sources change, in order."""
-    # Only what lies above the targets and below the stream values is looked at: the cost does not grow with depth.
-    above, todo = set(targets), list(targets)
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in above and source not in sources:
-                above.add(source)
-                todo.append(source)
-    moved = set(sources)
-    body = []
-    for node in sorted(above):
-        if not moved.isdisjoint(node.all_input_nodes):
-            moved.add(node)
-            body.append(node)
-    return body
 
 
 def find_branches(gm: fx.GraphModule) -> Structure:
@@ -73,38 +44,8 @@ def find_branches(gm: fx.GraphModule) -> Structure:
         return Structure((), (), None, 0, None)
     streams = find_streams(graph, adds)
     values = {found.residual: found.stream for found in adds} | {found.add: found.stream for found in adds}
-    branches: list[Branch] = []
-    numbers, labels = _LayerNumbers(streams), _Labels()
-    for group in _groups(adds):
-        sources = list(dict.fromkeys(f.source for f in group))
-        body = graph.between(sources, [f.update for f in group])
-        attention = [n for n in body if n.target in ATTENTION]
-        kind = _kind(graph, body, attention, sources)
-        layer = numbers.next(kind, group)
-        label = labels.next(layer, kind)
-        updates = tuple(
-            Update(
-                stream=f.stream,
-                add=f.add.name,
-                residual=f.residual.name,
-                source=f.source.name,
-                update=f.update.name,
-                feature=feature_of(graph, f.update, sources).name,
-            )
-            for f in group
-        )
-        reads = _reads([f.update for f in group], values)
-        branches.append(
-            Branch(
-                layer,
-                kind,
-                label,
-                module_path(body),
-                updates,
-                tuple((n.name, values[n]) for n in reads),
-                tuple(n.name for n in _below(reads, [f.update for f in group]) if n.target in ATTENTION),
-            )
-        )
+    numbers, labels = LayerNumbers(streams), Labels()
+    branches = [_branch(graph, group, values, numbers, labels) for group in _groups(adds)]
     labels.check()
     image = find_image(graph, adds, streams)
     count = 0 if image is None else image.length
@@ -113,13 +54,45 @@ def find_branches(gm: fx.GraphModule) -> Structure:
     )
 
 
+def _branch(
+    graph: Ancestry, group: list[ResidualAdd], values: Mapping[fx.Node, int], numbers: LayerNumbers, labels: Labels
+) -> Branch:
+    """The branch of updates that belong together; `values`: the stream of each stream value."""
+    sources = list(dict.fromkeys(f.source for f in group))
+    targets = [f.update for f in group]
+    body = graph.between(sources, targets)
+    kind = _kind(graph, body, [n for n in body if n.target in ATTENTION], sources)
+    layer = numbers.next(kind, group)
+    updates = tuple(
+        Update(
+            stream=f.stream,
+            add=f.add.name,
+            residual=f.residual.name,
+            source=f.source.name,
+            update=f.update.name,
+            feature=feature_of(graph, f.update, sources).name,
+        )
+        for f in group
+    )
+    reads = _reads(targets, values)
+    return Branch(
+        layer=layer,
+        kind=kind,
+        label=labels.next(layer, kind),
+        module=module_path(body),
+        updates=updates,
+        reads=tuple((n.name, values[n]) for n in reads),
+        attention=tuple(n.name for n in below(reads, targets) if n.target in ATTENTION),
+    )
+
+
 def _main(graph: Ancestry, adds: list[ResidualAdd]) -> list[ResidualAdd]:
     """The updates of streams with attention that depend on a stream which comes out of the model."""
     if not any(found.attends for found in adds):
         return adds
     streams = find_streams(graph, adds)
-    sources = [{segment.source for segment in stream.tokens.segments} for stream in streams]
-    attended: set[str] = set()
+    sources = [stream.tokens.sources for stream in streams]
+    attended: set[Source] = set()
     for group in _groups(adds):
         if any(found.attends for found in group):
             attended.update(*(sources[found.stream] for found in group))
@@ -142,7 +115,7 @@ def _size(node: fx.Node) -> int:
     return prod(int(size) for size in value_of(node).shape)
 
 
-def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Node]:
+def _moved_from(root: fx.Node, values: Mapping[fx.Node, frozenset[Source]]) -> set[fx.Node]:
     """The stream values that a root is made of without any matrix product."""
     met: set[fx.Node] = set()
     seen, todo = {root}, [root]
@@ -154,55 +127,6 @@ def _moved_from(root: fx.Node, values: Mapping[fx.Node, set[str]]) -> set[fx.Nod
                 seen.add(source)
                 todo.append(source)
     return met
-
-
-class _Labels:
-    """Tells the branches of a layer apart: `l0_attention`, `l0_ffn`, and a second FFN by its place there, `l0_ffn_2`."""
-
-    def __init__(self) -> None:
-        self.places: Counter[int] = Counter()
-        self.used: set[str] = set()
-
-    def next(self, layer: int, kind: str) -> str:
-        """A label that no other branch has: no two have one place in a layer, and no kind ends in a number."""
-        label, place = f"l{layer}_{kind}", self.places[layer]
-        label = f"{label}_{place}" if label in self.used else label
-        self.places[layer] += 1
-        self.used.add(label)
-        return label
-
-    def check(self) -> None:
-        """Asserts that no two branches have one label: their feature state goes by it."""
-        assert len(self.used) == self.places.total(), "every branch has a label of its own"
-
-
-class _LayerNumbers:
-    """Counts layers: each has self-attention, if need be beside another or on other tokens, and then its FFNs."""
-
-    def __init__(self, streams: list[Stream]) -> None:
-        self.streams = streams
-        self.layer = -1
-        self._start()
-
-    def _start(self) -> None:
-        self.layer += 1
-        self.attended: set[str] = set()
-        self.read: set[fx.Node] = set()
-        self.over = False
-
-    def next(self, kind: str, group: list[ResidualAdd]) -> int:
-        """The layer of the next branch."""
-        if kind not in ("attention", "parallel"):
-            self.over |= kind == "ffn" and bool(self.attended)
-            return self.layer
-        tokens = {segment.source for f in group for segment in self.streams[f.stream].tokens.segments}
-        read = {f.source for f in group}
-        again = bool(tokens & self.attended) and not read <= self.read
-        if again or (self.over and not read <= self.read):
-            self._start()
-        self.attended |= tokens
-        self.read |= read
-        return self.layer
 
 
 def _groups(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
@@ -218,7 +142,7 @@ def _groups(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
     return groups
 
 
-def _reads(targets: list[fx.Node], values: dict[fx.Node, int]) -> list[fx.Node]:
+def _reads(targets: list[fx.Node], values: Mapping[fx.Node, int]) -> list[fx.Node]:
     """The stream values met first on the way up from the targets."""
     met: dict[fx.Node, None] = {}
     seen, todo = set(targets), list(targets)
@@ -278,28 +202,3 @@ def _gates(graph: Ancestry, node: fx.Node, body: list[fx.Node], attention: list[
             else:
                 return False
     return met
-
-
-def module_path(body: list[fx.Node]) -> str:
-    """The module that all matrix products of the branch lie in, as Dynamo names it."""
-    paths = []
-    for node in body:
-        stack = node.meta.get("nn_module_stack")
-        if is_matmul(node) and stack:
-            paths.append(_clean(list(stack.values())[-1][0]).split("."))
-    if not paths:
-        return ""
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
-
-
-def _clean(path: str) -> str:
-    """`L['self'].__dict__['_modules']['blocks'].0.attn1` -> `blocks.0.attn1`."""
-    path = re.sub(r"^L\['self'\]", "", path)
-    path = re.sub(r"(\.__dict__)?(\['_modules'\]|\._modules)", "", path)
-    path = re.sub(r"\[[\"']?([^\]\"']*)[\"']?\]", r".\1", path)
-    return re.sub(r"\.+", ".", path).strip(".")

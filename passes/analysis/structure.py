@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tokens import Tokens
+from .tokens import Source, Tokens
 
 __all__ = ["Branch", "Stream", "Structure", "Update"]
 
@@ -58,8 +58,8 @@ class Structure:
 
     branches: tuple[Branch, ...]
     streams: tuple[Stream, ...]
-    image: str | None
-    """The token source that holds the image (video) tokens: the longest one that reaches the output."""
+    image: Source | None
+    """The source of the image (video) tokens, the longest one that reaches the output; None if none does."""
     image_tokens: int
     grid: tuple[int, int, int] | None
     """(frames, height, width) of the image tokens, where the graph shows it."""
@@ -69,9 +69,9 @@ class Structure:
         return self.branches[-1].layer + 1 if self.branches else 0
 
     @property
-    def lengths(self) -> dict[str, int]:
+    def lengths(self) -> dict[Source, int]:
         """Tokens of each source."""
-        lengths: dict[str, int] = {}
+        lengths: dict[Source, int] = {}
         for segment in (s for stream in self.streams for s in stream.tokens.segments):
             lengths[segment.source] = max(segment.stop, lengths.get(segment.source, 0))
         return lengths

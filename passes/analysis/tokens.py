@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from hero_fx.passes.attention import ATTENTION, AttentionOp
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import MATMULS
 
 __all__ = [
-    "ATTENTION", "AttentionOp", "Folded", "Info", "Lookup", "NoRule", "Segment", "Tokens", "is_matmul", "normal_dim",
-    "one_input", "rank_of", "sizes_of",
+    "ATTENTION",
+    "IMAGE",
+    "AttentionOp",
+    "Folded",
+    "Info",
+    "Lookup",
+    "NoRule",
+    "Segment",
+    "Source",
+    "Tokens",
+    "is_matmul",
+    "normal_dim",
+    "one_input",
+    "rank_of",
+    "sizes_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens `start:stop` of a source (a residual stream's own tokens, or tokens that only the branch knows)."""
+class Source:
+    """Where tokens come from."""
 
-    source: str
+    name: str
+    """For people, and to tell sources of one kind apart."""
+    kind: Literal["image", "stream", "outside"] = "stream"
+    """The image (or video, or sound) that is denoised; other tokens of a residual stream; tokens of no stream (registers,
+    a fixed prompt)."""
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind == "image"
+
+    @property
+    def is_outside(self) -> bool:
+        return self.kind == "outside"
+
+    def __str__(self) -> str:
+        return f"%{self.name}" if self.is_outside else self.name
+
+
+IMAGE = Source("image", "image")
+"""The one source of image tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start:stop` of a source."""
+
+    source: Source
     start: int
     stop: int
 
@@ -62,6 +102,18 @@ class Tokens:
         """The size of the axis."""
         return self.outer * self.length * self.inner
 
+    @property
+    def sources(self) -> frozenset[Source]:
+        """Where its tokens come from."""
+        return frozenset(segment.source for segment in self.segments)
+
+    def spans(self) -> Iterator[tuple[Segment, int, int]]:
+        """(segment, start, stop): each segment with its place among the tokens of the axis."""
+        start = 0
+        for segment in self.segments:
+            yield segment, start, start + segment.length
+            start += segment.length
+
     def at(self, dim: int) -> Tokens:
         return Tokens(dim, self.segments, self.outer, self.inner)
 
@@ -71,12 +123,11 @@ class Tokens:
             raise Folded
         if self.folded:
             return self
-        kept, offset = [], 0
-        for segment in self.segments:
-            low, high = max(start, offset), min(stop, offset + segment.length)
+        kept = []
+        for segment, first, end in self.spans():
+            low, high = max(start, first), min(stop, end)
             if low < high:
-                kept.append(Segment(segment.source, segment.start + low - offset, segment.start + high - offset))
-            offset += segment.length
+                kept.append(Segment(segment.source, segment.start + low - first, segment.start + high - first))
         return Tokens(self.dim, tuple(kept))
 
     def __str__(self) -> str:
@@ -97,22 +148,11 @@ class NoRule(Exception):
         self.reason = reason
 
 
-_MATMULS = {
-    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
-    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
-}  # fmt: skip
-
-
 def is_matmul(node: fx.Node) -> bool:
     """True for the ops whose work caching saves: projections, convolutions, attention."""
     if node.op != "call_function":
         return False
-    return node.target in ATTENTION or (
-        getattr(node.target, "_schema", None) is not None
-        and (
-            node.target._schema.name in _MATMULS  # type: ignore[union-attr]
-        )
-    )
+    return node.target in MATMULS or node.target in ATTENTION
 
 
 Info = Tokens | None | tuple["Tokens | None", ...]
@@ -121,7 +161,8 @@ Lookup = Callable[[Any], Tokens | None]
 
 def rank_of(node: Any) -> int:
     """The number of axes of a node's value."""
-    return value_of(node).dim()  # type: ignore[no-any-return]
+    rank: int = value_of(node).dim()
+    return rank
 
 
 def sizes_of(node: Any) -> tuple[int | str, ...]:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.analysis.structure import Branch, Structure
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.slots import StateSlot
 
-from .plan import Extrapolate, Reuse, StepPlan, cached_node, term_slot
+from .features import cached_node, feature_slots, taylor
+from .plan import CachePoint, Extrapolate, Reuse, StepPlan
 
-__all__ = ["ExtrapolateBranches", "ReuseBranches", "taylor"]
-
-aten = torch.ops.aten
-
-
-def taylor(
-    emitter: Emitter, slots: list[StateSlot], like: torch.Tensor, dtype: torch.dtype | None
-) -> tuple[fx.Node, list[fx.Node]]:
-    """The estimate sum_i Y_i x^i / i! as a node, and the state inputs Y_i; call inside `emitter.before(...)`."""
-    states = [emitter.state(slot, like, dtype) for slot in slots]
-    estimate = emitter.read(states[0], like)
-    for i, state in enumerate(states[1:], start=1):
-        weight = emitter.scalar("x" if i == 1 else f"x{i}", like.device)
-        term = emitter.call(aten.mul.Tensor, emitter.read(state, like), weight)
-        estimate = emitter.call(aten.add.Tensor, estimate, term)
-    return estimate, states
+__all__ = ["ExtrapolateBranches", "ReuseBranches"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,14 +74,19 @@ class ReuseBranches:
         return _replace(gm, self.structure, sites, self.state_dtype)
 
 
-def _replace(gm: fx.GraphModule, structure: Structure, sites: tuple, dtype: torch.dtype | None) -> int:  # type: ignore[type-arg]
-    emitter = Emitter(gm)
-    nodes = by_name(gm)
+def _replace(
+    gm: fx.GraphModule,
+    structure: Structure,
+    sites: Iterable[tuple[Branch, int, CachePoint]],
+    dtype: torch.dtype | None,
+) -> int:
+    """Puts the estimate of an order in the place of each branch's features."""
+    emitter, nodes = Emitter(gm), by_name(gm)
     count = 0
     for branch, order, cache_point in sites:
         for update in branch.updates:
             feature = cached_node(nodes, update, cache_point)
-            slots = [term_slot(branch, structure.streams, update, i) for i in range(order + 1)]
+            slots = feature_slots(structure, branch, update, order + 1)
             with emitter.before(feature):
                 estimate, _ = taylor(emitter, slots, value_of(feature), dtype)
             feature.replace_all_uses_with(estimate)

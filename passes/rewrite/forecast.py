@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import StateSlot, TableSlot
+from hero_fx.passes.slots import PastSlot, TableSlot, Term
 
 __all__ = ["THETAS", "ForecastOutputs", "OutputRule", "RecordOutputs", "arguments_of", "combination", "outputs_of"]
 
@@ -29,6 +29,9 @@ aten = torch.ops.aten
 
 THETAS = 5
 """Coefficients of an output with three past values and a latent."""
+
+_NOW = Term("x")
+"""The latent of the step itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +59,17 @@ class OutputRule:
         return f"out{self.index}"
 
     @property
-    def terms(self) -> tuple[str, ...]:
-        """What is combined, by name."""
-        past = tuple(f"v{n}" for n in range(self.history))
-        return past if self.latent is None else (*past, "x", "x0", "x1")
+    def terms(self) -> tuple[Term, ...]:
+        """What is combined."""
+        past = self._past("v")
+        return past if self.latent is None else (*past, _NOW, *self._past("x"))
+
+    def past(self, of: Literal["v", "x"]) -> list[PastSlot]:
+        """State for its last values, or for its latents at that time, the newest first."""
+        return [PastSlot(self.table, term) for term in self._past(of)]
+
+    def _past(self, of: Literal["v", "x"]) -> tuple[Term, ...]:
+        return tuple(Term(of, number) for number in range(self.history if of == "v" else 2))
 
     def shape(self, of: torch.Size) -> tuple[int, ...]:
         """The shape of its coefficients for an output of that shape: they broadcast to it."""
@@ -69,15 +79,14 @@ class OutputRule:
         return tuple(kept.get(axis, 1) for axis in range(len(of)))
 
 
-def combination(theta: Sequence[torch.Tensor], rule: OutputRule) -> dict[str, torch.Tensor]:
+def combination(theta: Sequence[torch.Tensor], rule: OutputRule) -> dict[Term, torch.Tensor]:
     """The weight of each term from θ0 .. θ4 (those of missing terms are not read), by multiplying out."""
-    weights = {"v0": 1 + theta[0]}
-    if rule.history > 1:
-        weights |= {"v0": weights["v0"] + theta[1], "v1": -theta[1]}
-    if rule.history > 2:
-        weights |= {"v0": weights["v0"] + theta[2], "v2": -theta[2]}
+    newest = Term("v", 0)
+    weights = {newest: 1 + theta[0]}
+    for number in range(1, rule.history):
+        weights |= {newest: weights[newest] + theta[number], Term("v", number): -theta[number]}
     if rule.latent is not None:
-        weights |= {"x": theta[3], "x0": theta[4] - theta[3], "x1": -theta[4]}
+        weights |= {_NOW: theta[3], Term("x", 0): theta[4] - theta[3], Term("x", 1): -theta[4]}
     return weights
 
 
@@ -89,9 +98,11 @@ def outputs_of(gm: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def arguments_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """The inputs that a caller passes, by name; those that came as `*args` have one name, and are numbered in the order
+    """The tensors that a caller passes, by name; those that came as `*args` have one name, and are numbered in the order
     in which the model reads them: `args[0]`."""
-    inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node.meta.get("model_input")]
+    # Sizes that Dynamo makes inputs have the names of the tensors that they are of.
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [n for n in placeholders if n.meta.get("model_input") and isinstance(value_of(n), torch.Tensor)]
     names = [str(node.meta["argument"]) for node in inputs]
     seen: Counter[str] = Counter()
     result = {}
@@ -109,10 +120,6 @@ def _latent(emitter: Emitter, rule: OutputRule, output: fx.Node) -> fx.Node:
     if shape == of or rule.axis is None:
         return source
     return emitter.call(aten.slice.Tensor, source, rule.axis, rule.start, rule.start + of[rule.axis])
-
-
-def _states(rule: OutputRule, kind: str) -> list[StateSlot]:
-    return [StateSlot(f"{rule.table}_{term}") for term in rule.terms if term[0] == kind and term[1:]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,14 +152,14 @@ class RecordOutputs:
         for rule in self.rules:
             output = outputs[rule.index]
             assert isinstance(output, fx.Node)
-            self._shift(emitter, _states(rule, "v"), output)
+            self._shift(emitter, rule.past("v"), output)
             if rule.latent is not None:
                 with emitter.before(emitter.output):
                     latent = _latent(emitter, rule, output)
-                self._shift(emitter, _states(rule, "x"), latent)
+                self._shift(emitter, rule.past("x"), latent)
         return len(self.rules)
 
-    def _shift(self, emitter: Emitter, slots: list[StateSlot], newest: fx.Node) -> None:
+    def _shift(self, emitter: Emitter, slots: list[PastSlot], newest: fx.Node) -> None:
         # The oldest comes first among the inputs too: AOTAutograd writes inputs back in their order, and Inductor reads a
         # value that is an input itself only when it writes it, so the other way round all would become the newest.
         states = [emitter.state(slot, value_of(newest), self.state_dtype) for slot in reversed(slots)]
@@ -200,11 +207,9 @@ class ForecastOutputs:
         like = value_of(output)
         total: fx.Node | None = None
         for term in rule.terms:
-            if term == "x":
-                source = _latent(emitter, rule, output)
-            else:
-                of = value_of(_latent(emitter, rule, output)) if term[0] == "x" else like
-                source = emitter.state(StateSlot(f"{rule.table}_{term}"), of, self.state_dtype)
+            source = _latent(emitter, rule, output) if term.of == "x" else output
+            if term != _NOW:
+                source = emitter.state(PastSlot(rule.table, term), value_of(source), self.state_dtype)
             weight = emitter.table(TableSlot(rule.table, term, rule.shape(like.shape)), like.device)
             if not value_of(source).dtype.is_floating_point or value_of(source).dtype.itemsize == 1:
                 source = emitter.call(aten.to.dtype, source, like.dtype)  # 8-bit floats do not multiply

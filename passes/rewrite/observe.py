@@ -67,12 +67,8 @@ class ReturnFeatures:
 
     def _image_ranges(self, update: Update) -> list[tuple[int, int]]:
         """Where the image tokens lie among those of the stream."""
-        offset, ranges = 0, []
-        for segment in self.structure.streams[update.stream].tokens.segments:
-            if segment.source == self.structure.image:
-                ranges.append((offset, offset + segment.length))
-            offset += segment.length
-        return ranges
+        spans = self.structure.streams[update.stream].tokens.spans()
+        return [(start, stop) for segment, start, stop in spans if segment.source.is_image]
 
     def _image(self, emitter: Emitter, update: Update, node: fx.Node) -> fx.Node:
         """The image tokens of a value of the stream."""

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
 
-from hero_fx.passes.analysis.structure import Branch, Structure
-from hero_fx.passes.analysis.tokens import Tokens
+from hero_fx.passes.analysis.model_writes import attended
+from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.analysis.tokens import Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.ops import argument_of, with_arguments
+from hero_fx.passes.ops import argument, with_arguments
+from hero_fx.passes.slots import IndexSlot
 
-from .extrapolate import taylor
-from .plan import Analysis, Refresh, ScoredRefresh, StepPlan, Strategy, analyse, term_slot
-from .record import key_slots
-from .subset import Keep, Rows, Subset
+from .features import key_slots
+from .keep import Keep, Kept, Rows
+from .plan import Refresh, StepPlan
+from .recompute import Site, hoist
+from .rows import RowMover
+from .subset import Subset
 
 __all__ = ["RefreshBranches"]
 
@@ -62,187 +67,102 @@ class RefreshBranches:
         emitter, nodes = Emitter(gm), by_name(gm)
         sites = 0
         for branch, strategy in self.plan:
-            if isinstance(strategy, Refresh):
-                self._branch(emitter, nodes, branch, strategy)
-                sites += 1
+            if not isinstance(strategy, Refresh):
+                continue
+            site = Site.of(emitter, nodes, self.structure, branch, strategy, self.state_dtype)
+            slot = IndexSlot(branch.layer if strategy.per_layer else None)
+            index = emitter.selection(slot, self.count, value_of(site.tokens.targets[0]).device)
+            site.recompute(Rows(index), _Attention(site, strategy))
+            sites += 1
         return sites
 
-    def _branch(self, emitter: Emitter, nodes: Mapping[str, fx.Node], branch: Branch, strategy: Refresh) -> None:
-        analysis = analyse(nodes, self.structure, branch, strategy.cache_point)
-        device = value_of(analysis.targets[0]).device
-        index = emitter.indices(branch.layer if strategy.per_layer else None, self.count, device)
-        keep = _keep(self.structure, Rows(index), strategy.text)
 
-        def attend(subset: Subset, node: fx.Node) -> fx.Node:
-            return self._attend(branch, strategy, analysis, subset, node)
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Attention of the kept queries, by the keys and values that a strategy lets them see."""
 
-        _recompute(self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+    site: Site
+    strategy: Refresh
 
-    def _attend(self, branch: Branch, strategy: Refresh, analysis: Analysis, subset: Subset, node: fx.Node) -> fx.Node:
-        op, emitter = ATTENTION[node.target], subset.emitter
-        tokens = subset.tokens(node.args[op.key])  # type: ignore[arg-type]
+    def __call__(self, subset: Subset, node: fx.Node) -> fx.Node:
+        op = ATTENTION[node.target]
+        query, key, value = attended(node)
+        tokens = subset.tokens(key)
+        operands = {op.query: subset.env[query], op.key: key, op.value: value}
+        seen: RowMover | None = subset.rows
+        if tokens is not None:  # otherwise it is cross-attention to keys of no stream
+            operands[op.key], _ = self._visible(subset, node, "k", tokens, key)
+            operands[op.value], seen = self._visible(subset, node, "v", tokens, value)
+        return _call(subset, node, operands, None if self.strategy.keys == "all" else seen)
+
+    def _visible(
+        self, subset: Subset, node: fx.Node, part: Literal["k", "v"], tokens: Tokens, source: fx.Node
+    ) -> tuple[fx.Node, RowMover | None]:
+        """Keys or values that kept queries see, and what moves rows to these; None where they see all tokens."""
+        fresh = subset.env[source]
+        if self.strategy.keys == "sampled":
+            # Where no key is kept, they are another stream's: those are computed as the model does.
+            if fresh is None:
+                hoist(source, self.site.first_reader)
+                return source, None
+            return fresh, subset.rows
+        cached = self._cached(node, part, tokens, source)
+        if self.strategy.keys == "all":
+            ((state, everything),) = cached.values()
+            merged = subset.rows.merge(everything, tokens, fresh)
+            subset.emitter.write_back(state, merged)
+            return merged, None
+        return _beside(subset, tokens, fresh, {start: value for start, (_, value) in cached.items()})
+
+    def _cached(
+        self, node: fx.Node, part: Literal["k", "v"], tokens: Tokens, source: fx.Node
+    ) -> dict[int, tuple[fx.Node, fx.Node]]:
+        """(state, its value) of the keys or values that are kept, by the first token that they are of."""
+        branch, emitter, cached = self.site.branch, self.site.emitter, {}
         number = branch.attention.index(node.name)
-        args = list(node.args)
-        seen: Subset | None = subset
-        args[op.query] = subset.env[node.args[op.query]]  # type: ignore[index]
-        for role, argument in (("k", op.key), ("v", op.value)):
-            source = node.args[argument]
-            assert isinstance(source, fx.Node)
-            if tokens is None:  # cross-attention to keys of no stream
-                continue
-            fresh = subset.env[source]
-            if strategy.keys == "sampled":
-                # Where no key is kept, they are another stream's: those are computed as the model does.
-                if fresh is None:
-                    _hoist(source, _first_reader(analysis))
-                args[argument], seen = (source, None) if fresh is None else (fresh, seen)
-                continue
-            everything = strategy.keys == "all"
-            cached = {}
-            for slot, start, stop, step in key_slots(branch, number, role, tokens, strategy):
-                rows = [slice(None)] * tokens.dim + [slice(start, stop, step)]
-                with emitter.mode:
-                    like = value_of(source)[tuple(rows)]
-                state = emitter.state(slot, like, self.state_dtype)
-                cached[start] = (state, emitter.read(state, like))
-            if everything:
-                state, value = cached[0]
-                args[argument] = subset.merge(value, tokens, fresh)
-                emitter.write_back(state, args[argument])  # type: ignore[arg-type]
-            else:
-                args[argument], seen = _beside(
-                    subset, tokens, fresh, {s: v for s, (_, v) in cached.items()}, self.structure.image
-                )
-        return _attention_call(node, args, analysis, subset, None if strategy.keys == "all" else seen)
+        for slot, *rows in key_slots(branch, number, part, tokens, self.strategy):
+            with emitter.mode:
+                like = value_of(source)[(*[slice(None)] * tokens.dim, slice(*rows))]
+            state = emitter.state(slot, like, self.site.dtype)
+            cached[rows[0]] = (state, emitter.read(state, like))
+        return cached
 
 
-def _keep(structure: Structure, rows: Rows, text: str) -> dict[str, Keep]:
-    """What a cached step keeps of each token source."""
-    return {
-        source: rows if source == structure.image else "all" if text == "live" else "none"
-        for source in structure.lengths
-    }
-
-
-def _beside(
-    subset: Subset, tokens: Tokens, fresh: fx.Node, cached: dict[int, fx.Node], image: str | None
-) -> tuple[fx.Node, Subset]:
-    """Fresh keys with the cached ones of skipped sources and landmarks beside them, and what of the sources they stand for."""
-    seen = Subset(
-        subset.emitter,
-        subset.infos,
-        {source: "all" if keep == "none" else keep for source, keep in subset.keep.items()},
-        subset.attention,
-    )
-    pieces, at, offset = [], 0, 0
-    for segment in tokens.segments:
-        count = subset.kept(Tokens(tokens.dim, (segment,)))
+def _beside(subset: Subset, tokens: Tokens, fresh: fx.Node, cached: Mapping[int, fx.Node]) -> tuple[fx.Node, RowMover]:
+    """Fresh keys with the cached ones of skipped sources and landmarks beside them, and what moves rows to the sources they
+    stand for."""
+    call, kept = subset.emitter.call, subset.kept
+    seen: Mapping[Source, Keep] = {source: "all" if keep == "none" else keep for source, keep in kept.by_source.items()}
+    pieces, at = [], 0
+    for segment, start, _ in tokens.spans():
+        count = kept.count_of(segment)
         if count:
-            piece = fresh
-            if count != subset.kept(tokens):
-                piece = subset.emitter.call(aten.slice.Tensor, fresh, tokens.dim, at, at + count)
-            pieces.append(piece)
+            whole = count == kept.count(tokens)
+            pieces.append(fresh if whole else call(aten.slice.Tensor, fresh, tokens.dim, at, at + count))
             at += count
-        if offset in cached and (not count or segment.source == image):
-            pieces.append(cached[offset])
-        offset += segment.length
-    if len(pieces) == 1:
-        return pieces[0], seen
-    return subset.emitter.call(aten.cat.default, pieces, tokens.dim), seen
+        if start in cached and (not count or segment.source.is_image):
+            pieces.append(cached[start])
+    joined = pieces[0] if len(pieces) == 1 else call(aten.cat.default, pieces, tokens.dim)
+    return joined, RowMover(subset.emitter, Kept(seen))
 
 
-def _attention_call(
-    node: fx.Node,
-    args: list,  # type: ignore[type-arg]
-    analysis: Analysis,
-    queries: Subset,
-    keys: Subset | None,
-) -> fx.Node:
-    """The attention op on kept queries; its mask keeps the kept queries' rows and the kept keys' columns."""
+def _call(subset: Subset, node: fx.Node, operands: Mapping[int, fx.Node], keys: RowMover | None) -> fx.Node:
+    """The attention op on these operands; its mask keeps the kept queries' rows and the seen keys' columns."""
     op = ATTENTION[node.target]
     changes: dict[str, object] = {}
-    mask = argument_of(node, op.mask or "")
+    mask = argument(node, op.mask or "")
     if isinstance(mask, fx.Node):
-        for operand, dim, subset in ((op.query, -2, queries), (op.key, -1, keys)):
-            tokens = analysis.infos.get(node.args[operand])  # type: ignore[arg-type]
-            shape = value_of(mask).shape
-            if isinstance(tokens, Tokens) and subset is not None and shape[dim] == tokens.length != 1:
-                gathered = subset.gather(mask, tokens.at(len(shape) + dim))
-                assert gathered is not None
-                mask = gathered
+        query, key, _ = attended(node)
+        for operand, dim, rows in ((query, -2, subset.rows), (key, -1, keys)):
+            tokens, shape = subset.tokens(operand), value_of(mask).shape
+            if tokens is not None and rows is not None and shape[dim] == tokens.length != 1:
+                mask = rows.gather(mask, tokens.at(len(shape) + dim))
+                assert mask is not None, "attention is emitted where some of its tokens are kept"
         changes[op.mask or ""] = mask
-    for name, operand in zip(op.lengths, (op.query, op.key), strict=False):
-        if argument_of(node, name) is not None:  # the op is told how many tokens there are
-            changes[name] = int(value_of(args[operand]).shape[op.dim])
+    for name, place in zip(op.lengths, (op.query, op.key), strict=False):
+        if argument(node, name) is not None:  # the op is told how many tokens there are
+            changes[name] = int(value_of(operands[place]).shape[op.dim])
     given, kwargs = with_arguments(node, changes)
-    for operand in (op.query, op.key, op.value):
-        given[operand] = args[operand]
-    return queries.emitter.call(node.target, *given, **kwargs)
-
-
-def _recompute(
-    structure: Structure,
-    branch: Branch,
-    strategy: Refresh | ScoredRefresh,
-    analysis: Analysis,
-    emitter: Emitter,
-    keep: dict[str, Keep],
-    attend: Callable[[Subset, fx.Node], fx.Node],
-    dtype: torch.dtype | None,
-) -> None:
-    """Emits the branch for the kept tokens, merges each stream's part into its cache and puts it in the feature's place."""
-    anchor = _anchor(analysis)
-    terms = 2 if _extrapolates(strategy) else 1
-    with emitter.before(anchor):
-        subset = Subset(emitter, analysis.infos, keep, attend)
-        for source in analysis.sources:
-            subset.seed(source)
-        for node in analysis.body:
-            subset.emit(node)
-        merged = []
-        for target, update in zip(analysis.targets, branch.updates, strict=True):
-            slots = [term_slot(branch, structure.streams, update, i) for i in range(terms)]
-            estimate, states = taylor(emitter, slots, value_of(target), dtype)
-            fresh, tokens = subset.env[target], analysis.tokens(target)
-            if fresh is None:
-                merged.append(estimate)
-                continue
-            merged.append(subset.merge(estimate, tokens, fresh))
-            kept = merged[-1]
-            if terms == 2:
-                # The cache stays a line in x: what is stored reaches the fresh value at this step's x.
-                slope = subset.gather(emitter.read(states[1], value_of(target)), tokens)
-                assert slope is not None
-                rise = emitter.call(aten.mul.Tensor, slope, emitter.scalar("x", value_of(target).device))
-                start = emitter.call(aten.sub.Tensor, fresh, rise)
-                kept = subset.merge(emitter.read(states[0], value_of(target)), tokens, start)
-            emitter.write_back(states[0], kept)
-    for target, value in zip(analysis.targets, merged, strict=True):
-        target.replace_all_uses_with(value)
-
-
-def _extrapolates(strategy: Strategy) -> bool:
-    return isinstance(strategy, Refresh) and strategy.unsampled != "reuse"
-
-
-def _first_reader(analysis: Analysis) -> fx.Node:
-    """The first reader of a target: what is emitted for the branch stands in front of it."""
-    return min(user for t in analysis.targets for user in t.users)
-
-
-def _hoist(node: fx.Node, anchor: fx.Node) -> None:
-    """Moves a node that stands behind `anchor`, with all it is computed from, in front of it."""
-    if node >= anchor and node.op in ("call_function", "get_attr"):
-        for source in node.all_input_nodes:
-            _hoist(source, anchor)
-        anchor.prepend(node)
-
-
-def _anchor(analysis: Analysis) -> fx.Node:
-    """The first reader of a target; what the emitted nodes need (gates, tables) is moved in front of it."""
-    anchor, inside = _first_reader(analysis), set(analysis.body)
-    for node in analysis.body:
-        for source in node.all_input_nodes:
-            if source not in inside:
-                _hoist(source, anchor)
-    return anchor
+    for place, operand in operands.items():
+        given[place] = operand
+    return subset.emitter.call(node.target, *given, **kwargs)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from hero_fx.passes.analysis.structure import Branch, Structure
+from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.emit import Emitter, by_name, value_of
+from hero_fx.passes.slots import ScalarSlot
 
-from .plan import ScoredRefresh, StepPlan, analyse
-from .record import score_slots
-from .refresh import _anchor, _keep, _recompute
-from .subset import Rows, Subset
+from .features import score_slots
+from .keep import Rows
+from .plan import ScoredRefresh, StepPlan
+from .recompute import Site
+from .subset import Subset
 
 __all__ = ["RefreshScored"]
 
@@ -53,32 +54,32 @@ class RefreshScored:
         sites = 0
         for branch, strategy in self.plan:
             if isinstance(strategy, ScoredRefresh):
-                self._branch(emitter, nodes, branch, strategy)
+                site = Site.of(emitter, nodes, self.structure, branch, strategy, self.state_dtype)
+                site.recompute(Rows(self._best(site, strategy)), _attend)
                 sites += 1
         return sites
 
-    def _branch(self, emitter: Emitter, nodes: Mapping[str, fx.Node], branch: Branch, strategy: ScoredRefresh) -> None:
-        analysis = analyse(nodes, self.structure, branch, strategy.cache_point)
-        count = max(1, round(strategy.ratio * self.structure.image_tokens))
-        target = value_of(analysis.targets[0])
-        with emitter.before(_anchor(analysis)):
+    def _best(self, site: Site, strategy: ScoredRefresh) -> fx.Node:
+        """The indices of the best tokens, which are stamped as fresh."""
+        emitter, tokens = site.emitter, self.structure.image_tokens
+        count = max(1, round(strategy.ratio * tokens))
+        target = value_of(site.tokens.targets[0])
+        with emitter.before(site.anchor()):
             with emitter.mode:
-                like = torch.empty(target.shape[0], self.structure.image_tokens, device=target.device)
-            score, stamp = (emitter.state(slot, like) for slot in score_slots(branch))
-            x = emitter.scalar("x", target.device)
-            grid = self.grid or (1, 1, self.structure.image_tokens)
+                like = torch.empty(target.shape[0], tokens, device=target.device)
+            score, stamp = (emitter.state(slot, like) for slot in score_slots(site.branch))
+            x = emitter.scalar(ScalarSlot("power"), target.device)
+            grid = self.grid or (1, 1, tokens)
             best = emitter.inline(
                 lambda s, t, x: best_tokens(s, x - t, strategy.interval, grid, count), score, stamp, x
             )
             now = emitter.call(aten.expand.default, x, [target.shape[0], count])
-            stamped = emitter.call(aten.scatter.src, stamp, 1, best, now)
-            emitter.write_back(stamp, stamped)
-        keep = _keep(self.structure, Rows(best), strategy.text)
+            emitter.write_back(stamp, emitter.call(aten.scatter.src, stamp, 1, best, now))
+        return best
 
-        def attend(subset: Subset, node: fx.Node) -> fx.Node:
-            raise AssertionError("a branch with self-attention is not refreshed by score")
 
-        _recompute(self.structure, branch, strategy, analysis, emitter, keep, attend, self.state_dtype)
+def _attend(subset: Subset, node: fx.Node) -> fx.Node:
+    raise AssertionError("a branch with self-attention is not refreshed by score")
 
 
 def best_tokens(

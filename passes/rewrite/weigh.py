@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,22 +9,14 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import ScalarSlot, StateSlot, TableSlot
+from hero_fx.passes.slots import FeatureSlot, ScalarSlot, TableSlot, Term, slot_of
 
-__all__ = ["WeighFeatures", "family_of"]
+__all__ = ["WeighFeatures"]
 
 aten = torch.ops.aten
 
-_STATE = re.compile(r"(?P<family>.+)_y(?P<term>\d+)")
-_SCALAR = re.compile(r"x\d*")
 _CARRIES = (aten.to.dtype, aten.index_select.default)
 """Ops between a state tensor and the product with its weight."""
-
-
-def family_of(slot: StateSlot) -> tuple[str, int] | None:
-    """(features, i) of the state tensor that holds their Taylor term Y_i; None for other state."""
-    match = _STATE.fullmatch(slot.name)
-    return None if match is None else (match["family"], int(match["term"]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +57,8 @@ class WeighFeatures:
             self._weigh(emitter, node, source, state)
             sites += 1
         for node in gm.graph.find_nodes(op="placeholder"):
-            slot = node.meta.get("slot")
-            if isinstance(slot, StateSlot) and family_of(slot) is not None and family_of(slot)[1] == 0:  # type: ignore[index]
+            slot = _features(node)
+            if slot is not None and slot.term == 0:
                 sites += self._first(emitter, node)
         for node in gm.graph.find_nodes(op="placeholder"):
             if _is_taylor(node) and not node.users:
@@ -98,9 +89,9 @@ class WeighFeatures:
         return 1
 
     def _product(self, emitter: Emitter, source: fx.Node, state: fx.Node) -> fx.Node:
-        family = family_of(state.meta["slot"])
-        assert family is not None
-        features, term = family
+        slot = _features(state)
+        assert slot is not None
+        features = slot.features
         if features not in self.tables:
             raise ValueError(
                 f"the plan has no coefficients for the features {features!r} of this model, only for "
@@ -112,20 +103,25 @@ class WeighFeatures:
                 f"the plan's coefficients for {features!r} have shape {list(shape)}, and the features have "
                 f"{like.shape[-1]} channels: calibrate a plan for this model"
             )
-        weight = emitter.table(TableSlot(features, f"y{term}", shape), like.device)
+        weight = emitter.table(TableSlot(features, Term("y", slot.term), shape), like.device)
         product = emitter.call(aten.mul.Tensor, source, weight)
         return product if value_of(product).dtype == like.dtype else emitter.call(aten.to.dtype, product, like.dtype)
 
 
 def _is_taylor(node: object) -> bool:
     """An input that holds x^i / i!."""
-    slot = node.meta.get("slot") if isinstance(node, fx.Node) else None
-    return isinstance(slot, ScalarSlot) and _SCALAR.fullmatch(slot.name) is not None
+    slot = slot_of(node)
+    return isinstance(slot, ScalarSlot) and slot.of == "power"
+
+
+def _features(node: fx.Node) -> FeatureSlot | None:
+    """The slot of a state input that holds a Taylor term; None for any other node."""
+    slot = slot_of(node)
+    return slot if isinstance(slot, FeatureSlot) else None
 
 
 def _state_behind(node: fx.Node) -> fx.Node | None:
     """The state tensor whose values, or rows of them, a node holds."""
     while node.target in _CARRIES:
-        node = node.args[0]  # type: ignore[assignment]
-    slot = node.meta.get("slot")
-    return node if isinstance(slot, StateSlot) and family_of(slot) is not None else None
+        node = node.all_input_nodes[0]
+    return None if _features(node) is None else node

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import StateSlot, slots_of
+from hero_fx.passes.slots import ScaleSlot, StateSlot, slots_of
 
 __all__ = ["QuantizeState", "WriteBytes"]
 
@@ -88,7 +88,7 @@ class QuantizeState:
             with emitter.mode:
                 like = torch.empty(*likes[node].shape[:-1], 1, device=likes[node].device)
                 node.meta["val"] = torch.empty(likes[node].shape, dtype=torch.int8, device=likes[node].device)
-            scales[node] = emitter.state(StateSlot(f"{slot.name}_scale", ("scale", slot)), like)
+            scales[node] = emitter.state(ScaleSlot(slot), like)
         values: dict[fx.Node, fx.Node] = {}
         for node in list(gm.graph.nodes):
             target = node.args[0] if node.target in (aten.copy_.default, aten.index_copy_.default) else None
@@ -110,8 +110,9 @@ class QuantizeState:
     @staticmethod
     def _write(emitter: Emitter, node: fx.Node, scale: fx.Node) -> None:
         state, *where, rows = node.args
+        assert isinstance(rows, fx.Node)
         with emitter.before(node):
-            whole, largest = (emitter.inline(function, rows) for function in (_whole_numbers, _scales))  # type: ignore[arg-type]
+            whole, largest = (emitter.inline(function, rows) for function in (_whole_numbers, _scales))
             emitter.call(node.target, state, *where, whole)
             emitter.call(node.target, scale, *where, largest)
         emitter.graph.erase_node(node)

@@ -8,17 +8,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from hero_fx.passes.analysis.branch_tokens import check_whole
 from hero_fx.passes.analysis.follow import follow
-from hero_fx.passes.analysis.tokens import Segment, Tokens
+from hero_fx.passes.analysis.tokens import Segment, Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter
-from hero_fx.passes.rewrite.subset import Rows, Subset, check_whole
+from hero_fx.passes.rewrite.keep import Rows
+from hero_fx.passes.rewrite.subset import Subset
+from hero_fx.passes.rewrite.subset_ops import emit
+from hero_fx.passes.slots import IndexSlot
 
 from .tracing import trace
 
 TEXT, IMAGE, BATCH, WIDTH = 3, 5, 2, 4
-TOKENS = Tokens(1, (Segment("text", 0, TEXT), Segment("image", 0, IMAGE)))
-LENGTHS = {"text": TEXT, "image": IMAGE}
+TEXT_TOKENS, IMAGE_TOKENS = Source("text"), Source("image", "image")
+TOKENS = Tokens(1, (Segment(TEXT_TOKENS, 0, TEXT), Segment(IMAGE_TOKENS, 0, IMAGE)))
+LENGTHS = {TEXT_TOKENS: TEXT, IMAGE_TOKENS: IMAGE}
 
 Function = Callable[..., Any]
 Text = Literal["all", "none"]
@@ -40,7 +45,7 @@ def tokens_of(function: Function, *inputs: Tensor) -> Tokens:
     return info
 
 
-def origins(tokens: Tokens) -> list[tuple[str, int]]:
+def origins(tokens: Tokens) -> list[tuple[Source, int]]:
     """The (source, number) of each token along an axis."""
     return [(s.source, i) for s in tokens.segments for i in range(s.start, s.stop)]
 
@@ -49,13 +54,12 @@ def kept_rows(tokens: Tokens, image: Tensor, text: Text) -> Tensor:
     """Positions along an axis of the tokens that are kept; of image tokens [K] or [BATCH, K], in the order of `image`."""
     if image.dim() == 2:
         return torch.stack([kept_rows(tokens, row, text) for row in image])
-    rows, offset = [], 0
-    for segment in tokens.segments:
-        if segment.source == "image":
-            rows += [offset + int(i) for i in image]
-        elif segment.source != "text" or text == "all":
-            rows += range(offset, offset + segment.length)
-        offset += segment.length
+    rows: list[int] = []
+    for segment, start, stop in tokens.spans():
+        if segment.source.is_image:
+            rows += [start + int(i) for i in image]
+        elif segment.source != TEXT_TOKENS or text == "all":
+            rows += range(start, stop)
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -68,7 +72,7 @@ def take(value: Tensor, dim: int, rows: Tensor) -> Tensor:
 
 def attend_to_all(subset: Subset, node: fx.Node) -> fx.Node:
     """Kept queries, all keys and values."""
-    return subset.emitter.call(node.target, subset.env[node.args[0]], *node.args[1:])  # type: ignore[index]
+    return subset.emitter.call(node.target, subset.env[node.args[0]], *node.args[1:])
 
 
 def emit_subset(gm: fx.GraphModule, image: Tensor, text: Text) -> Tokens:
@@ -77,14 +81,14 @@ def emit_subset(gm: fx.GraphModule, image: Tensor, text: Text) -> Tokens:
     infos = follow(gm.graph.nodes, {source: TOKENS})
     check_whole(infos, LENGTHS)
     emitter = Emitter(gm)
-    index = emitter.indices(None, image.shape[-1], image.device)
+    index = emitter.selection(IndexSlot(None), image.shape[-1], image.device)
     index.meta["val"] = index.meta["val"].expand(image.shape)
     with emitter.before(emitter.output):
-        subset = Subset(emitter, infos, {"image": Rows(index), "text": text}, attend_to_all)
+        subset = Subset(emitter, infos, {IMAGE_TOKENS: Rows(index), TEXT_TOKENS: text}, attend_to_all)
         subset.seed(source)
         for node in infos:
             if node is not source:
-                subset.emit(node)
+                emit(subset, node)
     emitter.output.args = ((result, subset.env[result]),)
     gm.graph.lint()
     gm.recompile()

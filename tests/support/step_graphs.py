@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx.passes.pipeline import Pass, Pipeline
 from hero_fx.passes.render import graph_diff, render
-from hero_fx.passes.slots import IndexSlot, ScalarSlot, StateSlot
+from hero_fx.passes.slots import FeatureSlot, IndexSlot, ScalarSlot
 
 B, N, D, K = 2, 5, 3, 2
 
@@ -23,9 +23,9 @@ def graph(function: Any, **inputs: Tensor) -> GraphModule:
         node._rename(name)
         node.target = name
         if name.startswith("s"):
-            node.meta["slot"] = StateSlot(name)
+            node.meta["slot"] = FeatureSlot(name, "image")
         if name.startswith("w"):
-            node.meta["slot"] = ScalarSlot(name)
+            node.meta["slot"] = ScalarSlot("power", int(name[1:] or 1))
         if name.startswith("idx"):
             node.meta["slot"] = IndexSlot(None if name == "idx" else int(name[3:]))
     gm.recompile()

@@ -20,6 +20,7 @@ from hero_fx.passes.rewrite.plan import StepPlan, Strategy, recordings
 from hero_fx.passes.rewrite.record import RecordFeatures
 from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored
+from hero_fx.passes.rewrite.resolve import resolve
 from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.passes.slots import IndexSlot, ScalarSlot, TableSlot, slots_of
 from hero_fx.step_graphs import copy_graph
@@ -85,7 +86,10 @@ class Toy:
     def plan(self, *strategies: Strategy) -> StepPlan:
         """One strategy for each branch; the last one for the rest."""
         more = strategies[-1:] * (len(self.structure.branches) - len(strategies))
-        return tuple(zip(self.structure.branches, (*strategies, *more), strict=True))
+        wanted = tuple(zip(self.structure.branches, (*strategies, *more), strict=True))
+        ((plan,), fallbacks) = resolve(self.normal, self.structure, [wanted])
+        assert not fallbacks
+        return plan
 
     def full(self, *plans: StepPlan, dtype: torch.dtype | None = None) -> fx.GraphModule:
         """The full step that records what the plans read."""
@@ -115,8 +119,8 @@ class Toy:
         for node, slot in slots_of(gm):
             like = value_of(node)
             match slot:
-                case ScalarSlot(name):
-                    extra.append(torch.tensor(scalars[name]))
+                case ScalarSlot():
+                    extra.append(torch.tensor(scalars[slot.name]))
                 case IndexSlot():
                     assert index is not None
                     extra.append(index)
