@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
+from _fidelity_rivals import CACHE_DIT, SOLVERS
 from _fidelity_run import Cost, Truth
-from _fidelity_settings import METHODS, Setting
+from _fidelity_settings import METHODS, PLAN, Setting
 from _metrics import depth_errors, intervals, pose_errors, psnr, relative_l2, ssim
 from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
@@ -206,9 +207,11 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(14.2, 7.2), layout="constrained")
     figure.suptitle(title)
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in (*METHODS, "fewer steps")}
+    lines: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in (*METHODS, PLAN, CACHE_DIT, *SOLVERS.values(), "growing window", "fewer steps")
+    }
     for row in rows:
-        name = row["name"].split(", N=")[0]
+        name = row["name"].split(", ")[0]
         lines.get(name, lines["fewer steps"] if row["name"].startswith("plain") else []).append(row)
     for axis, metric in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         axis.set_visible(any(metric in row["metrics"] for row in rows))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,19 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import hero_fx
+from _fidelity_plans import Calibrating, plan_for
+from _fidelity_rivals import cache_dit_on, solver
 from _fidelity_settings import Setting
 from hero_fx import passes
 from hero_fx.find_timestep import find_timestep
 from hero_fx.passes.rewrite.observe import Features
 from hero_fx.passes.slots import slots_of
 from hero_fx.runtime.inputs import graph_inputs
+from hero_fx.runtime.planned import planned_for
 from hero_fx.runtime.stepper import CompiledStep, Stepper
 from hero_fx.stability import Recorder, Stability
 from world.latents import encode
@@ -133,14 +139,20 @@ def stepper(backend: hero_fx.Backend, steps: hero_fx.StepGraphs, timestep: int) 
         state=steps.state,
         sampler=steps.sampler,
         inputs=graph_inputs(steps, timestep),
+        planned=planned_for(backend.config),
     )
 
 
 class Runner:
     """Samples scenes under settings; results are kept in a folder, so that a run can be cut off, resumed and extended."""
 
-    def __init__(self, weights: Path, cache: Path | None, batch: int = 16) -> None:
-        """`weights`: a folder that `WorldModelPipeline.save_pretrained` wrote. `cache`: a folder for what is sampled."""
+    def __init__(
+        self, weights: Path, cache: Path | None, batch: int = 16, calibrating: Calibrating | None = None
+    ) -> None:
+        """`weights`: a folder that `WorldModelPipeline.save_pretrained` wrote. `cache`: a folder for what is sampled, and for
+        plans."""
+        self.folder, self.calibrating = weights, calibrating or Calibrating()
+        self._plans: dict[tuple[str, int], hero_fx.Plan] = {}
         self.pipeline = WorldModelPipeline.from_pretrained(weights)
         self.pipeline.set_progress_bar_config(disable=True)
         self._usual = self.pipeline.scheduler
@@ -149,7 +161,7 @@ class Runner:
         self.batch, self.cache = batch, cache
         self.weights = _digest(sorted(weights.rglob("*.safetensors")))
         self.code = _digest(
-            [f for package in (hero_fx, passes) for f in sorted(Path(package.__path__[0]).glob("*.py"))]
+            [f for package in (hero_fx, passes) for f in sorted(Path(package.__path__[0]).rglob("*.py"))]
         )
         self.switch = Switch()
         self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
@@ -187,7 +199,10 @@ class Runner:
             return Cost(**json.loads(path.read_text()))
         steps = STEPS[task] if setting.steps is None else setting.steps
         traced, batch, backend = self._trace(task), self.batch, self._backend(task, setting)
-        if backend is None:
+        if setting.cache_dit is not None:
+            gemm, total = self._counted(task, setting)
+            cost = Cost(steps, sum(setting.cache_dit), gemm, total, 0)
+        elif backend is None:
             each = hero_fx.flops(traced.normal)
             cost = Cost(steps, steps, each.gemm * steps // batch, each.total * steps // batch, 0)
         else:
@@ -207,7 +222,7 @@ class Runner:
         self.pipeline.transformer = torch.compile(compiled._orig_mod, backend=recorder, fullgraph=True)
         self.pipeline.transformer.register_forward_pre_hook(_own_timestep, with_kwargs=True)
         try:
-            self._denoise(task, range(scenes), None)
+            self._denoise(task, range(scenes), Setting("full compute"))
         finally:
             self.pipeline.transformer = compiled
         return recorder.stability()
@@ -217,16 +232,44 @@ class Runner:
         if path is not None and path.exists():
             kept: Tensor = torch.load(path, weights_only=True)
             return kept
-        latents = self._denoise(task, numbers, setting.steps)
+        latents = self._denoise(task, numbers, setting)
         if path is not None:
             torch.save(latents, path)
         return latents
 
-    def _denoise(self, task: str, numbers: Sequence[int], steps: int | None) -> Tensor:
+    def _denoise(self, task: str, numbers: Sequence[int], setting: Setting) -> Tensor:
         clips = render(sample_scenes([HELD_OUT + i for i in numbers]), FRAMES, SIZE)
-        self.pipeline.scheduler = self._usual if steps is None else self._exact
+        self.pipeline.scheduler = self._usual if setting.steps is None else self._exact
+        if setting.solver is not None:
+            self.pipeline.scheduler = solver(setting.solver, self._usual)
+        with self._cached_elsewhere(setting):
+            return self._latents(clips.rgb, task, numbers, setting.steps)
+
+    @contextmanager
+    def _cached_elsewhere(self, setting: Setting) -> Iterator[None]:
+        """cache-dit in our place, on a copy of the model."""
+        compiled = self.pipeline.transformer
+        if setting.cache_dit is not None:
+            self.pipeline.transformer = copy.deepcopy(compiled._orig_mod)
+            cache_dit_on(self.pipeline.transformer, setting.cache_dit)
+        try:
+            yield
+        finally:
+            self.pipeline.transformer = compiled
+
+    def _counted(self, task: str, setting: Setting) -> tuple[int, int]:
+        """FLOPs of a trajectory of one clip as they are executed: (matrix products and convolutions, with attention)."""
+        # The counter does not know attention on a CPU.
+        known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            self._denoise(task, range(1), setting)
+        counts = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in counts.items() if "attention" in str(op))
+        return counter.get_total_flops() - attention, counter.get_total_flops()
+
+    def _latents(self, rgb: Tensor, task: str, numbers: Sequence[int], steps: int | None) -> Tensor:
         result: Tensor = self.pipeline(
-            clips.rgb,
+            rgb,
             task=task,
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(i) for i in numbers],
@@ -234,7 +277,16 @@ class Runner:
         ).latents
         return result
 
+    def plan(self, task: str, full: int) -> hero_fx.Plan:
+        """The calibrated plan with so many full steps."""
+        assert self.cache is not None, "plans are kept in the cache"
+        if (task, full) not in self._plans:
+            self._plans[task, full] = plan_for(self.folder, task, full, self.calibrating, self.cache)
+        return self._plans[task, full]
+
     def _backend(self, task: str, setting: Setting) -> hero_fx.Backend | None:
+        if setting.plan is not None:
+            return hero_fx.backend(plan=self.plan(task, setting.plan), inner="eager")
         if setting.options is None:
             return None
         return hero_fx.backend(**{"num_steps": setting.steps or STEPS[task], **setting.options, "inner": "eager"})
@@ -243,7 +295,7 @@ class Runner:
         """The model's graph at the size of a batch of the task."""
         if task not in self._traced:
             self.switch.backend = None
-            self._denoise(task, range(self.batch), 1)
+            self._denoise(task, range(self.batch), Setting("one step", steps=1))
             assert self.switch.traced is not None
             self._traced[task] = self.switch.traced
         return self._traced[task]
@@ -252,12 +304,19 @@ class Runner:
         """Where a result is kept: its name holds all that it depends on."""
         if self.cache is None:
             return None
-        code = "" if setting.options is None else self.code
+        code = "" if setting.options is None and setting.plan is None else self.code
         of = [self.weights, code, task, GUIDANCE[task], STEPS[task], setting.key, str(numbers or self.batch)]
+        if setting.plan is not None:
+            of.append(str(self.calibrating))
         if setting.steps is not None:
             of.append(ExactSteps.__name__)
         name = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
         return self.cache / f"{name}.{'json' if numbers is None else 'pt'}"
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of shapes [B, heads, tokens, width]."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HERO", "METHODS", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
+__all__ = ["HERO", "METHODS", "PLAN", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,18 @@ class Setting:
     """Options of `hero_fx.backend`; None: the model as it is."""
     steps: int | None = None
     """Steps of a trajectory, if not the task's own."""
+    solver: str | None = None
+    """Another solver of diffusers, of `_fidelity_rivals.SOLVERS`."""
+    plan: int | None = None
+    """Full steps of a calibrated plan that is followed."""
+    cache_dit: tuple[bool, ...] | None = None
+    """Full steps of cache-dit, which then caches in our place."""
 
     @property
     def key(self) -> str:
         """What it does, as text; equal for settings that differ in name alone."""
-        return json.dumps([self.options, self.steps], sort_keys=True, default=str)
+        more = [value for value in (self.solver, self.plan, self.cache_dit) if value is not None]
+        return json.dumps([self.options, self.steps, *more], sort_keys=True, default=str)
 
     @property
     def interval(self) -> int | None:
@@ -34,6 +41,7 @@ class Setting:
 
 
 HERO = "HERO"
+PLAN = "plan"
 METHODS: dict[str, dict[str, Any]] = {
     "FORA": {"policy": "fora"},
     "TaylorSeer 1": {"policy": "taylorseer"},

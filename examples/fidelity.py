@@ -11,6 +11,10 @@ changes. To *converged* sampling (200 steps from the same noise): whether the ch
 truth. To the *rendered truth*: whether anyone would notice; in planning the truth is one of many possible futures. Beside the
 methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included, and with timesteps that are not rounded.
 
+With `--plans` stand calibrated plans with as many full steps as HERO, fitted to training scenes alone; with `--rivals`
+DPM-Solver++ 2M and UniPC at as many evaluations as HERO's FLOPs allow, other schedules of HERO with as many full steps
+(`others`), and `cache-dit`, which must be installed, with HERO's full steps.
+
 Depth is aligned by the median of the ratios, one scale per clip; camera trajectories by Sim(3). ± is half of the 95 % bootstrap
 interval over scenes; ▲ and ▼ mark what is surely better or worse than HERO at the same N: the interval of the difference,
 scene by scene, is on one side of 0. What is sampled is kept in `--cache`, so a run can be cut off and extended.
@@ -28,11 +32,14 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from _fidelity_plans import Calibrating
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
+from _fidelity_rivals import rivals
 from _fidelity_run import Runner
-from _fidelity_settings import CHOICES, HERO, METHODS, Setting, alphas, boundaries, choices, full, methods
+from _fidelity_settings import CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
 from world.pipeline import STEPS, WEIGHTS
 
+RIVALS = ("others", "cache-dit")
 TABLES = ("main", "alpha", "layers", "choices", "stability")
 TITLES = {"main": "method", "alpha": "α at M = 16/42 of the depth, N=2", "layers": "M at α = 1/6, N=2"}
 
@@ -59,8 +66,11 @@ class Bench:
             for s, latents in zip(settings, sampled, strict=True)
         ]
 
-    def main(self, intervals: Sequence[int], only: Sequence[str]) -> list[dict[str, Any]]:
-        """Tables 1 and 2: methods at every N, and fewer steps at HERO's FLOPs."""
+    def main(
+        self, intervals: Sequence[int], only: Sequence[str], plans: bool, more: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Tables 1 and 2: methods at every N, and fewer steps at HERO's FLOPs; `plans`: a calibrated plan of as many full
+        steps; `more`: rivals."""
         result = [self._figures(self.rows([full()], "full compute")[0])]
         for interval in intervals:
             settings = [s for s in methods(interval) if s.name.split(", N=")[0] in (HERO, *only)]
@@ -69,6 +79,13 @@ class Bench:
             fewer = Setting(f"plain, {steps} steps", steps=steps)
             if all(row["name"] != fewer.name for row in result):
                 settings.append(fewer)
+            fulls = self.runner.cost(self.task, hero).full_steps
+            if plans:
+                settings.append(Setting(f"{PLAN}, N={interval}", plan=fulls))
+            known = {row["name"] for row in result}
+            if more:
+                found = rivals(interval, self.plain.steps, steps, cache_dit="cache-dit" in more)
+                settings += [s for s in found if s.name not in known and ("others" in more or s.cache_dit is not None)]
             rows = self.rows(settings, f"N={interval}")
             base = next(row for row in rows if row.setting is hero)
             result += [self._figures(row, base) for row in rows]
@@ -147,7 +164,8 @@ def report(found: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Everything that was asked for, as JSON."""
-    runner = Runner(arguments.weights, cache, arguments.batch)
+    how = Calibrating(arguments.calibration_scenes, arguments.search, arguments.fitted_on, arguments.fitted_guidance)
+    runner = Runner(arguments.weights, cache, arguments.batch, how)
     result: dict[str, Any] = {
         "weights": runner.weights,
         "code": runner.code,
@@ -161,7 +179,7 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         tables: dict[str, Any] = {}
         result["tasks"][task] = tables
         if "main" in arguments.tables:
-            tables["main"] = bench.main(arguments.intervals, arguments.methods)
+            tables["main"] = bench.main(arguments.intervals, arguments.methods, arguments.plans, arguments.rivals)
         if "alpha" in arguments.tables:
             tables["alpha"] = bench.ablation(alphas(runner.depth), "α")
         if "layers" in arguments.tables:
@@ -205,6 +223,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--choices", action="store_true", help="the same as --tables choices")
     parser.add_argument("--only", type=listed(str, tuple(CHOICES)), help="of the choices, these")
     parser.add_argument("--methods", type=listed(str, tuple(METHODS)), default=list(METHODS), help="beside HERO")
+    parser.add_argument("--plans", action="store_true", help="also plans, calibrated on training scenes")
+    parser.add_argument("--rivals", type=listed(str, RIVALS), default=[], help=f"also rivals, of {', '.join(RIVALS)}")
+    parser.add_argument("--calibration-scenes", type=int, default=4, help="scenes that plans are fitted to")
+    parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
+    parser.add_argument("--fitted-on", choices=tuple(STEPS), help="fit plans to this task, use them on each")
+    parser.add_argument("--fitted-guidance", type=float, help="fit plans at this guidance scale")
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
     parser.add_argument("--converged-scenes", type=int, default=64, help="at most so many scenes of it")

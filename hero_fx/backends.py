@@ -15,9 +15,10 @@ from torch import fx
 from hero_fx.passes import compat
 from hero_fx.passes.normalize.subclasses import Unwrapped, unwrap
 from hero_fx.passes.pipeline import PassError
+from hero_fx.runtime.budget import Budget
 from hero_fx.runtime.diffusers_context import entered, listen
 from hero_fx.runtime.inputs import graph_inputs
-from hero_fx.runtime.planned import Planned
+from hero_fx.runtime.planned import planned_for
 from hero_fx.runtime.stepper import Stepper
 from hero_fx.runtime.watch import Watch
 
@@ -53,6 +54,7 @@ class Backend:
         self._counts: Counter[str] = Counter()
         self._watch = Watch()
         self._warned = False
+        self._budget = Budget(config.max_state_bytes)
         listen()
 
     def __repr__(self) -> str:
@@ -135,7 +137,7 @@ class Backend:
             )
         self.config = replace(self.config, plan=plan, schedule="uniform", num_steps=None)
         for stepper in self.steppers:
-            stepper.follow(self.config.schedule_of, _planned(self.config))
+            stepper.follow(self.config.schedule_of, planned_for(self.config))
 
     @property
     def steppers(self) -> list[Stepper]:
@@ -152,6 +154,10 @@ class Backend:
     def stats(self) -> Stats:
         """Counts of steps and calls over all that this backend ever compiled; graphs and state are what there is now."""
         steppers, counts = self.steppers, self._counts
+        by_session: dict[str, int] = {}
+        for stepper in steppers:
+            for name, held in stepper.store.sessions.items():
+                by_session[name] = by_session.get(name, 0) + held
         return Stats(
             graphs=len(steppers),
             full_steps=counts["full_steps"],
@@ -160,7 +166,9 @@ class Backend:
             cached_calls=counts["cached_calls"],
             refused_calls=counts["refused_calls"],
             state_bytes=sum(s.store.nbytes for s in steppers),
-            sessions=len({name for s in steppers for name in s.store.sessions}),
+            evictions=self._budget.evictions,
+            sessions=len(by_session),
+            bytes_by_session=by_session,
         )
 
     def reset(self) -> None:
@@ -222,7 +230,8 @@ class Backend:
             counts=self._counts,
             watch=self._watch.starts,
             again=dynamo.recompile_reason(),
-            planned=_planned(config),
+            planned=planned_for(config),
+            budget=self._budget,
         )
         self._compiled.append(weakref.ref(stepper))
         self._watch.add(stepper)
@@ -242,14 +251,6 @@ class Backend:
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape[1:]) for line in plan.timelines for name, t in line.coefficients.items()}
-
-
-def _planned(config: Config) -> Planned | None:
-    plan, timeline = config.plan, config.timeline
-    if timeline is None:
-        return None
-    assert isinstance(plan, Plan)
-    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 def _with_options_of(

@@ -17,8 +17,6 @@ from .stack import modules_within
 
 __all__ = ["BuildError", "UnsupportedModel", "as_ours", "check_call", "check_graph", "check_structure"]
 
-aten = torch.ops.aten
-
 
 class UnsupportedModel(ValueError):
     """hero_fx cannot accelerate this graph; the message says why and what to do. `strict=False` warns instead."""
@@ -151,18 +149,3 @@ def _check_ends(normal: fx.GraphModule, structure: Structure) -> None:
             f"the residual stream enters the graph as an input ({entering[0]}) and leaves it as an output ({leaving[0]}), "
             "so this is a part of a model: compile the whole transformer, without graph breaks between its layers"
         )
-
-
-_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
-
-
-_TABLES = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
-_SCALES = {
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
-    aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.unsqueeze.default, aten.expand.default, aten.view.default,
-    aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.select.int, aten.type_as.default,
-    aten.outer.default, aten.ger.default, aten.einsum.default,
-}  # fmt: skip
-
-
-_LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)

@@ -67,6 +67,8 @@ class Config:
         plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
             coefficients of cached steps; options given beside it must agree with it.
         plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
+        max_state_bytes: bytes of feature state that all sessions may hold together. Where another one needs room, the state of
+            those used least recently is freed: their next step is full, and `stats().evictions` counts them. None: no bound.
         disable_passes: names of passes to leave out, to find the one at fault: any that preserves numerics
             (`hero_fx.stages.OPTIONAL`).
         strict: true: a model that cannot be accelerated is an error; false: it is compiled plainly, with one warning.
@@ -101,6 +103,7 @@ class Config:
     options: Mapping[str, Any] | None = field(default=None, hash=False)
     plan: Plan | str | Path | None = None
     plan_mismatch: Literal["error", "warn"] = "error"
+    max_state_bytes: int | None = None
     disable_passes: Sequence[str] = ()
     strict: bool = True
 

@@ -9,12 +9,19 @@ from torch import fx
 
 from hero_fx.passes.analysis.tokens import is_matmul
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import CASTS, LOOKUPS, RESHAPES, UNIT_AXES, overloads
 
-from .checks import _LOOKUPS, _NAMES, _SCALES, _TABLES, UnsupportedModel
+from .checks import UnsupportedModel
 
 __all__ = ["find_timestep", "is_table"]
 
 aten = torch.ops.aten
+
+_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+_SCALES = CASTS | RESHAPES | UNIT_AXES | overloads(
+    "mul", "div", "add", "sub", "rsub", "expand", "slice", "select", "outer", "ger", "einsum"
+)  # fmt: skip
+"""What may lie between the timestep and the sines and cosines of it: a scale, frequencies, an axis for the batch."""
 
 
 def find_timestep(normal: fx.GraphModule, wanted: str | int | None) -> int:
@@ -66,7 +73,7 @@ def _why_not(node: fx.Node) -> str | None:
     if value.dim() < 2 or value.shape[-1] == 1:
         return None
     for user in _beneath_scales(node):
-        if user.target in _TABLES:
+        if user.target in LOOKUPS:
             return "each of its rows is looked up in a table, as text is"
         if is_matmul(user) and any(value_of(n).shape[-1:] == value.shape[-1:] for n in user.all_input_nodes[:1]):
             return "its rows go into a matrix product, as vectors do"
@@ -130,7 +137,7 @@ def is_table(normal: fx.GraphModule, timestep: fx.Node) -> bool:
         sources = node.all_input_nodes
         if node.op != "call_function" or of_time.isdisjoint(sources):
             values |= {node} if not values.isdisjoint(sources) else set()
-        elif node.target in _LOOKUPS and node.args[0] in of_time and not of_time.issuperset(sources):
+        elif node.target in LOOKUPS and node.args[0] in of_time and not of_time.issuperset(sources):
             return True
         elif all(source in of_time or source not in values for source in sources):
             of_time.add(node)

@@ -18,6 +18,7 @@ from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import is_matmul
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
+from hero_fx.passes.ops import PRODUCTS
 
 from .config import Config
 from .policy import Policy
@@ -62,7 +63,7 @@ def _sum(parts: Iterable[Flops]) -> Flops:
 def _of_node(node: fx.Node) -> Flops:
     if node.target in ATTENTION:
         op = ATTENTION[node.target]
-        query, key, value = (value_of(node.args[i]) for i in (op.query, op.key, op.value))  # type: ignore[arg-type]
+        query, key, value = map(value_of, op.operands(node))
         # [.., L, E] x [.., S, E] -> [.., L, S], then x [.., S, V]
         return Flops(0, 2 * prod(query.shape[:-1]) * key.shape[op.dim] * (query.shape[-1] + value.shape[-1]))
     if not is_matmul(node):
@@ -73,7 +74,7 @@ def _of_node(node: fx.Node) -> Flops:
         node.target(*args, **kwargs)  # type: ignore[operator]
     count = counter.get_total_flops()
     # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.
-    if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and "conv" not in str(node.target):
+    if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and node.target in PRODUCTS:
         return Flops(0, count)
     return Flops(count, 0)
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import PROJECTIONS, node_argument
 from hero_fx.passes.rewrite.forecast import OutputRule, arguments_of, outputs_of
 
 from .checks import UnsupportedModel
 
 __all__ = ["check_outputs", "find_outputs"]
-
-
-aten = torch.ops.aten
 
 
 def check_outputs(normal: fx.GraphModule, rules: Sequence[OutputRule]) -> None:
@@ -142,19 +139,14 @@ def _channels(node: fx.Node) -> int:
     while todo:
         current = todo.pop(0)
         for user in current.users:
-            weight: Any = user.args[1] if len(user.args) > 1 else None
-            if user.target in _PROJECTIONS and user.args[0] is current and isinstance(weight, fx.Node):
-                found = [axis for axis in range(1, len(shape)) if shape[axis] == value_of(weight).shape[1]]
+            if user.target in PROJECTIONS and user.args[0] is current:
+                width = value_of(node_argument(user, "weight")).shape[1]
+                found = [axis for axis in range(1, len(shape)) if shape[axis] == width]
                 return usual if not found or usual in found else found[0]
             if user not in seen and user.op == "call_function" and len(seen) < 64:
                 seen.add(user)
                 todo.append(user)
     return usual
-
-
-_PROJECTIONS = (
-    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
-)  # fmt: skip
 
 
 def _is_float(node: fx.Node) -> bool:

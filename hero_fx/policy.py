@@ -153,7 +153,7 @@ class ToCa(_OneKind):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DuCa:
-    """DuCa: steps of ToCa with the score 1 - |v| (no attention map), in turn with steps that reuse everything."""
+    """DuCa: steps of ToCa with the score `1 - |v|` (no attention map), in turn with steps that reuse everything."""
 
     ratio: float = 0.25
     interval: int = 2

@@ -73,7 +73,7 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Toca:
-    """The schedule published with ToCa, which gives the number of full steps in HERO's tables.
+    """The schedule published with ToCa, which gives the number of full steps in HERO's tables::
 
         full(s) = s <= 2  or  s == T-1  or  s % thr == 0
         after each full step s:  thr = round_half_even(N / (0.6 + 0.8 * s / T)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["Stats"]
 
@@ -25,4 +26,8 @@ class Stats:
     state_bytes: int
     """Bytes of feature state held now, over all sessions and lanes."""
     sessions: int
-    """Sessions that hold state."""
+    """Sessions that are known."""
+    evictions: int = 0
+    """Times that a session's state was freed to make room for another's (`max_state_bytes`)."""
+    bytes_by_session: Mapping[str, int] = field(default_factory=dict)
+    """Feature state of each; the empty name is that of calls without a session. One whose state was freed has none."""

@@ -120,6 +120,8 @@ def _check_caches(config: Config) -> None:
     dtype = config.state_dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype is torch.int8)):
         raise ValueError(f"state_dtype={dtype!r} must be a floating-point torch.dtype, torch.int8 or None")
+    if config.max_state_bytes is not None:
+        whole_number("max_state_bytes", config.max_state_bytes, 1)
     if dtype is torch.int8 and config.policy == "forecast":
         raise ValueError(f"state_dtype={dtype!r}: outputs have no tokens to scale by; give a floating-point dtype")
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from .ops import argument_of
+from .compat import HigherOrderOperator, schema_of
+from .ops import argument
 
 __all__ = ["ATTENTION", "AttentionOp"]
 
@@ -39,17 +39,25 @@ class AttentionOp:
         """The axis of the heads."""
         return -3 if self.dim == -2 else -2
 
+    def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The queries, keys and values of a call."""
+        query, key, value = (node.args[i] for i in (self.query, self.key, self.value))
+        assert isinstance(query, fx.Node)
+        assert isinstance(key, fx.Node)
+        assert isinstance(value, fx.Node)
+        return query, key, value
+
     def ordered(self, node: fx.Node, whole: bool = False) -> str:
         """What makes a call depend on the order or the number of its tokens; empty if nothing does.
 
-        `whole`: all of its tokens are computed, or none, so that their order and number are as ever.
+        `whole`: a step computes all of its tokens or none, so that their order and number stay the same.
         """
         if self.refused:
             return self.refused
         for name, allowed in _PLAIN.items():
-            if not whole and argument_of(node, name, allowed[0]) not in allowed:
-                return f"{name}={argument_of(node, name)!r}: it depends on the order of the tokens"
-        given = {node.args[i] for i in (self.query, self.key, self.value)} | {argument_of(node, self.mask or "")}
+            if not whole and argument(node, name, allowed[0]) not in allowed:
+                return f"{name}={argument(node, name)!r}: it depends on the order of the tokens"
+        given = {*self.operands(node), argument(node, self.mask or "")}
         more = [n.name for n in node.all_input_nodes if n not in given]
         return f"it reads {more[0]}, and no rule says what that is" if more else ""
 
@@ -101,9 +109,9 @@ class _Table(Mapping[Any, AttentionOp]):
 
 
 def _name(target: Any) -> str:
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return str(target.name())
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     return target if isinstance(target, str) else "" if schema is None else str(schema.name)
 
 

@@ -1,4 +1,8 @@
-"""Private PyTorch APIs that the passes need, each wrapped in one place (torch 2.11 to 2.15)."""
+"""Private PyTorch APIs that the passes need, each wrapped or named here and nowhere else.
+
+hero_fx supports torch 2.11 to 2.15. Tests run on 2.13; that all names here exist under the same paths was read in the
+sources of 2.11.0 and 2.14.1 too. What differs between versions is said where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -19,9 +25,57 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
+from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "enter_autocast", "exit_autocast"]
+__all__ = [
+    "DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
+    "OperatorBase", "TorchDispatchMode", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
+    "tree_flatten", "tree_map", "tree_unflatten",
+]  # fmt: skip
+
+
+def schema_of(target: object) -> Any:
+    """The schema of an op: its name, its arguments with their defaults, and what it writes to; None for what is no op."""
+    return getattr(target, "_schema", None)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """`f32` for `torch.float32`; the name itself for a dtype that torch has no abbreviation for."""
+    return dtype_abbrs.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def storage_of(value: object) -> int | None:
+    """Which memory a tensor lies in; None for what is no tensor, or has no memory to tell."""
+    # Within a vmap (flex attention makes its block mask so) a tensor hides a batch.
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_batchedtensor(value):
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Gives a node a name like this that no other node of its graph has."""
+    node._rename(name)
+
+
+def map_nesting(target: object) -> int | None:
+    """1 for the call that opens a vmap in a graph of Dynamo's, -1 for the one that closes it, 0 for others that it is made
+    of, None for all other calls."""
+    if getattr(target, "__module__", "") != "torch._functorch.predispatch":
+        return None
+    steps = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
+    return steps.get(getattr(target, "__name__", ""), 0)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Hands an artifact to TORCH_TRACE / tlparse; `payload` is called only where something listens."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=payload,
+        expect_trace_id=False,  # pipelines also run outside of torch.compile
+    )
 
 
 # What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
@@ -98,12 +152,12 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 _AUTOCAST_KEYS = tuple(key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast"))
 
 
-def has_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+def has_autocast(op: OpOverload[..., Any]) -> bool:
     """Whether an op has a kernel of its own for autocast."""
     return any(map(op.has_kernel_for_dispatch_key, _AUTOCAST_KEYS))
 
 
-def may_autocast(op: torch._ops.OpOverload[..., Any]) -> bool:
+def may_autocast(op: OpOverload[..., Any]) -> bool:
     """False for an op that does the same with autocast as without: it has no kernel for it, and is not made of other ops."""
     return has_autocast(op) or op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
@@ -119,6 +173,18 @@ def argument_name(node: fx.Node) -> str:
                 return value
         source = getattr(source, "base", None)
     return node.name
+
+
+def copy_source(old: fx.Node | None, new: fx.Node) -> None:
+    """A graph input gets the source (the argument or weight it is) that another has, or none."""
+    new._dynamo_source = getattr(old, "_dynamo_source", None)
+
+
+def copy_origin(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """A module gets what Dynamo notes on a graph's: where its weights come from, and why the graph ends."""
+    for attribute in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(old, attribute):
+            setattr(new, attribute, getattr(old, attribute))
 
 
 def is_model_input(node: fx.Node) -> bool:
@@ -139,12 +205,12 @@ def is_model_input(node: fx.Node) -> bool:
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists, dicts and what else registers with pytree (diffusers' outputs do)."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def with_tensors(value: Any, new: Mapping[int, torch.Tensor]) -> Any:
     """The same nest with the tensors of these ids replaced."""
-    return pytree.tree_map(lambda leaf: new.get(id(leaf), leaf), value)
+    return tree_map(lambda leaf: new.get(id(leaf), leaf), value)
 
 
 @contextmanager

@@ -168,9 +168,6 @@ class Emitter:
 
 def drop_dead_code(graph: fx.Graph) -> int:
     """Removes unused nodes that have no side effect; in-place ops and graph inputs stay."""
-    removed = 0
-    for node in reversed(graph.nodes):
-        if node.op in ("call_function", "get_attr") and not node.users and not has_side_effect(node):
-            graph.erase_node(node)
-            removed += 1
-    return removed
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(is_impure_node=has_side_effect)
+    return before - len(graph.nodes)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
+from .compat import trace_artifact
 from .render import graph_diff, op_count, render
 
 __all__ = ["Pass", "PassError", "PassRecord", "Pipeline"]
@@ -80,11 +81,10 @@ class Pipeline:
             PassError: a pass failed in any other way.
         """
         debug = log.isEnabledFor(logging.DEBUG)
-        # Comes first because torch's trace handler leaves, where TORCH_TRACE is not set, only once it is
-        # handed something: better these names than a graph rendered for nothing.
-        _trace(f"hero_fx_{self.label}_passes", lambda: "\n".join(p.name for p in self.passes))
+        # Where TORCH_TRACE is not set, torch removes its trace handler at the first artifact: names are cheap to render.
+        trace_artifact(f"hero_fx_{self.label}_passes", lambda: "\n".join(p.name for p in self.passes))
         text = _render_once(gm)
-        _trace(f"hero_fx_{self.label}_00_input", text)
+        trace_artifact(f"hero_fx_{self.label}_00_input", text)
         records: list[PassRecord] = []
         ops = op_count(gm)
         for number, current in enumerate(self.passes, 1):
@@ -96,7 +96,7 @@ class Pipeline:
             log.info("%s: %d sites, %d ms%s", title, record.sites, 1000 * record.seconds, change)
             if record.sites:
                 text = _render_once(gm)
-                _trace(f"hero_fx_{self.label}_{number:02d}_{current.name}", text)
+                trace_artifact(f"hero_fx_{self.label}_{number:02d}_{current.name}", text)
                 if debug:
                     log.debug("%s:\n%s", title, graph_diff(before, text()))
         if any(record.sites for record in records):
@@ -146,17 +146,3 @@ def _change(before: Counter[str], after: Counter[str]) -> Counter[str]:
 def _render_once(gm: GraphModule) -> Callable[[], str]:
     """Renders the graph as it is when first asked, and never again."""
     return functools.cache(lambda: render(gm))
-
-
-def _trace(name: str, payload: Callable[[], str]) -> None:
-    """Hands an artifact to TORCH_TRACE / tlparse; `payload` is called only where something listens."""
-    try:
-        from torch._logging._internal import trace_structured
-    except ImportError:  # a private API: where it moved, dumps are lost and nothing else
-        return
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=payload,
-        expect_trace_id=False,  # pipelines also run outside of torch.compile
-    )

@@ -8,8 +8,8 @@ One line per node, made to be read in a diff and to stand in a test as the expec
     add: f32[2, 5] = aten.add.Tensor(linear, linear, alpha=2)
     return add
 
-Nothing here is special to hero_fx: any `torch.fx` graph will do, be it from Dynamo, `make_fx`,
-`torch.export` or `symbolic_trace`.
+Nothing here is special to hero_fx: it takes any `torch.fx` graph, from Dynamo, `make_fx`, `torch.export` or
+`symbolic_trace`.
 """
 
 from __future__ import annotations
@@ -23,38 +23,15 @@ from typing import Any, TypeAlias
 import torch
 from tabulate import tabulate
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
+
+from .compat import OperatorBase, OpOverload, OpOverloadPacket, short_name
 
 __all__ = ["graph_counts_diff", "graph_diff", "op_count", "render"]
 
 Op: TypeAlias = "str | OpOverload[..., Any] | OpOverloadPacket[..., Any]"
 
-_DTYPES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "f8e4m3",
-    torch.float8_e4m3fnuz: "f8e4m3fnuz",
-    torch.float8_e5m2: "f8e5m2",
-    torch.float8_e5m2fnuz: "f8e5m2fnuz",
-    torch.float8_e8m0fnu: "f8e8m0",
-    torch.complex32: "c32",
-    torch.complex64: "c64",
-    torch.complex128: "c128",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint64: "u64",
-    torch.uint32: "u32",
-    torch.uint16: "u16",
-    torch.uint8: "u8",
-    torch.bool: "b8",
-}
-
 _LONG_LIST = 8
-"""Lists of plain numbers that are longer than this are written by their rule, where they have one."""
+"""Longer lists of equal or evenly spaced numbers are written in short: `[0] * 64`."""
 
 
 def render(gm: fx.GraphModule | fx.Graph) -> str:
@@ -190,7 +167,7 @@ def _function_name(target: Callable[..., Any] | str) -> str:
     module: str | None = getattr(target, "__module__", None)
     if module is None and getattr(torch, name, None) is target:  # `torch.cat` and its like say no module
         module = "torch"
-    if module in (None, "_operator", "builtins", "math") or isinstance(target, torch._ops.OperatorBase):
+    if module in (None, "_operator", "builtins", "math") or isinstance(target, OperatorBase):
         return name
     return f"{module}.{name}"
 
@@ -220,8 +197,7 @@ def _requested_name(op: Op) -> str:
 def _type(value: Any) -> str:
     """`f32[2, 3]` for a tensor, `Sym(s0)` for a symbolic number, `(f32[2], i64[2])` for a tuple or list."""
     if isinstance(value, torch.Tensor):
-        dtype = _DTYPES.get(value.dtype) or str(value.dtype).removeprefix("torch.")
-        return f"{dtype}[{', '.join(map(str, value.shape))}]"
+        return f"{short_name(value.dtype)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return f"Sym({value})"
     if isinstance(value, tuple | list):
@@ -243,7 +219,7 @@ def _argument(value: Any) -> str:
             start, stop = ("" if end is None else _argument(end) for end in (value.start, value.stop))
             return f"{start}:{stop}" + ("" if value.step is None else f":{_argument(value.step)}")
         case torch.dtype():
-            return _DTYPES.get(value) or str(value)
+            return short_name(value)
         case torch.device():
             return str(value)
         case torch.layout() | torch.memory_format():

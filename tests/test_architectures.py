@@ -15,8 +15,8 @@ from hero_fx.config import Config
 from hero_fx.passes.rewrite.plan import Extrapolate, Refresh, Reuse, ScoredRefresh
 from hero_fx.passes.rewrite.resolve import resolve
 
-from .layers import D, Layer, Model, Part, attend, norm
-from .steps_by_hand import GRID, Toy
+from .support.layers import D, Layer, Model, Part, attend, norm
+from .support.steps_by_hand import GRID, Toy
 
 INDEX = torch.tensor([4, 1])
 

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.attention`: every op of the table, in the same model, gives what SDPA gives; what it cannot do it names."""
+"""`hero_fx.passes.attention`: every op of the table, in the same model, gives what SDPA gives; unknown ops are named."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 
-from . import tiny, toys
-from .attention_ops import registered
-from .axis import IMAGE_TOKENS, TEXT_TOKENS, TOKENS, stream
-from .layers import D, Model, Part, norm
-from .steps_by_hand import Toy
+from .support import tiny, toys
+from .support.attention_ops import registered
+from .support.axis import IMAGE_TOKENS, TEXT_TOKENS, TOKENS, stream
+from .support.layers import D, Model, Part, norm
+from .support.steps_by_hand import Toy
+from .support.tracing import trace
 from .test_architectures import repeats, trajectory
-from .tracing import trace
 
 aten = torch.ops.aten
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

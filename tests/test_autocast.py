@@ -19,15 +19,12 @@ from hero_fx.passes.normalize.trace import normalize
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
-from .tracing import capture, equal, normal_form, run_passes
+from .support import tiny, toys
+from .support.tracing import capture, equal, normal_form, run_passes
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def on(enabled: bool = True, dtype: torch.dtype | None = BF16) -> Any:
@@ -250,11 +247,11 @@ def test_full_and_cached_steps_compute_in_the_same_dtypes(policy: str, where: st
     model, start, times = autocasting(where, weights), toys.latents(), toys.times(9)
     options: dict[str, Any] = {"refresh_layers": 1.0} if policy in ("hero", "lean") else {}
     options |= {} if policy in ("hero", "lean", "duca") else {"grid": None}
-    run, backend = toys.compiled(model, policy=policy, inner="aot_eager", **options)
+    run, backend = toys.compiled(model, policy=policy, **options)
     ours = toys.loop(run, start, times)
     stats = backend.stats()
     assert (stats.full_steps, stats.cached_steps) == (5, 4)
-    plain = toys.loop(toys.torch_compile(model, backend="aot_eager"), start, times)
+    plain = toys.loop(model, start, times)
     assert toys.same(ours[:2], plain[:2])
     assert tiny.worst(ours, plain) < 0.5
     steps = backend.graphs[-1]
@@ -331,10 +328,8 @@ def test_drawn_regions(plan: list[tuple[Any, ...]], policy: str) -> None:
     model: Any = tiny.randomized(Drawn(plan))
     start, times = toys.latents(), toys.times(7)
     every: dict[str, Any] = {"refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live", "patch": (1, 1, 1)}
-    run, backend = toys.compiled(
-        model, policy=policy, inner="aot_eager", **(every if policy == "hero" else {"grid": None})
-    )
-    plain = toys.loop(toys.torch_compile(model, backend="aot_eager"), start, times)
+    run, backend = toys.compiled(model, policy=policy, **(every if policy == "hero" else {"grid": None}))
+    plain = toys.loop(model, start, times)
     ours = toys.loop(run, start, times)
     assert toys.same(ours[:2], plain[:2])
     assert backend.stats().cached_steps == 3

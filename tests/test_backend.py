@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,7 +18,9 @@ from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.render import op_count
 from hero_fx.passes.rewrite.plan import Extrapolate, Full, Reuse, StepPlan
 
-from . import tiny, toys
+from .support import tiny, toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -26,14 +28,6 @@ IN_PLACE = (aten.copy_.default, aten.index_copy_.default)
 NOTHING = hero_fx.Stats(
     graphs=0, full_steps=0, cached_steps=0, full_calls=0, cached_calls=0, refused_calls=0, state_bytes=0, sessions=0
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Inner:
@@ -162,6 +156,14 @@ def test_refresh_layers_by_count_and_share(layers: float, shallow: int) -> None:
     assert [kinds[layer] for layer in range(3)] == ["Refresh"] * shallow + ["Extrapolate"] * (3 - shallow)
 
 
+@pytest.mark.parametrize("policy", ["taylorseer", "toca"])
+def test_inductor_gives_what_the_graphs_give(policy: str) -> None:
+    """HERO: see test_exactness.py."""
+    grid = None if policy == "taylorseer" else toys.GRID
+    ours, theirs = (run_toy(toy_backend(policy=policy, grid=grid, inner=inner)) for inner in ("inductor", "eager"))
+    assert tiny.worst(ours, theirs) < 1e-4
+
+
 def test_policy_full_is_the_plain_model() -> None:
     inner = Inner()
     backend = toy_backend(policy="full", inner=inner, grid=None)
@@ -219,7 +221,7 @@ def test_stats_count_steps_and_bytes() -> None:
 
 
 @pytest.mark.parametrize("reset", ["backend", "module"])
-def test_reset_starts_anew_and_frees(reset: str) -> None:
+def test_reset_starts_over_and_frees(reset: str) -> None:
     backend = toy_backend()
     call = toys.torch_compile(toys.toy(), backend=backend, fullgraph=True)
     times = toys.times(8)

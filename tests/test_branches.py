@@ -1,9 +1,8 @@
-"""`hero_fx.passes.branches`: residual branches of transformers of every make, found by structure alone."""
+"""`hero_fx.passes.analysis.branches`: residual branches of transformers of every make, found by structure alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import pytest
@@ -15,14 +14,13 @@ from torch.nn import functional as F
 from hero_fx.build import normalized
 from hero_fx.passes.analysis.branch_tokens import body_of
 from hero_fx.passes.analysis.branches import find_branches
-from hero_fx.passes.analysis.grid import find_grid
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import IMAGE
 from hero_fx.passes.emit import by_name
 
-from . import tiny
-from .layers import D, Layer, Model, Part, attend, norm
-from .tracing import normal_form, trace
+from .support import tiny
+from .support.layers import D, Layer, Model, Part, attend, norm
+from .support.tracing import normal_form, trace
 
 
 def describe(structure: Structure) -> str:
@@ -364,71 +362,6 @@ def test_body_lies_between_what_a_branch_reads_and_its_updates() -> None:
         False: ["layer_norm", "linear", "gelu", "linear_1"],
         True: ["layer_norm", "linear", "gelu", "linear_1", "mul"],
     }
-
-
-class Grid(nn.Module):
-    """A convolution or a plain projection in front, one block, and an unpatchify to the grid at the end."""
-
-    def __init__(self, embed: nn.Module, end: tuple[int, ...] | None = None) -> None:
-        super().__init__()
-        self.embed, self.part, self.end = embed, Part(), end
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[0]
-        x = self.embed(x)
-        if x.dim() == 5:
-            x = x.flatten(2).transpose(1, 2)
-        elif x.dim() == 4:
-            x = x.flatten(2).transpose(1, 2).reshape(batch, -1, D)
-        x = x + self.part.ffn(norm(x))
-        return x if self.end is None else x.reshape(batch, *self.end)
-
-
-class Frames(nn.Conv2d):
-    """A convolution over frames [B, F, C, H, W]."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.flatten(0, 1))
-
-
-@pytest.mark.parametrize(
-    ("model", "shape", "grid"),
-    [
-        (Grid(nn.Conv2d(3, D, 2, 2)), (2, 3, 6, 10), (1, 3, 5)),
-        (Grid(Frames(3, D, 2, 2)), (2, 7, 3, 6, 10), (7, 3, 5)),
-        (Grid(nn.Conv3d(3, D, (1, 2, 2), (1, 2, 2))), (2, 3, 7, 6, 10), (7, 3, 5)),
-        (Grid(nn.Linear(3, D), (7, 3, 5, 1, 2, 2, 2)), (2, 105, 3), (7, 3, 5)),
-        (Grid(nn.Linear(3, D), (3, 5, 2, 2, 2)), (2, 15, 3), (1, 3, 5)),
-        (Grid(nn.Linear(3, D), (15, 1, 2, 2, 2)), (2, 15, 3), None),
-        (Grid(nn.Linear(3, D)), (2, 15, 3), None),
-    ],
-    ids=[
-        "image convolution",
-        "frame convolution",
-        "video convolution",
-        "video unpatchify",
-        "image unpatchify",
-        "patches one by one",
-        "none",
-    ],
-)
-def test_grid(model: nn.Module, shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> None:
-    structure = find_branches(normal_form(model.eval(), torch.ones(shape)))
-    assert structure.image_tokens == (prod(grid) if grid else 15)
-    assert structure.grid == grid
-
-
-def test_grid_of_patches_that_are_packed_without_a_batch() -> None:
-    class Packed(Part):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.reshape(105, D)[None]
-            return (x + self.attention(x))[0]
-
-    assert find_branches(normal_form(Packed().eval(), torch.ones(7, 3, 5, 2, 4))).grid == (7, 3, 5)
-
-
-def test_no_grid_of_no_tokens() -> None:
-    assert find_grid(trace(lambda x: x + 1, torch.ones(2)), 0) is None
 
 
 def test_cogvideox() -> None:

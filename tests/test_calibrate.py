@@ -16,8 +16,8 @@ import hero_fx
 from hero_fx.calibration.search import even_schedule, improve, pairs, seed_schedule
 from hero_fx.calibration.solve import Past, fit
 
-from . import toys
-from .steps_by_hand import numbers
+from .support import tiny, toys
+from .support.steps_by_hand import numbers
 
 STEPS = 12
 
@@ -157,8 +157,8 @@ def test_a_plan_beats_extrapolated_outputs_at_equal_full_steps() -> None:
     line = replace(found.plan.timelines[0], schedule=uniform, coefficients={"out0": table.expand(-1, -1, -1, -1, 6)})
     taylor = replace(found.plan, timelines=(line,))
     backends = {
-        "plan": hero_fx.backend(plan=found.plan, inner="aot_eager"),
-        "taylor": hero_fx.backend(plan=taylor, inner="aot_eager"),
+        "plan": hero_fx.backend(plan=found.plan, inner=tiny.INNER),
+        "taylor": hero_fx.backend(plan=taylor, inner=tiny.INNER),
     }
     off = {}
     for name, chosen in backends.items():

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.cleanup`: what a rewrite left without readers goes, what has an effect stays."""
+"""`hero_fx.passes.simplify.cleanup`: what a rewrite left without readers goes, what has an effect stays."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.passes.rewrite.extrapolate import ReuseBranches
 from hero_fx.passes.rewrite.plan import Full, Reuse
-from hero_fx.passes.simplify.cleanup import DropDeadCode
+from hero_fx.passes.simplify.cleanup import DropDeadCode, DropUnreadState
+from hero_fx.passes.slots import FeatureSlot
 from hero_fx.step_graphs import copy_graph
 
-from .steps_by_hand import Toy, attentions
-from .tracing import equal, run_passes, trace
+from .support.step_graphs import graph, run, tensors
+from .support.steps_by_hand import Toy, attentions
+from .support.tracing import equal, run_passes, trace
 
 
 def test_graph() -> None:
@@ -62,3 +64,24 @@ return mul""",
     )
     assert equal(gm(*inputs), torch.full((2, 3), 2.0))
     assert torch.equal(inputs[0], torch.ones(2, 3).cos())
+
+
+def test_state_that_no_step_reads_goes() -> None:
+    def record(x: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
+        s1.copy_(x)
+        s2.copy_(x * 2)
+        return x + 1
+
+    values = tensors()
+    gm = graph(record, x=values["x"], s1=values["s1"], s2=values["s1"].clone())
+    assert_expected_inline(
+        run(gm, DropUnreadState(read=frozenset({FeatureSlot("s1", "image")})))[1],
+        """\
+  ...
+- s2: f32[2, 5, 3] = input
+  ...
+- mul: f32[2, 5, 3] = aten.mul.Tensor(x, 2)
+- copy__1: f32[2, 5, 3] = aten.copy_.default(s2, mul)
+  ...""",
+    )
+    assert run(gm, DropUnreadState(read=frozenset({FeatureSlot("s1", "image")})))[0] == 0

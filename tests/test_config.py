@@ -1,4 +1,4 @@
-"""Every option of hero_fx.backend refuses what it cannot mean, by name, with the value and the mend."""
+"""Every option of `hero_fx.backend` refuses bad values: the error names the option, its value and the fix."""
 
 from __future__ import annotations
 
@@ -78,15 +78,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mode": "max-autotune", "inner": "eager"}, "with inner='eager' leave them out"),
     ({"options": {"max_autotune": True}, "inner": "aot_eager"}, "with inner='aot_eager' leave them out"),
     ({"disable_passes": ("refresh",)}, "names of passes that preserve numerics: .*sink_scatters"),
+    ({"max_state_bytes": 0}, "whole number of at least 1"),
     ({"disable_passes": "write_rows"}, "names of passes that preserve numerics"),
     ({"strict": "no"}, "True, False"),
 ]
 
 
-@pytest.mark.parametrize(("options", "mend"), BAD, ids=lambda value: repr(value) if isinstance(value, dict) else "")
-def test_bad_values(options: dict[str, Any], mend: str) -> None:
+@pytest.mark.parametrize(("options", "fix"), BAD, ids=lambda value: repr(value) if isinstance(value, dict) else "")
+def test_bad_values(options: dict[str, Any], fix: str) -> None:
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=mend) as error:
+    with pytest.raises(ValueError, match=fix) as error:
         hero_fx.backend(**options)
     assert name in str(error.value)
     if not isinstance(value, (list, tuple)):

@@ -16,8 +16,8 @@ import hero_fx
 from hero_fx.passes.normalize.constants import WriteLiterals
 from hero_fx.passes.render import graph_diff, render
 
-from . import tiny, toys
-from .tracing import equal, run_passes, trace
+from .support import tiny, toys
+from .support.tracing import equal, run_passes, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 STEPS = 8

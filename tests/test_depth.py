@@ -13,8 +13,8 @@ from torch import fx
 
 import hero_fx
 
-from .toys import GRID, latents, toy
-from .tracing import capture
+from .support.toys import GRID, latents, toy
+from .support.tracing import capture
 
 
 @cache

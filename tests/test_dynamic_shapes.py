@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,18 +14,13 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import zoo
+from .support import tiny, toys
+from .support.diffusion_pipelines import zoo
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SHAPES = [(3, 8, 12), (2, 6, 8)]
 """Frames, height and width of latents, cut into patches of 1 x 2 x 2."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @cache
@@ -76,14 +71,14 @@ def test_dynamic_shapes_compile_each_resolution_once(how: str) -> None:
     assert [graphs.structure.grid for graphs in hero.graphs] == [(f, h // 2, w // 2) for f, h, w in SHAPES]
 
 
-def test_mark_dynamic_names_the_mend() -> None:
-    mend = r"axes 2, 3, 4 of hidden_states.*every resolution compiles once.*torch._dynamo.maybe_mark_dynamic"
+def test_mark_dynamic_names_the_fix() -> None:
+    fix = r"axes 2, 3, 4 of hidden_states.*every resolution compiles once.*torch._dynamo.maybe_mark_dynamic"
     call = toys.torch_compile(model(), backend=backend(), fullgraph=True)
-    with pytest.raises(BackendCompilerFailed, match=mend):
+    with pytest.raises(BackendCompilerFailed, match=fix):
         loop(call, SHAPES[0], torch._dynamo.mark_dynamic)
     torch._dynamo.reset()
     call = toys.torch_compile(model(), backend=backend(strict=False), fullgraph=True)
-    with pytest.warns(UserWarning, match=mend):
+    with pytest.warns(UserWarning, match=fix):
         ours = loop(call, SHAPES[0], torch._dynamo.mark_dynamic)
     plain = loop(model(), SHAPES[0])
     assert tiny.worst(ours, plain) < 1e-5

@@ -1,7 +1,11 @@
-"""Compiled trajectories against the eager reference, step by step."""
+"""Compiled trajectories against the eager reference, step by step.
+
+All options run on the step graphs as they are; `AOT` has each of them once more through AOTAutograd.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,10 +14,10 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny
 from .reference import Config, trajectory
+from .support import tiny
 
-STEPS, LAYERS = 12, 4
+STEPS, LAYERS = 12, 3
 
 
 def reference_outputs(
@@ -42,6 +46,16 @@ def reference_outputs(
     return outputs
 
 
+@cache
+def model_of(layers: int, rotary: bool) -> Any:
+    return tiny.cogvideox(layers=layers, rotary=rotary)
+
+
+@cache
+def plain_outputs(layers: int, rotary: bool, batch: int, steps: int) -> list[Tensor]:
+    return tiny.denoise(model_of(layers, rotary), tiny.inputs(batch=batch, rotary=rotary), tiny.timesteps(steps))
+
+
 def check(
     reference: dict[str, Any],
     *,
@@ -53,16 +67,16 @@ def check(
     layers: int = LAYERS,
     **options: Any,
 ) -> hero_fx.Backend:
-    model = tiny.cogvideox(layers=layers, rotary=rotary)
-    graph = tiny.captured(layers=layers, rotary=rotary, batch=batch)
+    model, graph = model_of(layers, rotary), tiny.captured(layers=layers, rotary=rotary, batch=batch)
     backend = hero_fx.backend(inner=inner, num_steps=steps, **options)
     kwargs = tiny.inputs(batch=batch, rotary=rotary)
     ours = tiny.denoise(graph.compiled(backend), kwargs, tiny.timesteps(steps))
     theirs = reference_outputs(model, backend, Config(**reference), kwargs, steps)
     assert backend.stats().cached_steps > 0
     assert tiny.worst(ours, theirs) < bound
-    plain = tiny.denoise(model, kwargs, tiny.timesteps(steps))
-    assert tiny.worst(ours, plain) > 1e-4, "caching changed nothing: the comparison shows nothing"
+    assert tiny.worst(ours, plain_outputs(layers, rotary, batch, steps)) > 1e-4, (
+        "caching changed nothing: the comparison shows nothing"
+    )
     return backend
 
 
@@ -125,8 +139,7 @@ def test_hero_boundary_gate_and_order(layers: int, deep: str, order: int) -> Non
     check(HERO | choice, interval=3, **choice)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("rotary", [False, True], ids=["sincos", "rotary"])
+@pytest.mark.parametrize(("rotary", "batch"), [(False, 1), (True, 2)], ids=["sincos", "rotary"])
 @pytest.mark.parametrize("point", ["pre_gate", "post_gate"])
 @pytest.mark.parametrize(
     ("policy", "options"),
@@ -149,12 +162,41 @@ def test_baselines(policy: str, options: dict[str, Any], point: str, rotary: boo
     check(reference, policy=policy, interval=3, cache_point=point, batch=batch, rotary=rotary, **options)
 
 
-@pytest.mark.parametrize("policy", ["hero", "taylorseer", "toca"])
-def test_inductor(policy: str) -> None:
-    reference: dict[str, Any] = {
-        "hero": HERO | {"refresh_layers": 1},
-        "taylorseer": {"policy": "taylorseer"},
-        "toca": {"policy": "toca", "grid": tiny.GRID, "interval": 3, "ratio": 0.25},
-    }[policy]
-    options: dict[str, Any] = {"refresh_ratio": 0.25} if policy == "toca" else {}
-    check(reference, policy=policy, inner="inductor", bound=1e-4, interval=3, layers=2, **options)
+TOKENS: dict[str, Any] = {"grid": tiny.GRID, "ratio": 0.25}  # the reference's names
+# Options of the backend, and what the reference is told beside them.
+AOT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, HERO),
+    ({"form": "literal"}, HERO),
+    ({"unsampled": "reuse"}, PAPER),
+    ({"unsampled": "reuse", "keys": "sampled", "text": "live"}, PAPER),
+    ({"keys": "sampled+text", "cache_point": ("pre_gate", "pre_gate"), "order": 2}, HERO),
+    ({"unsampled": "gate", "keys": "landmarks", "text": "live"}, HERO),
+    ({"unsampled": "gate", "keys": "all"}, HERO),
+    ({"selection": "per_layer", "keys": "all", "text": "live", "cache_point": ("pre_gate", "post_gate")}, HERO),
+    ({"policy": "fora", "cache_point": "post_gate"}, {}),
+    ({"policy": "taylorseer", "order": 2, "cache_point": "pre_gate"}, {}),
+    ({"policy": "toca", "refresh_ratio": 0.25, "text": "live", "cache_point": "pre_gate"}, TOKENS),
+    ({"policy": "duca", "refresh_ratio": 0.25, "text": "skip", "cache_point": "post_gate"}, TOKENS),
+]
+NOT_OF_THE_REFERENCE = ("form", "selection", "refresh_ratio")
+
+
+def on_two_layers(options: dict[str, Any], reference: dict[str, Any], **more: Any) -> None:
+    """One refreshed layer and one that is extrapolated, or two of any other policy."""
+    shared = {name: value for name, value in options.items() if name not in NOT_OF_THE_REFERENCE}
+    point = shared.get("cache_point")
+    if isinstance(point, str):
+        shared["cache_point"] = (point, point)
+    wanted = reference | shared | {"interval": 3}
+    if wanted["policy"] == "hero":
+        wanted["refresh_layers"] = 1
+    check(wanted, interval=3, layers=2, **options, **more)
+
+
+@pytest.mark.parametrize(("options", "reference"), AOT, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_through_aot_autograd(options: dict[str, Any], reference: dict[str, Any]) -> None:
+    on_two_layers(options, reference, inner="aot_eager")
+
+
+def test_inductor() -> None:
+    on_two_layers({}, HERO, inner="inductor", bound=1e-4)

@@ -14,7 +14,7 @@ import torch
 
 import hero_fx
 
-from .examples import example
+from .support.examples import example
 
 
 @pytest.fixture(autouse=True)

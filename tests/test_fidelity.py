@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch import Tensor
 
 import hero_fx
 
-from .examples import FOLDER, example
-from .tiny import randomized
+from .support.examples import FOLDER, example
+from .support.tiny import randomized
 
 STEPS, SCENES = 7, 3
 
@@ -259,3 +261,63 @@ def test_says_what_is_wrong(bench: Any, arguments: list[str], message: str, caps
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def rivals(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run with a plan and with rivals writes."""
+    folder = tmp_path_factory.mktemp("rivals")
+    more = ["--plans", "--search", "2", "--calibration-scenes", "2", "--rivals", "others", "--methods", "FORA"]
+    bench.main([*command(weights, folder), *more, "--intervals", "3"])
+    return folder
+
+
+def test_rivals_and_plans(rivals: Path) -> None:
+    found = rows(rivals)
+    fewer = next(name for name in found if name.startswith("plain, "))
+    steps = found[fewer]["steps"]
+    assert set(found) == {
+        *("full compute", fewer, "HERO, N=3", "FORA, N=3", "plan, N=3", "growing window, N=3"),
+        *(f"random schedule {seed}, N=3" for seed in range(3)),
+        *(f"{name}, {steps} steps" for name in ("DPM-Solver++ 2M", "UniPC")),
+    }
+    fulls = {name: row["full_steps"] for name, row in found.items() if name.endswith("N=3")}
+    assert set(fulls.values()) == {found["HERO, N=3"]["full_steps"]}
+    assert found["plan, N=3"]["speed_total"] > found["HERO, N=3"]["speed_total"]
+    distances = {name: row["metrics"]["rgb_l2"]["mean"] for name, row in found.items() if name != "full compute"}
+    unlike = [distance for name, distance in distances.items() if not name.startswith("random")]
+    assert len(set(unlike)) == len(unlike)  # of so few steps, random ones may be HERO's
+    assert all(0 < distance < 2 for distance in distances.values()), distances
+
+
+def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(bench: Any, weights: Path, rivals: Path) -> None:
+    from world.scenes import TRAINING
+
+    (path,) = (rivals / "cache").glob("plan-*.safetensors")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert hero_fx.Plan.load(path).timelines[0].full == rows(rivals)["HERO, N=3"]["full_steps"]
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        plans = sys.modules["_fidelity_plans"]
+        draw = plans.sample_scenes
+
+        def spy(seeds: list[int]) -> Any:
+            seen.extend(seeds)
+            return draw(seeds)
+
+        patch.setattr(plans, "sample_scenes", spy)
+        plans.plan_for(weights, "reconstruction", 4, plans.Calibrating(scenes=1, search=1), rivals / "again")
+    assert seen
+    assert min(seen) >= TRAINING
+
+
+def test_schedules_of_rivals(bench: Any) -> None:
+    rivals = sys.modules["_fidelity_rivals"]
+    for steps, full in ((30, 10), (30, 28), (50, 2), (7, 7), (9, 1)):
+        for mask in (rivals.growing(steps, full), rivals.random_schedule(steps, full, 0)):
+            assert (len(mask), sum(mask), mask[0]) == (steps, full, True)
+    places = [step for step, is_full in enumerate(rivals.growing(30, 8)) if is_full]
+    gaps = [b - a for a, b in pairwise(places)]
+    assert gaps == sorted(gaps)
+    assert places[-1] == 29
+    assert rivals.random_schedule(30, 10, 0) != rivals.random_schedule(30, 10, 1)

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 import hero_fx
 
-from . import tiny, toys
+from .support import tiny, toys
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Named(nn.Module):
@@ -48,7 +45,7 @@ TEXTS = {
 @pytest.mark.parametrize("what", TEXTS)
 def test_text_under_the_name_of_a_timestep_is_none(what: str) -> None:
     model = tiny.randomized(Named(what))
-    run, backend = toys.compiled(model, inner="aot_eager")
+    run, backend = toys.compiled(model, inner=tiny.INNER)
     toys.loop(lambda x, time: run(x, TEXTS[what], time), toys.latents(), toys.times(9))
     assert (backend.stats().full_steps, backend.stats().cached_steps) == (5, 4)
 

@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from expecttest import assert_expected_inline
-from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import hero_fx
-from hero_fx.outputs import find_outputs
-from hero_fx.passes.emit import value_of
 from hero_fx.passes.render import graph_diff, op_count, render
-from hero_fx.passes.rewrite.forecast import ForecastOutputs, OutputRule, RecordOutputs, arguments_of
+from hero_fx.passes.rewrite.forecast import ForecastOutputs, OutputRule, RecordOutputs
 from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.plan import Plan, Timeline
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
 from .reference import forecast_trajectory
-from .steps_by_hand import numbers
-from .tracing import normal_form, run_passes, trace
+from .support import tiny, toys
+from .support.forecasts import FITTING, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
+from .support.steps_by_hand import numbers
+from .support.tracing import run_passes, trace
 
-STEPS = 10
-MASK = tuple(map(bool, (1, 1, 1, 0, 0, 1, 0, 1, 0, 0)))
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Conditioned(nn.Module):
-    """A convolution on a latent with conditioning channels behind it: no residual branch, no attention."""
-
-    def __init__(self, extra: int = 0, outputs: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.convs = nn.ModuleList(nn.Conv2d(3 + extra, 3, 3, padding=1) for _ in range(outputs))
-        self.time = nn.Linear(1, 3)
-
-    def forward(self, sample: Tensor, timestep: Tensor, audio: Tensor | None = None) -> Any:
-        time = self.time(timestep.float()[:, None] / 1000)[:, :, None, None]
-        result = [torch.tanh(conv(sample) + time) for conv in self.convs]
-        if audio is not None:
-            return result[0], torch.sin(audio * 2 + time.mean())
-        return result[0] if len(result) == 1 else tuple(result)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def linear(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -127,53 +99,6 @@ def test_full_step_is_the_model_bit_for_bit() -> None:
     assert torch.equal(states[2], out)
 
 
-# ------------------------------------------------------------------------------------------ compiled trajectories
-def theta(*shape: int, steps: int = STEPS, terms: int = 5, seed: int = 7) -> Tensor:
-    return 0.3 * torch.randn(steps, terms, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def times(steps: int = STEPS) -> tuple[float, ...]:
-    return tuple(float(t) for t in tiny.timesteps(steps))
-
-
-def fitting(**changes: Any) -> hero_fx.Fingerprint:
-    """The fingerprint of `tiny.cogvideox(layers=2)`."""
-    model = tiny.cogvideox(layers=2)
-    config = {name: value for name, value in json.loads(model.to_json_string()).items() if not name.startswith("_")}
-    usual = {"name": "CogVideoXTransformer3DModel", "config": config, "depth": 2, "width": 32, "outputs": ((4,),)}
-    return hero_fx.Fingerprint(**{**usual, **changes})
-
-
-FITTING = fitting()
-
-
-def plan_of(
-    rule: OutputRule, table: Tensor, model: Any = None, *, mask: tuple[bool, ...] = MASK, name: str = "", **more: Any
-) -> Plan:
-    line = Timeline(schedule=mask, timesteps=times(len(mask)), coefficients={rule.table: table})
-    model = model or hero_fx.Fingerprint(name=name, outputs=more.pop("outputs", ()))
-    return Plan(policy="forecast", timelines=(line,), outputs=(rule,), model=model, **more)
-
-
-def by_reference(
-    model: Any, kwargs: dict[str, Any], table: Tensor, latent: slice | None, history: int, mask: tuple[bool, ...] = MASK
-) -> list[Tensor]:
-    """The closed loop of `tiny.denoise`."""
-    sample, steps, result = kwargs["hidden_states"], len(mask), []
-
-    def call(step: int) -> Tensor:
-        time = tiny.timesteps(steps)[step].expand(sample.shape[0])
-        out: Tensor = model(**{**kwargs, "hidden_states": sample}, timestep=time, return_dict=False)[0]
-        return out
-
-    with torch.no_grad():
-        of = None if latent is None else lambda step: sample[:, :, latent]
-        for out in forecast_trajectory(call, table, mask, of, history):
-            result.append(out)
-            sample = sample - out / steps
-    return result
-
-
 def check(inner: str, history: int, latent: bool, **options: Any) -> hero_fx.Backend:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     table = theta(1, 1, tiny.CHANNELS, 1, 1)
@@ -186,16 +111,29 @@ def check(inner: str, history: int, latent: bool, **options: Any) -> hero_fx.Bac
     return backend
 
 
+def test_a_batch_that_changes_keeps_the_plan() -> None:
+    """Dynamo then makes sizes inputs too, which are named after the tensors that they are of."""
+    model, table = tiny.cogvideox(layers=2), theta(1, 1, tiny.CHANNELS, 1, 1)
+    plan = plan_of(OutputRule(index=0, axis=2, latent="hidden_states", history=2), table, FITTING)
+    backend = hero_fx.backend(plan=plan, inner="aot_eager")
+    call = toys.torch_compile(model, backend, fullgraph=True)
+    for batch in (1, 2, 3):
+        kwargs = tiny.inputs(batch=batch)
+        ours = tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
+        assert tiny.worst(ours, by_reference(model, kwargs, table, slice(None), 2)) < 1e-5
+    assert backend.stats().graphs == 3
+
+
 @pytest.mark.parametrize("history", [1, 2, 3])
 @pytest.mark.parametrize("latent", [True, False])
 def test_trajectories_equal_the_equation(history: int, latent: bool) -> None:
-    graphs = check("aot_eager", history, latent).graphs[0]
+    graphs = check("aot_eager" if history == 3 else tiny.INNER, history, latent).graphs[0]
     assert not op_count(graphs.cached[0], "aten.linear")["aten.linear"]
     assert len(graphs.state) == history + 2 * latent
 
 
 def test_explain_shows_the_plan() -> None:
-    text = str(hero_fx.explain(check("eager", 3, True)))
+    text = str(hero_fx.explain(check(tiny.INNER, 3, True)))
     for part in ("it forecasts the outputs", "███··█·█··", "past outputs", "past latents", "10 steps, 5 full"):
         assert part in text
 
@@ -210,7 +148,7 @@ def test_coefficients_by_frame_and_half_of_the_batch() -> None:
     frames = tiny.GRID[0]
     table = theta(2, frames, tiny.CHANNELS, 1, 1)
     rule = OutputRule(index=0, axis=2, frames=1, groups=2, latent="hidden_states")
-    backend = hero_fx.backend(plan=plan_of(rule, table, fitting(outputs=((4, 3),)), batch=2), inner="aot_eager")
+    backend = hero_fx.backend(plan=plan_of(rule, table, fitting(outputs=((4, 3),)), batch=2), inner=tiny.INNER)
     ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
     theirs = by_reference(model, kwargs, table.repeat_interleave(2, dim=2), slice(None), 3)
     assert tiny.worst(ours, theirs) < 1e-5
@@ -221,7 +159,7 @@ def test_a_model_without_branches_and_with_conditioning_channels() -> None:
     table = theta(1, 3, 1, 1)
     rule = OutputRule(index=0, axis=1, latent="sample", start=1)
     sample, hint = numbers(2, 3, 4, 5, seed=3), numbers(2, 1, 4, 5, seed=4)
-    backend = hero_fx.backend(plan=plan_of(rule, table, name="Conditioned", outputs=((3,),)), inner="aot_eager")
+    backend = hero_fx.backend(plan=plan_of(rule, table, name="Conditioned", outputs=((3,),)), inner=tiny.INNER)
     call = toys.torch_compile(model, backend, fullgraph=True)
 
     def loop(call: Any) -> list[Tensor]:
@@ -258,7 +196,7 @@ def test_two_outputs_each_with_its_latent() -> None:
     line = Timeline(schedule=MASK, timesteps=times(), coefficients=tables)
     fits = hero_fx.Fingerprint(name="Conditioned", outputs=((3,), (4,)))
     plan = Plan(policy="forecast", timelines=(line,), outputs=rules, model=fits)
-    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner="aot_eager"), fullgraph=True)
+    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
     video = [numbers(1, 3, 4, 5, seed=i) for i in range(STEPS)]
     audio = [numbers(1, 6, 4, seed=50 + i) for i in range(STEPS)]
     time = tiny.timesteps(STEPS)
@@ -280,7 +218,7 @@ def test_separate_calls_have_coefficients_of_their_own() -> None:
     rule = OutputRule(index=0, axis=2)
     line = Timeline(schedule=MASK, timesteps=times(), coefficients=tables)
     plan = Plan(policy="forecast", timelines=(line,), outputs=(rule,), lanes=2, model=FITTING)
-    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner="aot_eager"), fullgraph=True)
+    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
     other = kwargs | {"encoder_hidden_states": numbers(1, tiny.TEXT, tiny.WIDTH, seed=11)}
     ours: list[list[Tensor]] = [[], []]
     with torch.no_grad():
@@ -311,7 +249,7 @@ def test_taylors_coefficients_extrapolate_the_output_linearly() -> None:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     rule = OutputRule(index=0, axis=None, history=2)
     plan = plan_of(rule, taylor(STEPS, MASK), fitting(outputs=((),)))
-    backend = hero_fx.backend(plan=plan, inner="aot_eager")
+    backend = hero_fx.backend(plan=plan, inner=tiny.INNER)
     ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
     past: list[tuple[int, Tensor]] = []
     for step, full in enumerate(MASK):
@@ -321,62 +259,6 @@ def test_taylors_coefficients_extrapolate_the_output_linearly() -> None:
         (before, old), (last, new) = past[-2:]
         expected = new + (step - last) / (last - before) * (new - old)
         torch.testing.assert_close(ours[step], expected, rtol=1e-5, atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------- where the latent lies
-def test_outputs_and_their_latents_are_found() -> None:
-    sample, time = numbers(2, 5, 4, 6, seed=3), tiny.timesteps(1).expand(2)
-    gm = normal_form(Conditioned(extra=2).eval().requires_grad_(False), sample, time)
-    position = [n.meta["argument"] for n in gm.graph.find_nodes(op="placeholder")].index("timestep")
-    (rule,) = find_outputs(gm, position)
-    assert (rule.axis, rule.latent) == (1, "sample")
-    gm = normal_form(Conditioned().eval().requires_grad_(False), sample[:, :3], time, numbers(2, 7, 6, seed=4))
-    position = [n.meta["argument"] for n in gm.graph.find_nodes(op="placeholder")].index("timestep")
-    assert [(r.axis, r.latent) for r in find_outputs(gm, position)] == [(1, "sample"), (2, "audio")]
-    with pytest.raises(ValueError, match=r"latent=.time.*sample"):
-        find_outputs(gm, position, "time")
-
-
-def test_channels_of_a_video_are_found_wherever_they_lie() -> None:
-    gm = normal_form(tiny.cogvideox(layers=1), **tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
-    position = [n.meta["argument"] for n in gm.graph.find_nodes(op="placeholder")].index("timestep")
-    (rule,) = find_outputs(gm, position)
-    assert (rule.axis, rule.latent) == (2, "hidden_states")
-
-
-def test_arguments_without_names_are_told_apart() -> None:
-    """A decorated forward takes `*args`: all of them have that name."""
-
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Conditioned()
-
-        def forward(self, *args: Tensor) -> Any:
-            return self.inner(*args)
-
-    model = Wrapped().eval().requires_grad_(False)
-    gm = normal_form(model, numbers(2, 3, 4, 6, seed=3), tiny.timesteps(1).expand(2), numbers(2, 7, 6, seed=4))
-    names = arguments_of(gm)
-    (time,) = [name for name, node in names.items() if not value_of(node).is_floating_point()]
-    found = find_outputs(gm, gm.graph.find_nodes(op="placeholder").index(names[time]))
-    assert [value_of(names[str(rule.latent)]).shape for rule in found] == [(2, 3, 4, 6), (2, 7, 6)]
-    assert all(str(rule.latent).startswith("args[") for rule in found)
-
-
-# ---------------------------------------------------------------------------------------------------------- refused
-def test_forecast_needs_a_plan() -> None:
-    with pytest.raises(ValueError, match="needs a plan"):
-        hero_fx.backend("forecast")
-
-
-def run(plan: Plan, steps: int = STEPS, shift: float = 0, calls: int = 1, batch: int = 2, **options: Any) -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs(batch=batch)
-    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner="eager", **options), fullgraph=True)
-    with torch.no_grad():
-        for t in tiny.timesteps(steps) - shift:
-            for _ in range(calls):
-                call(**kwargs, timestep=t.expand(batch), return_dict=False)
 
 
 def test_state_of_aether_is_under_a_tenth_of_a_gigabyte() -> None:
@@ -400,82 +282,3 @@ def test_state_of_aether_is_under_a_tenth_of_a_gigabyte() -> None:
         with pytest.warns(UserWarning, match="another model"):
             steps = hero_fx.trace(model, backend=backend, return_dict=False, **call)
     assert steps.state_bytes == 5 * 2 * 11 * 56 * 60 * 90 * 2 < 0.1e9
-
-
-def simple(**more: Any) -> Plan:
-    model = more.pop("model", FITTING)
-    return plan_of(OutputRule(index=0, axis=2), theta(1, 1, tiny.CHANNELS, 1, 1), model, **more)
-
-
-def test_other_timesteps_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"step 1 is at timestep .* another number of steps"):
-        run(simple(), steps=STEPS + 2)
-    with pytest.raises(RuntimeError, match="step 0 is at timestep 979"):
-        run(simple(), shift=20)
-    with pytest.warns(UserWarning, match="step 0 is at timestep"):
-        run(simple(), shift=20, plan_mismatch="warn")
-
-
-def test_another_guidance_mode_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"step 0 has 2 calls, and the plan was calibrated with 1 a step"):
-        run(simple(), calls=2)
-    with pytest.raises(BackendCompilerFailed, match="the batch of the output is 1 here and 2 per sample in the plan"):
-        run(simple(batch=2), batch=1)
-
-
-def test_a_lane_that_misses_steps_is_refused() -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    call = toys.torch_compile(model, hero_fx.backend(plan=simple(lanes=2), inner="eager"), fullgraph=True)
-    time = tiny.timesteps(STEPS)
-
-    def lane(name: str, step: int) -> None:
-        with torch.no_grad(), hero_fx.calling(lane=name, step_index=step):
-            call(**kwargs, timestep=time[step].expand(2), return_dict=False)
-
-    lane("cond", 0)
-    lane("uncond", 0)
-    lane("cond", 1)  # and no second call
-    lane("cond", 2)
-    with pytest.raises(RuntimeError, match="was not called at every step"):
-        lane("uncond", 2)
-
-
-def test_another_model_is_refused() -> None:
-    other = fitting(depth=5, config={**FITTING.config, "num_layers": 5})
-    with pytest.raises(
-        BackendCompilerFailed, match=r"depth is 2 here and 5 in the plan; config.num_layers is 2 here and 5 in the plan"
-    ):
-        run(simple(model=other))
-    with pytest.warns(UserWarning, match="calibrated on another model"):
-        run(simple(model=other), plan_mismatch="warn")
-
-
-def test_rules_that_do_not_fit_are_refused() -> None:
-    for rule, message in (
-        (OutputRule(index=0, axis=2, latent="sample"), "'sample', and the model's arguments are .*hidden_states"),
-        (OutputRule(index=0, axis=2, latent="hidden_states", start=1), "holds no latent"),
-        (OutputRule(index=1, axis=2), r"at positions \[0\] .* those at \[1\]"),
-    ):
-        torch._dynamo.reset()
-        with pytest.raises(BackendCompilerFailed, match=message):
-            run(plan_of(rule, theta(1, 1, tiny.CHANNELS, 1, 1), FITTING))
-
-
-def test_a_single_block_is_no_model() -> None:
-    """In a regional compile all blocks share one graph, and their outputs would mix."""
-
-    class Middle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = toys.Block()
-
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            out: Tensor = self.block(x, toys.sinusoid(timestep)[:, None])
-            return out
-
-    plan = plan_of(OutputRule(index=0, axis=2), theta(1, 1, toys.WIDTH))
-    call = toys.torch_compile(
-        Middle().eval().requires_grad_(False), hero_fx.backend(plan=plan, plan_mismatch="warn", inner="eager")
-    )
-    with pytest.raises(BackendCompilerFailed, match="part of a model"), torch.no_grad():
-        call(numbers(2, 6, toys.WIDTH, seed=1), tiny.timesteps(1).expand(2))

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.functionalize`: in-place ops become functional, whatever else looks at the memory they write to."""
+"""`hero_fx.passes.normalize.functionalize`: in-place ops become functional, whatever else reads the memory they write to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from hero_fx.passes.normalize.functionalize import Functionalize, is_in_place
+from hero_fx.passes.normalize.functionalize import Functionalize
+from hero_fx.passes.ops import is_in_place
 from hero_fx.passes.render import graph_diff, render
 
-from .tracing import equal, run_passes, trace
+from .support.tracing import equal, run_passes, trace
 
 Function = Callable[[Tensor], Any]
 

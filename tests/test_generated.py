@@ -23,9 +23,9 @@ import hero_fx
 from hero_fx.checks import UnsupportedModel
 from hero_fx.passes.compat import argument_name
 
-from . import small
-from .small import POLICIES, TOKENS, WIDTH, norm
-from .tracing import capture
+from .support import small
+from .support.small import POLICIES, TOKENS, WIDTH, norm
+from .support.tracing import capture
 
 TEXT, BATCH, STEPS = 2, 2, 4  # full, cached, full, cached
 TOLERANCE = 5e-5
@@ -238,11 +238,17 @@ def frames(s: State) -> None:
 
 
 class Generated(nn.Module):
-    """The layers one after another; the buffers start anew at every call, so that a call is a function of its inputs."""
+    """The layers one after another; with a clock of 0 all timesteps are one.
 
-    def __init__(self, programs: tuple[tuple[str, ...], ...], clock: float) -> None:
+    The buffers of the blocks start over at every call, so that a call is a function of its inputs.
+    """
+
+    clock: Tensor
+
+    def __init__(self, programs: tuple[tuple[str, ...], ...]) -> None:
         super().__init__()
-        self.programs, self.clock = programs, clock
+        self.programs = programs
+        self.register_buffer("clock", torch.tensor(0.01))
         self.first, self.words = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.last = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(small.Block() for _ in programs)
@@ -267,16 +273,18 @@ def inputs(step: int) -> tuple[Tensor, Tensor, Tensor]:
 class Run:
     """A model as one callable of (latents, text, timestep) -> its outputs in a row, for many backends."""
 
-    def __init__(self, programs: tuple[tuple[str, ...], ...], clock: float) -> None:
+    def __init__(self, programs: tuple[tuple[str, ...], ...]) -> None:
         torch.manual_seed(0)
-        self.gm, self.example = capture(Generated(programs, clock).eval().requires_grad_(False), *inputs(0))
+        self.model = Generated(programs).eval().requires_grad_(False)
+        self.gm, self.example = capture(self.model, *inputs(0))
         names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
         self.at = [names.index(name) for name in ("latents", "text", "timestep")]
 
-    def compiled(self, **options: Any) -> Callable[..., Any]:
+    def compiled(self, **options: Any) -> tuple[Callable[..., Any], hero_fx.Backend]:
+        backend = hero_fx.backend(**{"warmup": 1, "cooldown": 0, **options})
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of branches that are left to the model
-            return hero_fx.backend(**{"warmup": 1, "cooldown": 0, **options})(self.gm, self.example)
+            return backend(self.gm, self.example), backend
 
     def outputs(self, run: Callable[..., Any], steps: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
         """What each call returns, when all are over; that it is what it was when it was returned is checked."""
@@ -303,17 +311,19 @@ def error(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> float:
 def check(programs: tuple[tuple[str, ...], ...], policy: str, inner: str = "eager") -> None:
     """Full steps, the collapsed form, a constant trajectory, and what was returned before, of one model."""
     moving, still = [inputs(step) for step in range(STEPS)], [inputs(0)[:2] + inputs(step)[2:] for step in range(STEPS)]
-    model = Run(programs, 0.01)
+    model = Run(programs)
     plain = model.outputs(model.gm.forward, moving)
     options = {"inner": inner, **POLICIES[policy]}
-    ours = model.outputs(model.compiled(**options), moving)
+    run, backend = model.compiled(**options)
+    ours = model.outputs(run, moving)
     worst = error(ours[::2], plain[::2])
     assert worst < TOLERANCE, "full steps"
-    worst = error(ours, model.outputs(model.compiled(**options, form="literal"), moving))
+    worst = error(ours, model.outputs(model.compiled(**options, form="literal")[0], moving))
     assert worst < TOLERANCE, "literal form"
     if policy != "lean":  # its sampled tokens see none of the others
-        model = Run(programs, 0.0)
-        worst = error(model.outputs(model.compiled(**options), still), model.outputs(model.gm.forward, still))
+        model.model.clock.zero_()
+        backend.reset()
+        worst = error(model.outputs(run, still), model.outputs(model.gm.forward, still))
         assert worst < TOLERANCE, "constant trajectory"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,18 +14,13 @@ from hero_fx.passes.emit import Emitter, value_of
 from hero_fx.passes.slots import FeatureSlot, StateSlot, slots_of
 from hero_fx.step_graphs import check_state
 
-from . import small
-from .small import FULL, Block, hero, run
-from .tracing import capture, trace
+from .support import small
+from .support.small import FULL, Block, hero, run
+from .support.tracing import capture, trace
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def check(model: small.Small, **options: Any) -> None:

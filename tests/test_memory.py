@@ -1,4 +1,4 @@
-"""`hero_fx.passes.memory`: which values share memory, and what writes to it."""
+"""`hero_fx.passes.analysis.memory`: which values share memory, and what writes to it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import by_name
-from hero_fx.passes.ops import is_functional, written_by
+from hero_fx.passes.ops import is_functional, writes
 
-from .tracing import capture, normal_form, trace
+from .support.tracing import capture, normal_form, trace
 
 X = torch.ones(2, 3, 4)
 VIEWS: dict[str, Callable[[Tensor], Any]] = {
@@ -80,7 +80,7 @@ def test_where_it_is_written() -> None:
     nodes = by_name(trace(function, X))
     memory = Memory(next(iter(nodes.values())).graph)
     x, a, write, b = (nodes[name] for name in ("x_1", "sin", "zero_", "cos"))
-    assert written_by(write) == [nodes["select"]]
+    assert writes(write) == [nodes["select"]]
     assert (memory.version(x, a), memory.version(x, b)) == (0, 1)
     assert memory.written(x)
     assert memory.written(x, a, b)

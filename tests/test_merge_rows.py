@@ -16,8 +16,8 @@ from hero_fx.passes.simplify.merge import MergeCaches
 from hero_fx.passes.simplify.summands import find_merges
 from hero_fx.passes.slots import FeatureSlot
 
-from . import toys
-from .test_collapse import graph, run, tensors
+from .support import toys
+from .support.step_graphs import graph, run, tensors
 
 FAMILIES = [
     (FeatureSlot("s1", "image"), FeatureSlot("s2", "image")),
@@ -26,7 +26,7 @@ FAMILIES = [
 
 
 def cached(x: Tensor, s1: Tensor, s2: Tensor, s3: Tensor, s4: Tensor, w: Tensor, idx: Tensor, v: Tensor) -> Tensor:
-    """Two branches whose caches behind the gate are lines, refreshed to v and v^2 where sampled."""
+    """Two extrapolated branches, cached behind the gate, refreshed to v and v^2 where sampled."""
     result = x + (s1 + s2 * w) + (s3 + s4 * w)
     first = v - s2.index_select(1, idx) * w
     second = v * v - s4.index_select(1, idx) * w

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .examples import example
+from .support.examples import example
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import accelerate
@@ -19,20 +19,17 @@ from torchao.quantization import (
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import zoo
+from .support import tiny, toys
+from .support.diffusion_pipelines import zoo
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1}
+AOT: dict[str, Any] = {"inner": "aot_eager"}
+"""Where weights are subclasses of tensors, or memory has another order."""
 # Every layer recomputes every token, so that cached steps must give what full ones do.
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def hero(model: Any, settings: dict[str, Any] = SETTINGS, **options: Any) -> tuple[Any, hero_fx.Backend]:
@@ -84,7 +81,7 @@ def test_quantised_weights(kind: str) -> None:
         if isinstance(module, nn.Linear):
             assert not torch.equal(other.weight, module.weight.dequantize())
             other.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
-    call, backend = hero(model)
+    call, backend = hero(model, SETTINGS | AOT)
     theirs, reference = hero(rounded)
     assert tiny.worst(outputs(call), outputs(theirs)) < 1e-4
     ours, plain = backend.graphs[0], reference.graphs[0]
@@ -97,8 +94,8 @@ def test_quantised_activations() -> None:
     model = tiny.cogvideox(layers=2)
     quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
     call, _ = hero(model)
-    mend = "Its weights are Int8Tensor: layers with quantised weights are followed, those that quantise activations too are not"
-    with pytest.raises(hero_fx.UnsupportedModel, match=mend):
+    fix = "Its weights are Int8Tensor: layers with quantised weights are followed, those that quantise activations too are not"
+    with pytest.raises(hero_fx.UnsupportedModel, match=fix):
         hero_fx.trace(call, **tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
 
 
@@ -116,7 +113,7 @@ def test_channels_last() -> None:
     sample = zoo.sample("sd3")
     last = torch.channels_last
     model = sample.model.to(memory_format=last)
-    call, backend = hero(model, ALL)
+    call, backend = hero(model, ALL | AOT)
     with torch.no_grad():
         for step in range(STEPS):
             inputs = sample.at(step / STEPS)
@@ -165,6 +162,6 @@ def test_offload_hooks_that_break_the_graph(kind: str) -> None:
     model = tiny.cogvideox(layers=2)
     OFFLOAD[kind](model)
     call, _ = hero(model, fullgraph=False)
-    mend = r"(?s)graph break.*Offload hooks.* in place of .* call pipe.enable_model_cpu_offload\(\), and only after"
-    with pytest.raises(BackendCompilerFailed, match=mend):
+    fix = r"(?s)graph break.*Offload hooks.* in place of .* call pipe.enable_model_cpu_offload\(\), and only after"
+    with pytest.raises(BackendCompilerFailed, match=fix):
         outputs(call)

@@ -15,7 +15,7 @@ from diffusers.hooks.layerwise_casting import apply_layerwise_casting
 import hero_fx
 from hero_fx.other_caches import cache_in_the_way
 
-from . import tiny, toys
+from .support import tiny, toys
 
 CACHES: dict[str, Callable[[], Any]] = {
     "FirstBlockCache": lambda: diffusers.FirstBlockCacheConfig(threshold=0.1),
@@ -32,7 +32,7 @@ def test_caches_of_diffusers(name: str) -> None:
     torch._dynamo.reset()
     model, call = tiny.cogvideox(layers=2), tiny.inputs()
     model.enable_cache(CACHES[name]())
-    compiled = toys.torch_compile(model, hero_fx.backend(inner="aot_eager"))
+    compiled = toys.torch_compile(model, hero_fx.backend(inner=tiny.INNER))
     with (
         torch.no_grad(),
         model.cache_context("cond"),

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.outputs`: what a step graph returns is never feature state."""
+"""`hero_fx.passes.rewrite.outputs`: what a step graph returns is never feature state."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from hero_fx.passes.render import graph_diff, render
 from hero_fx.passes.rewrite.outputs import OwnOutputs
 
-from .test_collapse import assert_same, graph, outputs, tensors
-from .tracing import run_passes
+from .support.step_graphs import assert_same, graph, outputs, tensors
+from .support.tracing import run_passes
 
 
 def rewritten(function: Any, *names: str) -> tuple[int, str]:

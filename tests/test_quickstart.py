@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .examples import example, world
-from .tiny import randomized
+from .support.examples import example, world
+from .support.tiny import randomized
 
 model, pipeline = (world(name) for name in ("model", "pipeline"))
 

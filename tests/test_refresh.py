@@ -1,4 +1,4 @@
-"""`hero_fx.passes.refresh`: some tokens anew, the rest from the cache, and what that means for attention and state."""
+"""`hero_fx.passes.rewrite.refresh`: some tokens are recomputed, the rest comes from the cache; attention and state follow."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored, best_tokens
 from hero_fx.step_graphs import copy_graph
 
-from .steps_by_hand import BATCH, GRID, IMAGE, TEXT, WIDTH, Toy, attentions, ffns, joint, norm, numbers
-from .tracing import run_passes
+from .support.steps_by_hand import BATCH, GRID, IMAGE, TEXT, WIDTH, Toy, attentions, ffns, joint, norm, numbers
+from .support.tracing import run_passes
 
 INDEX = torch.tensor([4, 1])
 EVERY = torch.tensor([3, 0, 5, 1, 4, 2])

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,15 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch._dynamo.utils import counters
 
 import hero_fx
 from hero_fx.passes.rewrite.plan import Fallback
 
-from . import tiny, toys
+from .support import tiny, toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +223,7 @@ def test_trace_leaves_no_compiled_code_behind() -> None:
 
 SCRIPT = """
 import torch, hero_fx
-from tests import toys
+from tests.support import toys
 
 call = torch.compile(toys.toy(layers=2), backend=hero_fx.backend(inner="eager", grid=toys.GRID), fullgraph=True)
 toys.loop(call, toys.latents(), toys.times(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,16 +13,11 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny, toys
+from .support import tiny, toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 STEPS = 9
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_two_calls_per_step_are_two_lanes() -> None:

@@ -22,7 +22,7 @@ import hero_fx
 from hero_fx.passes.slots import StateSlot, slots_of
 from hero_fx.schedule import Schedule
 
-from . import tiny
+from .support import tiny
 
 
 @dataclass(frozen=True)

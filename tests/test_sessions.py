@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,11 @@ from torch import Tensor
 import hero_fx
 from hero_fx.runtime.timestep import TimestepReader
 
-from . import tiny, toys
+from .support import tiny, toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 STEPS = 9
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_sessions_in_turns() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,24 +11,19 @@ from torch import Tensor
 import hero_fx
 from hero_fx.stages import OPTIONAL
 
-from . import toys
+from .support import toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 TIMES = toys.times(7)
 OPTIONS: dict[str, Any] = {"patch": (1, 1, 5), "unsampled": "reuse"}
 """With these, all passes of the algebra find something in a toy."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(scope="module")
 def everything() -> list[Tensor]:
     """A trajectory with all passes."""
-    return run()[0]
+    return run(inner="aot_eager")[0]
 
 
 def run(**options: Any) -> tuple[list[Tensor], hero_fx.StepGraphs]:
@@ -39,16 +33,16 @@ def run(**options: Any) -> tuple[list[Tensor], hero_fx.StepGraphs]:
 
 @pytest.mark.parametrize("name", sorted(OPTIONAL))
 def test_a_pass_that_is_left_out(name: str, everything: list[Tensor]) -> None:
-    outputs, steps = run(disable_passes=(name,), inner="eager")
+    outputs, steps = run(disable_passes=(name,))
     assert name not in {record.name for record in steps.records}
     torch.testing.assert_close(outputs, everything, rtol=1e-4, atol=1e-5)
 
 
 def test_all_passes_left_out(everything: list[Tensor]) -> None:
-    outputs, steps = run(disable_passes=sorted(OPTIONAL))
+    outputs, steps = run(disable_passes=sorted(OPTIONAL), inner="aot_eager")
     assert OPTIONAL.isdisjoint(record.name for record in steps.records)
     torch.testing.assert_close(outputs, everything, rtol=1e-4, atol=1e-5)
 
 
 def test_each_pass_that_can_be_left_out_would_run() -> None:
-    assert {record.name for record in run(inner="eager")[1].records} >= OPTIONAL
+    assert {record.name for record in run()[1].records} >= OPTIONAL

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.tokens import IMAGE, Source
 
-from .tracing import normal_form
+from .support.tracing import normal_form
 
 D = 8
 

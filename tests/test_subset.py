@@ -1,4 +1,4 @@
-"""`hero_fx.passes.subset`: computing a chain of ops for some tokens is taking those tokens of what it computes for all."""
+"""`hero_fx.passes.rewrite.subset`: ops computed for some tokens give the rows that they give for all tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hero_fx.passes.render import graph_diff, op_count, render
 from hero_fx.passes.rewrite.keep import Rows
 from hero_fx.passes.rewrite.subset import Subset
 
-from .axis import (
+from .support.axis import (
     BATCH,
     IMAGE,
     IMAGE_TOKENS,
@@ -36,7 +36,7 @@ from .axis import (
     kept_rows,
     stream,
 )
-from .tracing import trace
+from .support.tracing import trace
 
 aten = torch.ops.aten
 

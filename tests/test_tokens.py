@@ -1,4 +1,4 @@
-"""`hero_fx.passes.tokens`: what every op does to the token axis, and that nothing is guessed."""
+"""`hero_fx.passes.analysis.follow`: what every op does to the token axis, and that nothing is guessed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional as F
 
-from hero_fx.passes.analysis.follow import _RULES, follow
+from hero_fx.passes.analysis.follow import RULES, follow
 from hero_fx.passes.analysis.tokens import NoRule, Segment, Source, Tokens
 
-from .axis import IMAGE_TOKENS, TEXT, TEXT_TOKENS, TOKENS, WIDTH, Function, check, stream, tokens_of
-from .tracing import trace
+from .support.axis import IMAGE_TOKENS, TEXT, TEXT_TOKENS, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.tracing import trace
 
 aten = torch.ops.aten
 N = TOKENS.length
@@ -201,7 +201,7 @@ def test_every_rule_has_an_example() -> None:
     for function, externals in EXAMPLES.values():
         for node in trace(function, stream(), *externals).graph.nodes:
             used.add(getattr(node.target, "overloadpacket", None))
-    assert sorted(map(str, set(_RULES) - used)) == []
+    assert sorted(map(str, {op.overloadpacket for op in RULES} - used)) == []
 
 
 REFUSED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
@@ -284,9 +284,9 @@ mean: mean = aten.mean.dim: it reduces over the token axis
 sum over all: sum_1 = aten.sum.default: it reduces over the token axis
 var over two axes: var = aten.var.dim: it reduces over the token axis
 norm over all: linalg_vector_norm = aten.linalg_vector_norm.default: it reduces over the token axis
-softmax: softmax = aten.softmax.int: it mixes values along the token axis
-cumsum: cumsum = aten.cumsum.default: it mixes values along the token axis
-glu: glu = aten.glu.default: it mixes values along the token axis
+softmax: softmax = aten.softmax.int: it works along the token axis
+cumsum: cumsum = aten.cumsum.default: it works along the token axis
+glu: glu = aten.glu.default: it works along the token axis
 roll: roll = aten.roll.default: it works along the token axis
 flip: flip = aten.flip.default: it works along the token axis
 sort: sort = aten.sort.default: it works along the token axis
@@ -309,13 +309,13 @@ bmm of tokens: bmm = aten.bmm.default: a product over or between token axes has 
 addmm over tokens: addmm = aten.addmm.default: a product over or between token axes has no rule
 baddbmm onto tokens: baddbmm = aten.baddbmm.default: the token axis comes in through an argument that the rule does not expect
 convolution with a stride: conv1d = aten.conv1d.default: it works along the token axis
-linear: linear = aten.linear.default: it mixes values along the token axis
-layer_norm: layer_norm = aten.layer_norm.default: it mixes values along the token axis
-complex: view_as_complex = aten.view_as_complex.default: it mixes values along the token axis
+linear: linear = aten.linear.default: it works along the token axis
+layer_norm: layer_norm = aten.layer_norm.default: it works along the token axis
+complex: view_as_complex = aten.view_as_complex.default: it works along the token axis
 matmul over tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul of tokens: matmul = aten.matmul.default: a product over or between token axes has no rule
 matmul with one matrix per token: matmul = aten.matmul.default: a product over or between token axes has no rule
-merge with channels, and mix: softmax = aten.softmax.int: it mixes values along the token axis
+merge with channels, and mix: softmax = aten.softmax.int: it works along the token axis
 merge with the batch, and cut: slice_1 = aten.slice.Tensor: it takes a part of an axis into which more than tokens is folded
 merge with the batch, and join: cat = aten.cat.default: it takes a part of an axis into which more than tokens is folded
 merge with the batch, and repeat: repeat_interleave = aten.repeat_interleave.self_int: it works along the token axis

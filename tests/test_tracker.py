@@ -28,7 +28,7 @@ class Made:
 
 
 def oracle(calls: list[Made], schedule: Schedule) -> list[Call]:
-    """What each call must be, from the whole past of its lane, searched anew each time."""
+    """What each call must be, from the whole past of its lane, searched from the start each time."""
     expected: list[Call] = []
     for made in calls:
         past = [c for c in expected if (c.trajectory, c.lane) == (made.trajectory, made.lane)]

@@ -15,7 +15,7 @@ from hero_fx.passes.render import graph_diff
 from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.step_graphs import copy_graph
 
-from .tracing import equal, run_passes, trace
+from .support.tracing import equal, run_passes, trace
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[Tensor]:

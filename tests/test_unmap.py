@@ -15,8 +15,7 @@ from hero_fx.build import normalized
 from hero_fx.passes.normalize.unmap import without_maps
 from hero_fx.passes.render import render
 
-from . import tiny
-from .tracing import capture, equal
+from .support.tracing import capture, equal
 
 
 def counts(x: Tensor, rows: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def test_must_not_fire() -> None:
 
 
 class Blocks(nn.Module):
-    """Two layers of flex attention, whose mask is made anew at each call."""
+    """Two layers of flex attention, whose mask is built at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class Blocks(nn.Module):
 @pytest.mark.filterwarnings("ignore")  # flex attention's own, of eager runs
 def test_a_block_mask_made_within_the_model() -> None:
     model, inputs = Blocks().eval().requires_grad_(False), (torch.randn(2, 32, 16), torch.tensor(0.9))
-    backend = hero_fx.backend(policy="fora", schedule=[True, False], inner=tiny.INNER)
+    backend = hero_fx.backend(policy="fora", schedule=[True, False], inner="aot_eager")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         assert equal(compiled(*inputs), model(*inputs))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .examples import example
+from .support.examples import example
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from hero_fx.passes.simplify import scatters as collapse
 from hero_fx.runtime import weights
 from hero_fx.verification.example import look, times_from, twin_of
 
-from . import defects, tiny, toys
+from .support import defects, tiny, toys
 
-INNER = "aot_eager"
 TIME = torch.tensor([999, 999])
 aten = torch.ops.aten
 
@@ -31,18 +30,17 @@ def failed(result: hero_fx.Verification) -> set[str]:
 
 
 def verified(model: Any, *, time: Tensor = TIME, **options: Any) -> hero_fx.Verification:
-    options = {"inner": INNER, "grid": toys.GRID} | options
+    options = {"inner": tiny.INNER, "grid": toys.GRID} | options
     return hero_fx.verify(model, toys.latents(), time, backend=hero_fx.backend(**options), show=False)
 
 
 POLICIES: dict[str, dict[str, Any]] = {
-    "hero": {},
+    "hero": {"inner": "aot_eager"},
     "paper": {"unsampled": "reuse", "keys": "sampled", "selection": "per_layer"},
     "lean": {"policy": "lean", "order": 2},
-    "bytes": {"state_dtype": torch.int8},
+    "bytes": {"state_dtype": torch.int8, "inner": "aot_eager"},
     "literal": {"form": "literal", "interval": 4},
-    "fora": {"policy": "fora", "grid": None},
-    "toca": {"policy": "toca", "text": "live"},
+    "toca": {"policy": "toca", "text": "live", "inner": "aot_eager"},
     "duca": {"policy": "duca", "interval": 3},
 }
 
@@ -55,14 +53,14 @@ def test_a_sound_model_holds(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("keys", ["landmarks"])
 def test_a_published_model_holds(keys: Any) -> None:
     model, call = tiny.cogvideox(layers=2), tiny.inputs()
-    backend = hero_fx.backend(inner=INNER, keys=keys)
+    backend = hero_fx.backend(inner=tiny.INNER, keys=keys)
     result = hero_fx.verify(model, **call, timestep=TIME, return_dict=False, backend=backend, show=False)
     assert failed(result) == set()
 
 
 def test_half_precision_holds() -> None:
     model = toys.toy().bfloat16()
-    backend = hero_fx.backend(inner=INNER, grid=toys.GRID)
+    backend = hero_fx.backend(inner=tiny.INNER, grid=toys.GRID)
     result = hero_fx.verify(model, toys.latents().bfloat16(), TIME, backend=backend, show=False)
     assert failed(result) == set()
     assert {check.tolerance for check in result.checks} == {0.0, 3e-2}
@@ -159,7 +157,7 @@ def test_weights_of_another_dtype_under_autocast() -> None:
 
 
 def test_the_loop_around_goes_on_as_if_nothing_had_been() -> None:
-    model, backend = toys.compiled(inner=INNER)
+    model, backend = toys.compiled(inner=tiny.INNER)
     times = toys.times(8)
     undisturbed = toys.loop(model, toys.latents(), times)
     backend.reset()
@@ -189,12 +187,12 @@ def test_buffers_that_the_model_writes_get_their_values_back() -> None:
 
 def test_it_takes_the_options_that_a_model_was_compiled_with(capsys: pytest.CaptureFixture[str]) -> None:
     model = toys.toy()
-    model.compile(backend=hero_fx.backend("fora", inner=INNER))
+    model.compile(backend=hero_fx.backend("fora", inner=tiny.INNER))
     result = hero_fx.verify(model, toys.latents(), timestep=TIME)
     assert "refresh of all tokens" not in {check.name for check in result.checks}
     assert capsys.readouterr().out == f"{result}\n"
     function = toys.torch_compile(
-        lambda latents, timestep: model(latents, timestep), hero_fx.backend("fora", inner=INNER)
+        lambda latents, timestep: model(latents, timestep), hero_fx.backend("fora", inner=tiny.INNER)
     )
     names = [check.name for check in hero_fx.verify(function, toys.latents(), TIME, show=False).checks]
     assert "refresh of all tokens" not in names
@@ -253,7 +251,7 @@ def test_half_precision_timesteps_are_told_apart() -> None:
 
 def test_latents_move_and_conditions_are_the_same_objects() -> None:
     call = tiny.inputs()
-    config = hero_fx.Config(inner=INNER)
+    config = hero_fx.Config(inner=tiny.INNER)
     example = look(
         tiny.cogvideox(layers=2), (call["hidden_states"],), {**call, "timestep": TIME} | {"return_dict": False}, config
     )

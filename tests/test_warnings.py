@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hero_fx
 from hero_fx.stack import warn
 
-from . import toys
+from .support import toys
 
 
 class Plain(nn.Module):

@@ -18,10 +18,10 @@ from hero_fx.passes.rewrite.weigh import WeighFeatures
 from hero_fx.passes.slots import FeatureSlot, ScalarSlot, TableSlot, slots_of
 from hero_fx.plan import Plan, Timeline
 
-from . import tiny
 from .reference import Config, trajectory
-from .steps_by_hand import Toy, ffns
-from .tracing import run_passes
+from .support import tiny
+from .support.steps_by_hand import Toy, ffns
+from .support.tracing import run_passes
 
 STEPS, LAYERS = 10, 4
 MASK = tuple(map(bool, (1, 1, 1, 0, 0, 1, 0, 0, 1, 0)))
@@ -105,7 +105,7 @@ def plan_of(policy: str, tables: dict[str, Tensor], options: dict[str, Any]) -> 
 
 def compiled(plan: Plan | None, **options: Any) -> tuple[list[Tensor], hero_fx.Backend]:
     more: dict[str, Any] = {"plan": plan, "plan_mismatch": "warn"} if plan else {"schedule": MASK}
-    backend = hero_fx.backend(**{"inner": "aot_eager", **options, **more})
+    backend = hero_fx.backend(**{"inner": tiny.INNER, **options, **more})
     graph = tiny.captured(layers=LAYERS)
     return tiny.denoise(graph.compiled(backend), tiny.inputs(), tiny.timesteps(STEPS)), backend
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from .examples import world
+from .support.examples import world
 
 camera, latents, render, scenes = (world(name) for name in ("camera", "latents", "render", "scenes"))
 

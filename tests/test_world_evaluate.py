@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from .examples import world
+from .support.examples import world
 
 evaluate, render, scenes, train = (world(name) for name in ("evaluate", "render", "scenes", "train"))
 PSNR, SHARPNESS = "RGB of frames 1 to 4, PSNR dB", "their gradient energy over the truth's"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import hero_fx
 
-from . import tiny
-from .examples import world
-from .tiny import randomized
+from .support import tiny
+from .support.examples import world
+from .support.tiny import randomized
 
 model, pipeline, latents = (world(name) for name in ("model", "pipeline", "latents"))
 SHAPE = (2, 6, 3, 12, 12)
@@ -207,7 +207,7 @@ def test_compiled_with_hero_fx(task: str, steps: int, counts: tuple[int, int]) -
     world_pipe.transformer = torch.compile(world_pipe.transformer, backend=backend, fullgraph=True)
     plain = plain_pipe(video(), task, steps, generator=seeded()).latents
     first, second = (world_pipe(video(), task, steps, generator=seeded()).latents for _ in range(2))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)  # a second trajectory starts anew
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # a second trajectory starts over
     stats = backend.stats()
     assert (stats.full_steps, stats.cached_steps) == (2 * counts[0], 2 * counts[1])
     assert 0 < (first - plain).norm() / plain.norm() < 0.3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .examples import world
+from .support.examples import world
 
 latents, model, scenes, train = (world(name) for name in ("latents", "model", "scenes", "train"))
 TINY = ["--layers", "1", "--heads", "1", "--batch", "4", "--size", "8", "--warmup", "2"]
@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_exported_weights(tmp_path: Path) -> None:
     for model in (begun.model, begun.average):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, exported[name], rtol=0, atol=0, msg=name)
-    assert (begun.step, begun.rate()) == (3, 0.5)  # it warms up anew
+    assert (begun.step, begun.rate()) == (3, 0.5)  # it warms up again
     parts = ["--steps", "6", "--decay", "2"]
     whole = train.main(options(tmp_path / "b", *parts, *more))
     train.main(options(tmp_path / "c", *parts, *more, "--until", "0"))

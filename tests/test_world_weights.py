@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from .examples import world
+from .support.examples import world
 
 evaluate, pipeline, render, scenes = (world(name) for name in ("evaluate", "pipeline", "render", "scenes"))
 COUNT = 4

@@ -108,6 +108,8 @@ class Session:
         # and calls in between were refused.
         with suppress(ValueError):
             _CURRENT.reset(entry.token)
+        if kind is not None:
+            self.drop()
 
     def drop(self) -> None:
         """Forgets the session's trajectory and frees its state in every compiled graph."""
@@ -124,6 +126,8 @@ def session(id: str) -> Session:
             noise = model(latents, timestep=t)
         ...
         hero_fx.session("request-42").drop()  # done: frees its state
+
+    A block that is left by an exception (a cancelled task, a failed call) drops its session.
 
     Calls outside of any session share one default trajectory, and must then come from one thread or task. The current
     session is a context variable: threads and asyncio tasks each have their own, and `asyncio.to_thread` hands it on

@@ -75,6 +75,11 @@ class Lanes:
         """A lane's first call."""
         self._lanes[key] = Lane(step, step, 0, 1, step, evidence.name, evidence.marks)
 
+    def lose(self) -> None:
+        """The features of all lanes are gone."""
+        for lane in self._lanes.values():
+            lane.fulls = lane.gap = 0
+
     def saw(self, evidence: Evidence) -> None:
         """Remembers the conditioning of a call."""
         self._seen.update((p, evidence.marks[p]) for p in self._roles.conditioning)

@@ -9,18 +9,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hero_fx.config import Config
 from hero_fx.passes.rewrite.forecast import OutputRule, combination
 from hero_fx.passes.slots import TableSlot
-from hero_fx.plan import Timeline
+from hero_fx.plan import Plan, Timeline
 from hero_fx.stack import warn
 
 from .timestep import Timestep
 from .tracker import Call
 
-__all__ = ["Planned"]
+__all__ = ["Planned", "planned_for"]
 
 _CLOSE = 1e-3
 """Relative distance at which two timesteps are the same: models take them in half precision too."""
+
+
+def planned_for(config: Config) -> Planned | None:
+    """What follows the plan of some options; None without a plan."""
+    plan, timeline = config.plan, config.timeline
+    if timeline is None:
+        return None
+    assert isinstance(plan, Plan)
+    return Planned(timeline, plan.outputs, plan.lanes, mismatch=config.plan_mismatch)
 
 
 class Planned:
@@ -59,7 +69,7 @@ class Planned:
                 f"step {call.step} is at timestep {highest:g}, and the plan of {self.timeline.num_steps} steps was "
                 f"calibrated at {expected:g}: another number of steps, or another scheduler"
             )
-        if pattern != self.timeline.schedule[: call.step + 1]:
+        if not call.full and pattern != self.timeline.schedule[: call.step + 1]:
             # The coefficients are those of other full steps, so there is no warning in place of this error.
             raise RuntimeError(
                 f"step {call.step} of lane {call.lane!r}: the full steps of this trajectory are not those of the plan, since "

@@ -12,6 +12,7 @@ import torch
 from hero_fx.passes.slots import StateSlot
 from hero_fx.step_graphs import StateSpec
 
+from .budget import Budget
 from .calling import watch_state
 from .evidence import Evidence, Owner
 from .timestep import AmbiguousCall
@@ -34,6 +35,8 @@ class Trajectory:
     caches: bool = False
     """Whether a call of the present step was cached."""
     lock: threading.RLock = field(default_factory=threading.RLock)
+    used: int = 0
+    """Tick of its last call."""
     owner: Owner | None = None
     """Where its calls come from; kept for the default session alone."""
     others: OrderedDict[Owner, Tracker] = field(default_factory=OrderedDict)
@@ -43,6 +46,11 @@ class Trajectory:
     def nbytes(self) -> int:
         """Bytes of feature state held."""
         return sum(t.nbytes for lane in list(self.lanes.values()) for t in lane.values())
+
+    def evict(self) -> None:
+        """Frees the state; the next call of each lane is full."""
+        self.lanes.clear()
+        self.tracker.forget_features()
 
     def claim(self, owner: Owner, evidence: Evidence, new: Callable[[int], Tracker]) -> None:
         """Notes where a call without a session comes from.
@@ -71,13 +79,17 @@ class Trajectory:
 class StateStore:
     """The trajectories of one compiled graph, by session and model."""
 
-    def __init__(self, specs: Sequence[StateSpec], new_tracker: Callable[[int], Tracker]) -> None:
-        """`new_tracker` makes a tracker, given how many trajectories there were before."""
+    def __init__(
+        self, specs: Sequence[StateSpec], new_tracker: Callable[[int], Tracker], budget: Budget | None = None
+    ) -> None:
+        """`new_tracker` makes a tracker, given how many trajectories there were before; `budget` is shared with others."""
         self.specs = tuple(specs)
+        self.budget = budget or Budget()
         self.new_tracker = new_tracker
         self._trajectories: dict[tuple[str, Model], Trajectory] = {}
         self._lock = threading.RLock()  # freeing tensors may call back into it
         watch_state(self)
+        self.budget.watch(self)
 
     def trajectory(self, session: str, model: Model) -> Trajectory:
         """A session's trajectory of a model, new if it has none."""
@@ -99,6 +111,7 @@ class StateStore:
             # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
             for old in trajectory.lanes.keys() - trajectory.patterns.keys():
                 del trajectory.lanes[old]
+            self.budget.reserve(sum(spec.nbytes for spec in self.specs), trajectory)
             trajectory.lanes[lane] = self.new_lane()
         elif fresh:
             for tensor in trajectory.lanes[lane].values():
@@ -124,14 +137,22 @@ class StateStore:
             for key in [key for key in self._trajectories if chosen(*key)]:
                 del self._trajectories[key]
 
+    def holders(self) -> list[Trajectory]:
+        """All trajectories."""
+        with self._lock:
+            return list(self._trajectories.values())
+
     @property
     def nbytes(self) -> int:
         """Bytes of feature state held by all sessions."""
-        with self._lock:
-            return sum(t.nbytes for t in self._trajectories.values())
+        return sum(trajectory.nbytes for trajectory in self.holders())
 
     @property
-    def sessions(self) -> tuple[str, ...]:
-        """Sessions that hold state; the empty name is the default one."""
+    def sessions(self) -> dict[str, int]:
+        """Bytes held by each session; the empty name is the default one."""
         with self._lock:
-            return tuple(dict.fromkeys(name for name, _ in self._trajectories))
+            found = [(name, trajectory) for (name, _), trajectory in self._trajectories.items()]
+        held: dict[str, int] = {}
+        for name, trajectory in found:
+            held[name] = held.get(name, 0) + trajectory.nbytes
+        return held

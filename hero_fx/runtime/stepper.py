@@ -20,6 +20,7 @@ from hero_fx.selection import PatchSampler
 from hero_fx.stack import warn
 from hero_fx.step_graphs import StateSpec, StepGraphs
 
+from .budget import Budget, OverBudget
 from .calling import current_calling, current_session
 from .diffusers_context import Heard, heard
 from .evidence import Evidence, Roles, current_owner, marks
@@ -45,8 +46,8 @@ class CompiledStep:
     device: torch.device
 
 
-def _tracker(schedule: Callable[[int | None], Schedule], roles: Roles, before: int) -> Tracker:
-    return Tracker(schedule, roles=roles, trajectory=before)
+def _tracker(schedule: Callable[[int | None], Schedule], roles: Roles, strict: bool, before: int) -> Tracker:
+    return Tracker(schedule, roles=roles, strict=strict, trajectory=before)
 
 
 class Stepper:
@@ -69,6 +70,7 @@ class Stepper:
         watch: Callable[[Stepper, str, Model, Evidence], None] | None = None,
         again: str | None = None,
         planned: Planned | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
         steps are counted; `watch` is told where a trajectory starts; `again`: why the model was compiled once more."""
@@ -79,7 +81,7 @@ class Stepper:
         self.graphs = graphs
         self.strict = strict
         self.again = again
-        self.store = StateStore(state, partial(_tracker, schedule, inputs.roles))
+        self.store = StateStore(state, partial(_tracker, schedule, inputs.roles, planned is not None), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -94,7 +96,7 @@ class Stepper:
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, self.inputs.roles)
+        self.store.new_tracker = partial(_tracker, schedule, self.inputs.roles, planned is not None)
         self.store.drop()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -111,6 +113,11 @@ class Stepper:
             if call.new_trajectory and self._watch is not None:
                 self._watch(self, session, model, evidence)
             return self._run(call, trajectory, inputs, evidence.timestep)
+        except OverBudget as error:
+            trajectory.tracker.reset()
+            if self.strict:
+                raise
+            return self._alone(inputs, error)
         except BaseException:
             # The state may be half written, and a call that is made again must not pass for the step's next lane.
             trajectory.tracker.reset()
@@ -129,6 +136,7 @@ class Stepper:
         try:
             if not session:
                 trajectory.claim(current_owner(), evidence, self.store.new_tracker)
+            self.store.budget.use(trajectory)
             return trajectory, trajectory.tracker.advance(evidence)
         except BaseException:
             trajectory.lock.release()

@@ -88,14 +88,16 @@ class Tracker:
         roles: Roles | None = None,
         max_lanes: int = 8,
         trajectory: int = 0,
+        strict: bool = False,
     ) -> None:
         """`schedule` says which steps are full, as a function of the number of steps where a call may tell it; `roles`: what
         the marks of a call are of; more than `max_lanes` lanes are taken for a mistake; `trajectory`: how many trajectories
-        there were before."""
+        there were before; `strict`: cached steps are for the schedule's full steps alone."""
         whole_number("max_lanes", max_lanes, 1)
         self._schedules = schedule if callable(schedule) else lambda _: schedule
         self._roles = roles or Roles()
         self._max_lanes = max_lanes
+        self._strict = strict
         self.trajectory = trajectory
         """Trajectories so far."""
         self.reset()
@@ -107,10 +109,19 @@ class Tracker:
         self._schedule: Schedule | None = None
         self._last: Evidence | None = None
         self._direction = 0
+        self._full_to_the_end = False
         self._lanes = Lanes(self._roles, self._max_lanes)
         # Whether the steps so far were views of one table; "doubt" where the second was of another than the first.
         self._table: Literal["same", "doubt", "no"] | None = None
         self._sure = False  # the present step is the next one in the table
+
+    def forget_features(self) -> None:
+        """The features of all lanes are gone: each is full at its next call, as at its first.
+
+        Where coefficients are for the full steps of a schedule alone, the rest of the trajectory is full.
+        """
+        self._lanes.lose()
+        self._full_to_the_end = self._strict
 
     def starts(self, evidence: Evidence) -> bool:
         """Whether this call would start a trajectory. Changes nothing; raises what `advance` raises."""
@@ -147,7 +158,9 @@ class Tracker:
         place = self._locate(evidence)
         schedule = self._schedule_of(evidence, place.starts)
         lanes = Lanes(self._roles, self._max_lanes) if place.starts else self._lanes
-        scheduled = schedule.is_full(place.step)
+        if place.starts:
+            self._full_to_the_end = False
+        scheduled = schedule.is_full(place.step) or self._full_to_the_end
         past = lanes.get(place.lane)
         if past is None:
             lanes.check_room(evidence)
@@ -160,12 +173,14 @@ class Tracker:
         else:
             # Between two calls a lane can miss steps, full ones among them; its features are then too old.
             full = scheduled or any(map(schedule.is_full, range(past.called + 1, place.step)))
-            full |= lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt"
+            full |= (
+                lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt" or past.fulls == 0
+            )
             fulls, since, gap = past.fulls, place.step - past.full_at, past.gap
             past.called, past.marks = place.step, evidence.marks
             if full:
-                past.full_at, past.gap, past.fulls = place.step, since, fulls + 1
-                since, gap = 0, since
+                gap = since if fulls else 0  # to a full step whose features are still there
+                past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
         self.trajectory += int(place.starts)
         self.step, self._last, self._direction = place.step, evidence, place.direction
         self._schedule, self._lanes = schedule, lanes

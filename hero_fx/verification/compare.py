@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from hero_fx.passes import compat
 from hero_fx.passes.analysis.tokens import is_matmul
-from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import fake_mode_of, value_of
 from hero_fx.step_graphs import StepGraphs
 
@@ -80,7 +79,7 @@ class _Dtypes(fx.Interpreter):
         result = super().run_node(n)
         dtypes = {value.dtype for value in compat.tensors_in(result) if value.is_floating_point()}
         self.dtypes |= dtypes
-        if is_matmul(n) or n.target in ATTENTION:
+        if is_matmul(n):
             self.products.setdefault((str(n.target), *_weights(n)), set()).update(dtypes)
         return result
 

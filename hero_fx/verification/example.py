@@ -20,8 +20,8 @@ from hero_fx.config import Config
 from hero_fx.find_timestep import find_timestep
 from hero_fx.passes import compat
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.normalize.functionalize import is_in_place
 from hero_fx.passes.normalize.subclasses import unwrap
+from hero_fx.passes.ops import is_in_place
 from hero_fx.step_graphs import StepGraphs
 from hero_fx.tracing import look_at_graph
 

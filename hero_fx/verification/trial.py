@@ -31,7 +31,7 @@ class Check:
     compared: str
     """What with what."""
     error: float
-    """The largest of |a - b| / max |b| over all steps and outputs; a count where products are compared."""
+    """The largest of `|a - b| / max |b|` over all steps and outputs; a count where products are compared."""
     tolerance: float
     """0 for the same bits."""
     note: str = ""

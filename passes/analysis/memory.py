@@ -19,17 +19,12 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from hero_fx.passes.ops import arguments_of, is_operator, nodes_in, written_by
+from hero_fx.passes.compat import OpOverload, schema_of, storage_of
+from hero_fx.passes.ops import CASTS, SILENT_VIEWS, arguments_of, is_operator, nodes_in, writes
 
 __all__ = ["Memory"]
 
 aten = torch.ops.aten
-
-# These can return their first argument, or a view of it, and their schemas do not say so.
-_SILENT_VIEWS = (
-    aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.type_as, aten.meshgrid,
-    aten.broadcast_tensors, aten.einsum, aten._unsafe_view,
-)  # fmt: skip
 
 
 class Memory:
@@ -47,7 +42,7 @@ class Memory:
         self._writes: dict[object, list[int]] = defaultdict(list)
         self._opaque: list[int] = []
         for i, node in enumerate(nodes):
-            for written in written_by(node):
+            for written in writes(node):
                 at = self._writes[self._memory(written)]
                 if at[-1:] != [i]:
                     at.append(i)
@@ -86,7 +81,7 @@ class Memory:
         return bisect_left(self._writes.get(self._memory(node), ()), self._position[reader])
 
     def regions(self, node: fx.Node) -> int:
-        """How many calls that are no operators come before a node: between equal numbers no autocast begins or ends."""
+        """How many calls that are no operators come before a node; equal for two nodes that no such call lies between."""
         return bisect_left(self._opaque, self._position[node])
 
     def returned(self, node: fx.Node) -> bool:
@@ -97,8 +92,9 @@ class Memory:
 def _storages(node: fx.Node) -> Iterator[object]:
     value = node.meta.get("val")
     for part in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(part, torch.Tensor) and not torch._C._functorch.is_batchedtensor(part):
-            yield "storage", int(part.untyped_storage()._cdata)
+        storage = storage_of(part)
+        if storage is not None:
+            yield "storage", storage
 
 
 def _may_show(node: fx.Node) -> list[fx.Node]:
@@ -107,21 +103,21 @@ def _may_show(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target is operator.getitem:
         return node.all_input_nodes
-    if not isinstance(node.target, torch._ops.OpOverload) or _copies(node):
+    if not isinstance(node.target, OpOverload) or _copies(node):
         return []
-    schema = node.target._schema
-    if node.target.overloadpacket in _SILENT_VIEWS:
+    schema = schema_of(node.target)
+    if node.target in SILENT_VIEWS:
         sources = list(nodes_in(node.args))
-        return sources if len(sources) == 1 or node.target.overloadpacket is not aten.einsum else []
+        return sources if len(sources) == 1 or node.target is not aten.einsum.default else []
     if not any(result.alias_info is not None for result in schema.returns):
         return []
-    shown = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+    shown = [parameter.name for parameter in schema.arguments if parameter.alias_info is not None]
     return list(nodes_in(value for name, value in arguments_of(node) if name in shown))
 
 
 def _copies(node: fx.Node) -> bool:
     """True for a cast to another dtype or device: it has memory of its own."""
-    if getattr(node.target, "overloadpacket", None) not in (aten.to, aten.type_as):
+    if node.target not in CASTS:
         return False
     source = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
     value = node.meta.get("val")

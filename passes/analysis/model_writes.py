@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from hero_fx.passes.attention import ATTENTION
-from hero_fx.passes.ops import written_by
+from hero_fx.passes.ops import writes
 
 from .memory import Memory
 from .tokens import NoRule
@@ -43,7 +43,7 @@ def check_moved(memory: Memory, body: Sequence[fx.Node], targets: Sequence[fx.No
     moved = [*body, *later]
     last = max((anchor, *later))
     for node in moved:
-        if written_by(node):
+        if writes(node):
             raise NoRule(node, "it writes in place, or is a call that is no operator")
         for value in (node, *node.all_input_nodes):
             if memory.written(value, after=min(body), before=last):

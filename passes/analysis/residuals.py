@@ -1,4 +1,4 @@
-"""The residual adds of a graph, and the queries about what depends on what that finding them takes."""
+"""The residual adds of a graph, and fast queries about which node depends on which."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx
 
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import PRODUCTS, SAME_VALUES, SHAPE_ONLY, argument, first_input
 
 from .tokens import is_matmul, sizes_of
 
@@ -18,13 +19,6 @@ __all__ = [
 ]  # fmt: skip
 
 aten = torch.ops.aten
-
-
-# What these give depends on the shape of their input alone.
-_SHAPE_ONLY = (
-    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
-)  # fmt: skip
 
 
 class Ancestry:
@@ -36,7 +30,7 @@ class Ancestry:
         self.above: list[int] = []
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes if node.target not in _SHAPE_ONLY else ():
+            for source in node.all_input_nodes if node.target not in SHAPE_ONLY else ():
                 i = self.index[source]
                 bits |= self.above[i] | 1 << i
             self.above.append(bits)
@@ -71,17 +65,10 @@ class Ancestry:
         return result
 
 
-def _is_cast(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in (
-        aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.clone.default,
-        aten.contiguous.default, aten.detach.default, aten.dropout.default, aten._to_copy.default,
-    )  # fmt: skip
-
-
 def beneath_casts(node: fx.Node) -> fx.Node:
     """The node beneath casts and copies."""
-    while _is_cast(node):
-        node = node.args[0]  # type: ignore[assignment]
+    while node.target in SAME_VALUES:
+        node = first_input(node)
     return node
 
 
@@ -148,17 +135,17 @@ class _Found:
 def residual_adds(graph: Ancestry) -> list[ResidualAdd]:
     """Every `add(x, f(x))` in which f holds a matrix product and which keeps x's shape, in order.
 
-    Of x [batch, tokens, width], or [tokens, width] where attention is in the stream: without it, it is an embedding.
+    x is [batch, tokens, width], or [tokens, width] if the stream has attention (without it, that is an embedding).
 
-    An add around whole layers (`x + stack(x)`) is none: the layers within are. An add within a branch, to what its
-    attention gives (`x + project(a + cross(a)), a = attention(x)`), is none either: there the branch is.
+    An add around whole layers (`x + stack(x)`) does not count: the adds within it do. An add within a branch, to what its
+    attention gives (`x + project(a + cross(a)), a = attention(x)`), does not count either: the outer add does.
 
     Raises:
         ValueError: how large a stream is only the values of an input tell.
     """
     found = _Found(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        if node.op != "call_function" or node.target is not aten.add.Tensor or argument(node, "alpha") != 1:
             continue
         a, b = node.args[:2]
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
@@ -188,9 +175,9 @@ def _refuse_unknown_sizes(adds: Sequence[ResidualAdd]) -> None:
         sizes = sizes_of(found.add)
         if any(isinstance(size, str) for size in sizes):
             raise ValueError(
-                f"the residual stream at {found.add.name} is {list(sizes)}: how many tokens it has, only the values of an "
-                "input tell (a mask that cuts text to its length, say), but feature state has a fixed size; cut the input to "
-                "its length before the call, or call the model in a way that masks tokens and keeps them (often: with a "
+                f"the residual stream at {found.add.name} is {list(sizes)}: its number of tokens depends on the values of an "
+                "input (a mask that cuts text to its length, for example), but feature state has a fixed size; cut the input "
+                "to its length before the call, or call the model in a way that masks tokens and keeps them (often: with a "
                 "batch of 2 or more)"
             )
 
@@ -203,7 +190,7 @@ def _root(found: _Found, value: fx.Node) -> fx.Node:
 
 
 def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) -> fx.Node | None:
-    """The value of the residual's stream that `update` reads; None if it reads none, or through layers of its own."""
+    """The value of the residual's stream that `update` reads; None if it reads none, or if whole layers lie between."""
     # x + attention(x) + ffn(x) is two adds; the second one's update reads the stream one add earlier.
     source = found.latest(value, update)
     if source is None:
@@ -221,9 +208,9 @@ def _source_of(graph: Ancestry, found: _Found, value: fx.Node, update: fx.Node) 
 
 
 def _is_part(graph: Ancestry, found: _Found, inner: ResidualAdd, source: fx.Node, update: fx.Node) -> bool:
-    """Whether an add lies within the branch from `source` to `update`: its stream begins with what attention gives there.
+    """Whether an add lies within the branch from `source` to `update`: then its stream begins with what attention gives.
 
-    The stream of layers begins with a value of its own, or with one that no attention has made.
+    A stream of layers begins with a value that no attention within the branch has made.
     """
     if not (graph.depends(inner.add, source) and graph.depends(update, inner.add)):
         return False
@@ -234,12 +221,9 @@ def _mixes_tokens(graph: Ancestry, source: fx.Node) -> Callable[[fx.Node], bool]
     return lambda node: node.target in ATTENTION or _is_score(graph, node, source)
 
 
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-
-
 def _is_score(graph: Ancestry, node: fx.Node, source: fx.Node) -> bool:
     """A product of two values that both depend on the stream: queries and keys, or keys and values (linear attention)."""
-    if node.target not in _PRODUCTS:
+    if node.target not in PRODUCTS:
         return False
     moved = [n for n in node.all_input_nodes if n is source or graph.depends(n, source)]
     return len(moved) > 1
@@ -247,28 +231,29 @@ def _is_score(graph: Ancestry, node: fx.Node, source: fx.Node) -> bool:
 
 def is_product_of_values(graph: Ancestry, node: fx.Node) -> bool:
     """A product of two values that depend on what the model is called with: attention written out."""
-    return node.target in _PRODUCTS and all(graph.depends_on_call(n) for n in node.all_input_nodes)
+    return node.target in PRODUCTS and all(graph.depends_on_call(n) for n in node.all_input_nodes)
 
 
 def feature_of(graph: Ancestry, update: fx.Node, sources: Sequence[fx.Node]) -> fx.Node:
     """The branch's output before its gates (factors that do not depend on the streams) and the norm behind it, if any."""
 
-    def moves(node: object) -> bool:
-        return isinstance(node, fx.Node) and any(graph.depends(node, s) or node is s for s in sources)
+    def moves(node: fx.Node) -> bool:
+        return any(graph.depends(node, s) or node is s for s in sources)
 
     feature, node = update, update
     while node.op == "call_function":
-        if node.target is aten.mul.Tensor and moves(node.args[0]) != moves(node.args[1]):
-            node = node.args[0] if moves(node.args[0]) else node.args[1]  # type: ignore[assignment]
+        factors = [factor for factor in node.args if isinstance(factor, fx.Node) and moves(factor)]
+        if node.target is aten.mul.Tensor and len(factors) == 1:
+            (node,) = factors
             feature = node
-        elif _is_cast(node):
-            node = node.args[0]  # type: ignore[assignment]
+        elif node.target in SAME_VALUES:
+            node = first_input(node)
         else:
             break
     return _projection_of(feature, moves, sources) or feature
 
 
-def _projection_of(feature: fx.Node, moves: Callable[[object], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
+def _projection_of(feature: fx.Node, moves: Callable[[fx.Node], bool], sources: Sequence[fx.Node]) -> fx.Node | None:
     """The one projection that all of `feature` is computed from, where no one else reads it: `norm(linear)` -> `linear`."""
     passed, products, todo = {feature}, set[fx.Node](), [feature]
     if is_matmul(feature):

@@ -9,25 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from hero_fx.passes.attention import ATTENTION, AttentionOp
+from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import MATMULS
 
 __all__ = [
-    "ATTENTION",
-    "IMAGE",
-    "AttentionOp",
-    "Folded",
-    "Info",
-    "Lookup",
-    "NoRule",
-    "Segment",
-    "Source",
-    "Tokens",
-    "is_matmul",
-    "normal_dim",
-    "one_input",
-    "rank_of",
-    "sizes_of",
+    "IMAGE", "Folded", "Info", "Lookup", "NoRule", "Segment", "Source", "Tokens", "is_matmul", "normal_dim", "one_input",
+    "rank_of", "sizes_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -147,18 +135,11 @@ class NoRule(Exception):
         self.reason = reason
 
 
-_MATMULS = {
-    "aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::einsum",
-    "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution",
-}  # fmt: skip
-
-
 def is_matmul(node: fx.Node) -> bool:
     """True for the ops whose work caching saves: projections, convolutions, attention."""
     if node.op != "call_function":
         return False
-    schema = getattr(node.target, "_schema", None)
-    return node.target in ATTENTION or (schema is not None and schema.name in _MATMULS)
+    return node.target in MATMULS or node.target in ATTENTION
 
 
 Info = Tokens | None | tuple["Tokens | None", ...]

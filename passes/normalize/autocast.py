@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hero_fx.passes import compat
+from hero_fx.passes.compat import OpOverload, TorchDispatchMode, tree_flatten, tree_map, tree_unflatten
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import first_input
 
 __all__ = ["ResolveAutocast"]
 
@@ -61,7 +61,7 @@ class ResolveAutocast:
             for node in list(gm.graph.nodes):
                 if regions.passes(node):
                     if node.target is compat.exit_autocast:
-                        opened: Any = node.args[0]
+                        opened = first_input(node)
                         gm.graph.erase_node(node)
                         gm.graph.erase_node(opened)
                         sites += 1
@@ -89,14 +89,14 @@ class _Regions:
             self.opened[node] = compat.enter_autocast(*node.args)
             return True
         if node.target is compat.exit_autocast:
-            compat.exit_autocast(self.opened.pop(node.args[0]))  # type: ignore[arg-type]
+            compat.exit_autocast(self.opened.pop(first_input(node)))
             return True
         return False
 
 
 def _resolve(emitter: Emitter, node: fx.Node, known: dict[str, Casts | None]) -> bool:
     """Makes explicit what autocast does to one op; whether that is anything."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         _refuse_body(emitter.gm, node)
         return False
     call = _Call(node, emitter.mode)
@@ -129,7 +129,7 @@ def _refuse_body(gm: fx.GraphModule, node: fx.Node) -> None:
     for source in node.all_input_nodes:
         body = getattr(gm, str(source.target), None) if source.op == "get_attr" else None
         for inner in body.graph.nodes if isinstance(body, fx.GraphModule) else ():
-            if isinstance(inner.target, torch._ops.OpOverload) and compat.has_autocast(inner.target):
+            if isinstance(inner.target, OpOverload) and compat.has_autocast(inner.target):
                 raise ValueError(
                     f"{inner.target} in the body of {node.target} runs under autocast, whose casts are made explicit outside "
                     "of such bodies only; leave autocast around it (torch.autocast(device_type, enabled=False)), or the cast"
@@ -196,9 +196,9 @@ class _Recorder(TorchDispatchMode):
             return out
         self._alive += [args, kwargs, out]  # so that no two tensors ever have the same id
         place = self._places.get(id(args[0])) if args else None
-        first = not self.calls and place is not None and place not in self.casts
-        if first and func is aten._to_copy.default and kwargs == {"dtype": out.dtype}:
-            self.casts[place] = out.dtype  # type: ignore[index]
+        is_cast = func is aten._to_copy.default and kwargs == {"dtype": out.dtype}
+        if is_cast and not self.calls and place is not None and place not in self.casts:
+            self.casts[place] = out.dtype
             self._names[id(args[0])], self._names[id(out)] = f"input {place}, not cast", f"input {place}"
             return out
         called = tree_map(self._name, (args, kwargs or {}))

@@ -11,33 +11,33 @@ from typing import Any
 import torch
 from torch import fx
 
+from hero_fx.passes.compat import storage_of
 from hero_fx.passes.emit import Emitter, drop_dead_code, value_of
+from hero_fx.passes.ops import (
+    RESHAPES,
+    SPLITS,
+    UNIT_AXES,
+    first_input,
+    int_argument,
+    ints_argument,
+    is_in_place,
+    out_of_place,
+)
 
-__all__ = ["Functionalize", "is_in_place", "storage_of"]
+__all__ = ["Functionalize", "memory_of"]
 
 aten = torch.ops.aten
 
-
-def is_in_place(node: fx.Node) -> bool:
-    """True for `aten.<op>_`, which writes to its first argument."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "aten"
-        and node.target._schema.is_mutable
-        and node.target._schema.name.endswith("_")
-        and isinstance(node.args[0], fx.Node)
-    )
+# Views whose source `_scatter` knows how to write: of a part, of one of several parts, of the whole in another order.
+_PARTS = {aten.slice.Tensor, aten.narrow.default, aten.select.int, operator.getitem}
+_CUTS = SPLITS | {aten.unbind.int}
+_MOVES = {aten.transpose.int, aten.permute.default}
 
 
-def storage_of(node: fx.Node) -> int | None:
+def memory_of(node: fx.Node) -> int | None:
     """The memory of a node's value, or of the first of its values."""
     value = node.meta.get("val")
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_batchedtensor(value):
-        return None  # within a vmap (flex attention makes its block mask so) there is no memory to tell
-    return int(value.untyped_storage()._cdata)
+    return storage_of(value[0] if isinstance(value, (tuple, list)) and value else value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +69,9 @@ class Functionalize:
         sharing: dict[int | None, list[fx.Node]] = defaultdict(list)  # the calls whose values lie in one memory
         for node in nodes:
             if node.op == "call_function":
-                sharing[storage_of(node)].append(node)
+                sharing[memory_of(node)].append(node)
         for node in nodes:
-            if not is_in_place(node) or _functional_twin(node.target) is None:
+            if not is_in_place(node) or out_of_place(node.target) is None:
                 continue
             written: Any = node.args[0]
             arguments: Any = node.kwargs
@@ -81,7 +81,7 @@ class Functionalize:
                 continue
             with emitter.before(node):
                 if reshapes:  # unsqueeze_, detach_: no value changes, so no other view does
-                    base, value = written, emitter.call(_functional_twin(node.target), *node.args, **arguments)
+                    base, value = written, emitter.call(out_of_place(node.target), *node.args, **arguments)
                 else:
                     value = _written_value(emitter, node, written, chain)
                     for view in chain:
@@ -107,9 +107,7 @@ class Functionalize:
         def again(alias: fx.Node) -> fx.Node:
             """What `alias` is to the base, of the new base."""
             if alias not in fresh:
-                source = alias.args[0]
-                assert isinstance(source, fx.Node)
-                fresh[alias] = again(source)
+                fresh[alias] = again(first_input(alias))
                 if not is_in_place(alias):
                     arguments: Any = alias.kwargs
                     fresh[alias] = emitter.call(alias.target, fresh[alias], *alias.args[1:], **arguments)
@@ -124,18 +122,12 @@ class Functionalize:
         for alias in aliases:
             if any(user > node for user in alias.users):
                 alias.replace_all_uses_with(again(alias), delete_user_cb=lambda user: user > node)
-        later = sorted(n for n in sharing.pop(storage_of(base), ()) if n > node)
+        later = sorted(n for n in sharing.pop(memory_of(base), ()) if n > node)
         gm.graph.erase_node(node)
         # Views behind the write now alias the new base: their fake values must say so too.
         for view in later:
             emitter.revalue(view)
-            sharing[storage_of(view)].append(view)
-
-
-def _functional_twin(op: Any) -> Any:
-    """`aten.mul_.Tensor` -> `aten.mul.Tensor`; None if there is none."""
-    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    return getattr(packet, op._overloadname, None)
+            sharing[memory_of(view)].append(view)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -144,8 +136,8 @@ def _is_view(node: fx.Node) -> bool:
         return False
     if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
         return True  # a fake one has memory of its own, a real one returns its input
-    storage = storage_of(node)
-    return storage is not None and storage == storage_of(node.args[0])
+    storage = memory_of(node)
+    return storage is not None and storage == memory_of(node.args[0])
 
 
 def _written_value(emitter: Emitter, node: fx.Node, written: fx.Node, chain: list[fx.Node]) -> fx.Node:
@@ -163,17 +155,17 @@ def _written_value(emitter: Emitter, node: fx.Node, written: fx.Node, chain: lis
             source = emitter.call(aten.expand.default, source, list(want.shape))
         return source
     arguments: Any = node.kwargs
-    value = emitter.call(_functional_twin(node.target), *node.args, **arguments)
+    value = emitter.call(out_of_place(node.target), *node.args, **arguments)
     # In place, `bf16.mul_(f32)` stays bf16.
     return value if value_of(value).dtype == want.dtype else emitter.call(aten.to.dtype, value, want.dtype)
 
 
 def _owns_its_memory(node: fx.Node) -> bool:
     """True for a temporary that aliases none of what it was computed from, as far as fake storages show."""
-    storage = storage_of(node)
+    storage = memory_of(node)
     if node.op != "call_function" or storage is None:
         return False
-    return all(storage_of(source) != storage for source in node.all_input_nodes)
+    return all(memory_of(source) != storage for source in node.all_input_nodes)
 
 
 def _views_down_to_base(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
@@ -187,18 +179,14 @@ def _views_down_to_base(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
 
 def _viewed(view: fx.Node) -> fx.Node:
     """The tensor that a view is of; that of one part of a split is the whole."""
-    source = view.args[0]
-    if view.target is operator.getitem:
-        source = source.args[0]  # type: ignore[union-attr]
-    assert isinstance(source, fx.Node)
-    return source
+    source = first_input(view)
+    return first_input(source) if view.target is operator.getitem else source
 
 
 def _has_scatter(view: fx.Node) -> bool:
-    split: Any = view.args[0]
     if view.target is operator.getitem:
-        return split.target in _SPLITS
-    return view.target in (*_PARTS, *_MOVES, *_RESHAPES) or _shows_all(view)
+        return first_input(view).target in _CUTS
+    return view.target in _PARTS | _MOVES | RESHAPES | UNIT_AXES or _shows_all(view)
 
 
 def _shows_all(view: fx.Node) -> bool:
@@ -216,8 +204,9 @@ def _scatter(emitter: Emitter, view: fx.Node, value: fx.Node) -> fx.Node:
         case aten.slice.Tensor:
             return emitter.call(aten.slice_scatter.default, base, value, *rest, **kwargs)
         case aten.narrow.default:
-            dim, start, length = rest
-            return emitter.call(aten.slice_scatter.default, base, value, dim, start, start + length)  # type: ignore[operator]
+            start = int_argument(view, "start")
+            stop = start + int_argument(view, "length")
+            return emitter.call(aten.slice_scatter.default, base, value, int_argument(view, "dim"), start, stop)
         case aten.select.int:
             return emitter.call(aten.select_scatter.default, base, value, *rest, **kwargs)
         case operator.getitem:
@@ -225,9 +214,10 @@ def _scatter(emitter: Emitter, view: fx.Node, value: fx.Node) -> fx.Node:
         case aten.transpose.int:
             return emitter.call(aten.transpose.int, value, *rest, **kwargs)
         case aten.permute.default:
-            rank, order = value_of(base).dim(), list(rest[0])  # type: ignore[arg-type]
-            return emitter.call(aten.permute.default, value, [[d % rank for d in order].index(i) for i in range(rank)])
-    if view.target in _RESHAPES:
+            rank = value_of(base).dim()
+            order = [d % rank for d in ints_argument(view, "dims")]
+            return emitter.call(aten.permute.default, value, [order.index(i) for i in range(rank)])
+    if view.target in RESHAPES | UNIT_AXES:
         return emitter.call(aten.reshape.default, value, list(value_of(base).shape))
     return value
 
@@ -238,29 +228,10 @@ def _scatter_part(emitter: Emitter, view: fx.Node, base: fx.Node, value: fx.Node
     assert isinstance(split, fx.Node)
     assert isinstance(number, int)
     parts = value_of(split)
-    position = 1 if split.target is aten.unbind.int else 2
-    dim = split.kwargs.get("dim", split.args[position] if len(split.args) > position else 0)
+    dim = int_argument(split, "dim")
     if split.target is aten.unbind.int:
         return emitter.call(aten.select_scatter.default, base, value, dim, number % len(parts))
     stops = list(accumulate(part.shape[dim] for part in parts))
     return emitter.call(
         aten.slice_scatter.default, base, value, dim, stops[number] - parts[number].shape[dim], stops[number]
     )
-
-
-# Views of a part, and parts of a split.
-_PARTS = (aten.slice.Tensor, aten.narrow.default, aten.select.int, operator.getitem)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
-# Views of the whole, in another order.
-_MOVES = (aten.transpose.int, aten.permute.default)
-# Views of the whole, in the same order.
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-)

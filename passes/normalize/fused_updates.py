@@ -1,4 +1,4 @@
-"""Residual updates that a model writes as one fused op: taken apart to be found, and put together again where untouched."""
+"""Residual updates that a model writes as one fused op: split so that they are found, and fused again where untouched."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.tokens import sizes_of
 from hero_fx.passes.emit import Emitter, drop_dead_code, value_of
+from hero_fx.passes.ops import argument
 
 __all__ = ["FuseUpdates", "SplitUpdates"]
 
@@ -30,7 +31,7 @@ class SplitUpdates:
         add = aten.add.Tensor(x, mul)
 
     Legal together with `FuseUpdates`, which puts back the op wherever the product is still its own: it rounds once where
-    the two ops round twice. Left apart is what a pass has changed, and that is exact to rounding.
+    the two ops round twice. What a pass has changed stays split, and is exact up to rounding.
     """
 
     name: str = "split_updates"
@@ -65,16 +66,16 @@ def _is_update(node: fx.Node) -> bool:
         return False
     whole = node.args[0]
     if node.target is aten.add.Tensor:
-        alpha = node.kwargs.get("alpha", 1)
+        alpha = argument(node, "alpha")
         return isinstance(alpha, (int, float)) and alpha != 1 and sizes_of(node.args[1]) == sizes_of(node)
     return len(parts) == 3 and sizes_of(whole) == sizes_of(node)
 
 
 def _product(emitter: Emitter, node: fx.Node) -> fx.Node:
     if node.target is aten.add.Tensor:
-        return emitter.call(aten.mul.Tensor, node.args[1], node.kwargs["alpha"])
+        return emitter.call(aten.mul.Tensor, node.args[1], argument(node, "alpha"))
     first, second = node.args[1:3]
-    value = node.kwargs.get("value", 1)
+    value = argument(node, "value")
     if value != 1:
         first = emitter.call(aten.mul.Tensor, first, value)
         first.meta[_FACTOR] = True

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .functionalize import is_in_place, storage_of
+from hero_fx.passes.ops import CASTS, is_in_place
+
+from .functionalize import memory_of
 
 __all__ = ["DropIdentities"]
 
@@ -47,15 +49,9 @@ class DropIdentities:
 def _returns_its_input(node: fx.Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    match node.target:
-        case aten.dropout.default:
-            return bool(not node.args[2] or node.args[1] == 0.0)
-        case aten.detach.default | aten.alias.default:
-            return True
-        case (
-            aten.to.dtype | aten.to.dtype_layout | aten.to.device | aten.to.other | aten.type_as.default
-            | aten.contiguous.default
-        ):  # fmt: skip
-            # Where it copies (another dtype or layout, or `copy=True`), it has memory of its own.
-            return storage_of(node) == storage_of(node.args[0])
-    return False
+    if node.target is aten.dropout.default:
+        return bool(not node.args[2] or node.args[1] == 0.0)
+    if node.target in (aten.detach.default, aten.alias.default):
+        return True
+    # Where these copy (another dtype or layout, or `copy=True`), they have memory of their own.
+    return node.target in CASTS | {aten.contiguous.default} and memory_of(node) == memory_of(node.args[0])

@@ -10,19 +10,11 @@ from torch import fx
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.analysis.tokens import sizes_of
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import POINTWISE, RESHAPES, first_input
 
 __all__ = ["JoinGroups"]
 
 aten = torch.ops.aten
-
-_RESHAPES = (
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
-)  # fmt: skip
-_POINTWISE = (
-    aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.addcmul.default, aten.neg.default,
-    aten.silu.default, aten.tanh.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.clone.default,
-    aten.contiguous.default,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +33,11 @@ class JoinGroups:
         reshape = aten.reshape.default(expand, [2, 72, 32])
         mul = aten.mul.Tensor(norm, reshape)
 
-    Legal because arithmetic by element gives the same values whatever the shape, as long as all operands are reshaped in
-    the same way, and a small operand is first repeated as broadcasting would. It fires only where all that is computed
-    from the groups is joined again: heads that are split off for attention stay; and only where nothing writes to the memory of
-    what it reads, and a split that copies is not returned. The token axis can then be followed, and
-    what was one value for a group is a table with a value for each token, of which a subset takes its rows.
+    Legal because pointwise ops give the same values whatever the shape, as long as all operands are reshaped in the same
+    way, and a small operand is first repeated as broadcasting would. It fires only where all that is computed from the
+    groups is joined again (heads that are split off for attention stay), nothing writes to the memory of what it reads, and
+    the split tensor is not returned. The token axis can then be followed, and what was one value per group is a table with
+    a value for each token, of which a subset takes its rows.
     """
 
     name: str = "join_groups"
@@ -72,7 +64,7 @@ def _still(memory: Memory, split: fx.Node, region: list[fx.Node]) -> bool:
 
 def _split_axis(node: fx.Node) -> int | None:
     """The axis that a reshape splits in two, if it does that and no more, and it is not that of channels."""
-    if node.op != "call_function" or node.target not in _RESHAPES:
+    if node.target not in RESHAPES:
         return None
     before, after = sizes_of(node.args[0]), sizes_of(node)
     for axis in range(len(before) - 1):
@@ -92,24 +84,24 @@ def _region(split: fx.Node) -> list[fx.Node]:
             if user in region:
                 continue
             region[user] = None
-            if user.target in _POINTWISE and sizes_of(user) == shape:
+            if user.target in POINTWISE and sizes_of(user) == shape:
                 arithmetic = True
                 todo.append(user)
-            elif user.target not in _RESHAPES or sizes_of(user) != whole:
+            elif user.target not in RESHAPES or sizes_of(user) != whole:
                 return []
     return sorted(region) if arithmetic else []
 
 
 def _join(emitter: Emitter, split: fx.Node, region: list[fx.Node], axis: int) -> None:
     """Computes a region without the split; the readers of its joins read what was joined."""
-    joined: dict[fx.Node, fx.Node] = {split: split.args[0]}  # type: ignore[dict-item]
+    joined = {split: first_input(split)}
 
     def operand(node: fx.Node) -> fx.Node:
         return joined[node] if node in joined else _joined(emitter, node, split, axis)
 
     for node in region:
-        if node.target in _RESHAPES:
-            node.replace_all_uses_with(joined[node.args[0]])  # type: ignore[index]
+        if node.target in RESHAPES:
+            node.replace_all_uses_with(joined[first_input(node)])
             continue
         with emitter.before(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
@@ -125,7 +117,7 @@ def _joined(emitter: Emitter, node: fx.Node, split: fx.Node, axis: int) -> fx.No
     if at < -1:
         return node
     if _split_axis(node) == axis == at and sizes_of(node) == sizes_of(split):
-        return node.args[0]  # type: ignore[return-value]
+        return first_input(node)
     pair = shape[max(at, 0) : at + 2]
     if any(size != 1 for size in sizes_of(node)[max(at, 0) : at + 2]):
         node = emitter.call(

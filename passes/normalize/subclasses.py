@@ -1,8 +1,8 @@
-"""Tensor subclasses among a graph's inputs, taken apart: quantised weights become the plain tensors they are made of.
+"""Tensor subclasses among a graph's inputs: quantised weights are replaced by the plain tensors they are made of.
 
-A quantised weight (torchao's, for one) is one input to Dynamo, but holds several tensors and runs several ops where the
-graph has one. Rewriting needs both in plain sight, so each such input is replaced by its parts, and a call that puts
-the parts together again; what the weight then does is recorded when the graph is normalised.
+A quantised weight (torchao's, for example) is one input to Dynamo, but holds several tensors and runs several ops where
+the graph has one. The passes need to see all of these. So each such input is replaced by its parts and a call that puts
+them together again; tracing then records the ops that the weight runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hero_fx.passes.compat import copy_origin, copy_source, is_traceable_wrapper_subclass
 
 __all__ = ["Unwrapped", "unwrap"]
 
@@ -94,13 +95,13 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
         plain += parts
         if not is_traceable_wrapper_subclass(value):
             env[node] = graph.node_copy(node)
-            env[node]._dynamo_source = getattr(node, "_dynamo_source", None)
+            copy_source(node, env[node])
             continue
         made = [graph.placeholder(f"{node.name}_{number}") for number in range(len(parts))]
         for part_node, part in zip(made, parts, strict=True):
             # All but the value is the weight's: its name, and that it is a parameter.
             part_node.meta = {**node.meta, "example_value": part}
-            part_node._dynamo_source = None
+            copy_source(None, part_node)
         root.add_module(f"rebuild_{len(rebuilds)}", _Rebuild(value))
         rebuilds.append((node, f"rebuild_{len(rebuilds)}", made))
     for node, name, made in rebuilds:
@@ -114,7 +115,5 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
             env[node] = graph.node_copy(node, env.__getitem__)
     result = fx.GraphModule(root, graph)
     result.meta = dict(gm.meta)
-    for attribute in ("_param_name_to_source", "compile_subgraph_reason"):
-        if hasattr(gm, attribute):
-            setattr(result, attribute, getattr(gm, attribute))
+    copy_origin(gm, result)
     return Unwrapped(result, tuple(plain), tuple(kinds))

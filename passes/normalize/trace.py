@@ -1,8 +1,8 @@
-"""One vocabulary for every model: a Dynamo graph becomes a flat, functional, pre-dispatch ATen graph.
+"""One vocabulary for every model: a Dynamo graph becomes a flat, pre-dispatch ATen graph.
 
-`normalize` retraces Dynamo's graph under fake tensors. Pre-dispatch tracing keeps `aten.linear`, `aten.layer_norm` and
-`aten.scaled_dot_product_attention` whole, and keeps which module a node came from (`nn_module_stack`), which names
-layers for people. Two passes then make the graph easy to reason about: `Functionalize` and `DropIdentities`.
+`normalize` traces Dynamo's graph anew under fake tensors. Pre-dispatch tracing keeps `aten.linear`, `aten.layer_norm` and
+`aten.scaled_dot_product_attention` whole. It also keeps the module that a node came from (`nn_module_stack`), by which
+reports name layers. The other passes of this folder then make the graph easy to reason about.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Traced(fx.Interpreter):
             return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # As it is traced, the function that Dynamo writes only leaves a node: values in a region would be of the wrong dtypes.
+        # Traced, the function that Dynamo writes leaves a node and does nothing: values in a region would have wrong dtypes.
         if target is compat.enter_autocast:
             self._regions.append(torch.autocast(*args))
             return self._regions[-1].__enter__()
@@ -78,7 +78,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     fakes = [compat.to_fake(mode, value) for value in inputs]
     held = _held_tensors(gm)
     with mode, torch.no_grad(), fx.traceback.preserve_node_meta(), compat.lazy_code():
-        # Real tensors take no part in the trace: what the graph writes to them would be done by tracing, and lost.
+        # Real tensors take no part in the trace: tracing would write to them what the graph writes, and leave no node.
         weights = [compat.to_fake(mode, tensor) for tensor in held.values()]
         plain = _Interpreted(without_maps(gm, fakes))
 
@@ -90,7 +90,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     _inputs_to_attributes(traced, held)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
-        new._rename(_readable(old.name))
+        compat.rename(new, _readable(old.name))
         new.target = new.name
         new.meta.setdefault("val", fake)  # make_fx gives none to numbers
         new.meta["argument"] = compat.argument_name(old)

@@ -10,14 +10,11 @@ from torch import fx
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.analysis.tokens import sizes_of
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import POINTWISE, RESHAPES
 
 __all__ = ["UnflattenProducts"]
 
 aten = torch.ops.aten
-
-_FLATTEN = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-_CASTS = (aten.to.dtype, aten.to.dtype_layout)
-_POINTWISE = (aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor, aten.sub.Tensor, *_CASTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +64,7 @@ class UnflattenProducts:
 
 def _is_flat(node: object) -> bool:
     """True for [a, b, .., c] reshaped to [a * b * .., c]."""
-    if not isinstance(node, fx.Node) or node.target not in _FLATTEN:
+    if not isinstance(node, fx.Node) or node.target not in RESHAPES:
         return False
     (source,) = node.all_input_nodes
     before, after = sizes_of(source), sizes_of(node)
@@ -77,10 +74,10 @@ def _is_flat(node: object) -> bool:
 def _move(emitter: Emitter, flat: fx.Node, kept: fx.Node) -> None:
     """The readers of `flat` [a * b, c] read `kept` [a, b, c]; `flat` is erased, or stays as a view of `kept`."""
     for user in list(flat.users):
-        if user.target in _FLATTEN and sizes_of(user) == sizes_of(kept):
+        if user.target in RESHAPES and sizes_of(user) == sizes_of(kept):
             user.replace_all_uses_with(kept)
             emitter.graph.erase_node(user)
-        elif user.target in _POINTWISE and _by_channel(user, flat):
+        elif user.target in POINTWISE and _by_channel(user, flat):
             args = tuple(kept if arg is flat else arg for arg in user.args)
             with emitter.before(user):
                 moved = emitter.call(user.target, *args, **user.kwargs)
@@ -95,9 +92,9 @@ def _move(emitter: Emitter, flat: fx.Node, kept: fx.Node) -> None:
 def _drop_round_trips(graph: fx.Graph) -> int:
     """Reads x in the place of x reshaped twice, to another shape and back."""
     memory, sites = Memory(graph), 0
-    for node in [n for n in graph.nodes if n.target in _FLATTEN]:
+    for node in [n for n in graph.nodes if n.target in RESHAPES]:
         (source,) = node.all_input_nodes
-        if source.target not in _FLATTEN or memory.written(node) or memory.returned(node):
+        if source.target not in RESHAPES or memory.written(node) or memory.returned(node):
             continue
         (origin,) = source.all_input_nodes
         if sizes_of(origin) == sizes_of(node):

@@ -1,7 +1,7 @@
-"""Mapping over a batch within a model (vmap): written out before a graph is normalised.
+"""Regions of vmap within a model, written out as plain ops before the graph is traced.
 
-`flex_attention` makes its block mask that way. Dynamo leaves the calls that open and close a map in the graph; tracing in
-front of the dispatcher would take tensors that are made in between, and that hide a batch, for constants.
+`flex_attention` makes its block mask with vmap. Dynamo leaves the calls that open and close it in the graph. Pre-dispatch
+tracing would take the tensors that are made between them, each of which hides a batch, for constants.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hero_fx.passes.compat import map_nesting
+from hero_fx.passes.ops import nodes_in
+
 from .constants import WriteLiterals
 
 __all__ = ["without_maps"]
-
-_MODULE = "torch._functorch.predispatch"
-_STEP = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 
 
 def without_maps(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -53,7 +53,7 @@ def without_maps(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node in heads:
             env |= _written_out(gm, graph, heads[node], env, values.kept)
-        elif node not in mapped and getattr(node.target, "__module__", "") != _MODULE:
+        elif node not in mapped and map_nesting(node.target) is None:
             env[node] = graph.node_copy(node, env.__getitem__)
     return fx.GraphModule(gm, graph)
 
@@ -63,7 +63,7 @@ def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
     regions: list[list[fx.Node]] = []
     depth = 0
     for node in graph.nodes:
-        step = _STEP.get(getattr(node.target, "__name__", ""), 0) if node.op == "call_function" else 0
+        step = map_nesting(node.target) or 0
         if depth == 0 and step == 1:
             regions.append([])
         if depth or step == 1:
@@ -118,5 +118,5 @@ def _written_out(
         assert node.op != "get_attr", "the constants of a map are literals"
         if node.op == "call_function":
             new[node] = graph.node_copy(node, new.__getitem__)
-    (outputs,) = traced.graph.output_node().args
-    return {node: new[out] for node, out in zip(results, outputs, strict=True)}  # type: ignore[arg-type]
+    outputs = nodes_in(traced.graph.output_node().args)
+    return {node: new[out] for node, out in zip(results, outputs, strict=True)}

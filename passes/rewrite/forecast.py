@@ -98,9 +98,11 @@ def outputs_of(gm: fx.GraphModule) -> tuple[Any, ...]:
 
 
 def arguments_of(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """The inputs that a caller passes, by name; those that came as `*args` have one name, and are numbered in the order
+    """The tensors that a caller passes, by name; those that came as `*args` have one name, and are numbered in the order
     in which the model reads them: `args[0]`."""
-    inputs = [node for node in gm.graph.find_nodes(op="placeholder") if node.meta.get("model_input")]
+    # Sizes that Dynamo makes inputs have the names of the tensors that they are of.
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = [n for n in placeholders if n.meta.get("model_input") and isinstance(value_of(n), torch.Tensor)]
     names = [str(node.meta["argument"]) for node in inputs]
     seen: Counter[str] = Counter()
     result = {}

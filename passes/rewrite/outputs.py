@@ -9,7 +9,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter
-from hero_fx.passes.ops import written_by
+from hero_fx.passes.ops import writes
 from hero_fx.passes.slots import StateSlot, slots_of
 
 __all__ = ["OwnOutputs", "returned_state"]
@@ -51,7 +51,7 @@ class OwnOutputs:
             with emitter.before(first):
                 copy = emitter.call(aten.clone.default, state)
             for user in readers:
-                if state not in written_by(user):
+                if state not in writes(user):
                     user.replace_input_with(state, copy)
         return len(found)
 

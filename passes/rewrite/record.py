@@ -14,7 +14,7 @@ from hero_fx.passes.analysis.structure import Branch, Structure
 from hero_fx.passes.analysis.tokens import Tokens, normal_dim
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 from hero_fx.passes.slots import FeatureSlot, GateSlot, ScalarSlot
 
 from .features import cached_node, feature_slots, gate_of, key_slots, score_slots
@@ -155,7 +155,7 @@ def _measured(emitter: Emitter, node: fx.Node, score: Literal["attention", "valu
 
     if score == "values":
         return emitter.inline(lambda v: small_values(heads_first(v), by.start, by.stop), value)
-    scale = argument_of(node, op.scale) or value_of(query).shape[-1] ** -0.5
+    scale = argument(node, op.scale) or value_of(query).shape[-1] ** -0.5
     return emitter.inline(
         lambda q, k: attention_received(heads_first(q), heads_first(k), scale, by.start, by.stop), query, key
     )

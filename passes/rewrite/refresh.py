@@ -14,7 +14,7 @@ from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import Emitter, by_name, value_of
-from hero_fx.passes.ops import argument_of, with_arguments
+from hero_fx.passes.ops import argument, with_arguments
 from hero_fx.passes.slots import IndexSlot
 
 from .features import key_slots
@@ -150,7 +150,7 @@ def _call(subset: Subset, node: fx.Node, operands: Mapping[int, fx.Node], keys: 
     """The attention op on these operands; its mask keeps the kept queries' rows and the seen keys' columns."""
     op = ATTENTION[node.target]
     changes: dict[str, object] = {}
-    mask = argument_of(node, op.mask or "")
+    mask = argument(node, op.mask or "")
     if isinstance(mask, fx.Node):
         query, key, _ = attended(node)
         for operand, dim, rows in ((query, -2, subset.rows), (key, -1, keys)):
@@ -160,7 +160,7 @@ def _call(subset: Subset, node: fx.Node, operands: Mapping[int, fx.Node], keys: 
                 assert mask is not None, "attention is emitted where some of its tokens are kept"
         changes[op.mask or ""] = mask
     for name, place in zip(op.lengths, (op.query, op.key), strict=False):
-        if argument_of(node, name) is not None:  # the op is told how many tokens there are
+        if argument(node, name) is not None:  # the op is told how many tokens there are
             changes[name] = int(value_of(operands[place]).shape[op.dim])
     given, kwargs = with_arguments(node, changes)
     for place, operand in operands.items():

@@ -15,7 +15,7 @@ from hero_fx.passes.analysis.structure import Branch, Structure
 from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Source, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 
 from .features import cached_node, gate_of
 from .plan import CachePoint, Fallback, Full, Refresh, ScoredBy, ScoredRefresh, StepPlan, Strategy
@@ -159,5 +159,5 @@ def _parts(info: Info) -> tuple[Tokens | None, ...]:
 def _check_no_mask(body: Iterable[fx.Node]) -> None:
     for node in body:
         op = ATTENTION.get(node.target)
-        if op is not None and isinstance(argument_of(node, op.mask or ""), fx.Node):
+        if op is not None and isinstance(argument(node, op.mask or ""), fx.Node):
             raise NoRule(node, "landmark keys are for attention without a mask; use keys='all' or 'sampled'")

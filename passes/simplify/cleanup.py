@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from hero_fx.passes.emit import drop_dead_code
+from hero_fx.passes.ops import writes
 from hero_fx.passes.slots import StateSlot, slots_of
 
 __all__ = ["DropDeadCode", "DropUnreadState", "is_write", "state_read"]
@@ -75,12 +75,7 @@ class DropUnreadState:
 
 def is_write(node: fx.Node, state: fx.Node) -> bool:
     """True if `node` writes to `state` and its result is not used."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        and node.args[0] is state
-        and not node.users
-    )
+    return state in writes(node) and not node.users
 
 
 def state_read(full: fx.GraphModule, cached: Iterable[fx.GraphModule]) -> frozenset[StateSlot]:
@@ -106,10 +101,5 @@ def _fed(state: fx.Node) -> Iterator[StateSlot]:
             continue
         seen.add(node)
         waiting += node.users
-        if (
-            node.op == "call_function"
-            and node.args
-            and isinstance(node.args[0], fx.Node)
-            and is_write(node, node.args[0])
-        ):
-            yield node.args[0].meta["slot"]
+        if not node.users:
+            yield from (written.meta["slot"] for written in writes(node))

@@ -30,7 +30,7 @@ class CommonSubexpressions:
         cos_1 = aten.index_select.default(cos, 0, idx)  # both layers
 
     Legal because both nodes apply the same op, one that writes nothing and draws no random numbers, to the same nodes and
-    constants; because between them nothing writes to the memory of what they read, be it through a view of it, and no region
+    constants; because between them nothing writes to the memory of what they read, not even through a view, and no region
     of autocast begins or ends; because nothing ever writes to the memory of their results; and because not both results are
     returned, which the caller may write to one by one. Operators of higher order are left alone.
     """

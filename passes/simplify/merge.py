@@ -15,7 +15,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 from hero_fx.passes.slots import ScalarSlot, slot_of, slots_of
 
 from .summands import Merge, Summand, is_sum, summands
@@ -98,7 +98,7 @@ def _merge_writes(emitter: Emitter, state: fx.Node, writes: list[fx.Node]) -> No
     """Rows that are written to the members are summed, and written to the sum."""
     with emitter.before(writes[-1]):
         # Summed as features, then narrowed once: a narrow dtype loses at every sum, and 8-bit floats have none.
-        total, *others = (_beneath_cast(argument_of(write, "source")) for write in writes)
+        total, *others = (_beneath_cast(argument(write, "source")) for write in writes)
         for rows in others:
             total = emitter.call(aten.add.Tensor, total, rows)
         if value_of(total).dtype != value_of(state).dtype:
@@ -118,7 +118,7 @@ def _drop_from_sum(emitter: Emitter, part: Summand) -> None:
     reader.replace_all_uses_with(sibling)
     emitter.graph.erase_node(reader)
     if part.gather is not None:
-        part.gather.taken.replace_all_uses_with(argument_of(part.gather.taken, "self"))
+        part.gather.taken.replace_all_uses_with(argument(part.gather.taken, "self"))
 
 
 def _merge_recorded(
@@ -134,7 +134,7 @@ def _merge_recorded(
                 change = emitter.call(aten.sub.Tensor, last, emitter.read(state, value_of(last)))
                 value = emitter.call(aten.mul.Tensor, change, gaps[0])
             else:
-                value = _total(emitter, memory, [argument_of(family[term], "src") for family in copies])
+                value = _total(emitter, memory, [argument(family[term], "src") for family in copies])
             writes.append((emitter.state(slot, value_of(families[0][term])), value))
         for state, new in writes:
             emitter.write_back(state, new)
@@ -149,15 +149,15 @@ def _recorded(state: fx.Node) -> fx.Node | None:
 
 def _gap(copy: fx.Node, before: fx.Node) -> fx.Node | None:
     """The 1 / d of a recorded difference to what the state tensor `before` holds; None for anything else."""
-    value = argument_of(copy, "src")
+    value = argument(copy, "src")
     if value.target is not aten.mul.Tensor:
         return None
     change, gap = value.args
     if not isinstance(change, fx.Node) or change.target is not aten.sub.Tensor or not isinstance(gap, fx.Node):
         return None
-    held = argument_of(change, "other")
+    held = argument(change, "other")
     if isinstance(held, fx.Node) and held.target is aten.to.dtype:
-        held = argument_of(held, "self")
+        held = argument(held, "self")
     return gap if held is before and isinstance(slot_of(gap), ScalarSlot) else None
 
 

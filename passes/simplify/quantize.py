@@ -110,8 +110,9 @@ class QuantizeState:
     @staticmethod
     def _write(emitter: Emitter, node: fx.Node, scale: fx.Node) -> None:
         state, *where, rows = node.args
+        assert isinstance(rows, fx.Node)
         with emitter.before(node):
-            whole, largest = (emitter.inline(function, rows) for function in (_whole_numbers, _scales))  # type: ignore[arg-type]
+            whole, largest = (emitter.inline(function, rows) for function in (_whole_numbers, _scales))
             emitter.call(node.target, state, *where, whole)
             emitter.call(node.target, scale, *where, largest)
         emitter.graph.erase_node(node)

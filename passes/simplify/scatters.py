@@ -1,8 +1,8 @@
 """Exact algebra on a cached step: gather once, scatter once, sum caches that are only ever summed.
 
-The literal lowering gathers and scatters around every branch and keeps a cache for each. With one selection `idx` the
-sampled tokens never need the others, and what is only added can be added beforehand. Four rules, in this order, take the
-literal graph to its floor; each is exact up to rounding, and the literal form stays as their oracle:
+The literal form gathers and scatters around every branch and keeps a cache for each. With one selection `idx` the
+sampled tokens never need the others, and what is only added can be added beforehand. Four rules, in this order, remove
+what is not needed. Each is exact up to rounding; tests compare the result with the literal form:
 
 =====================  =================================================================================
 `SinkScatters`         g * scatter(c, idx, v) = scatter(g * c, idx, g[idx] * v), and sums likewise
@@ -21,12 +21,12 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import CASTS
 from hero_fx.passes.slots import IndexSlot
 
 __all__ = ["ForwardGathers", "SinkScatters", "is_selection"]
 
 aten = torch.ops.aten
-_CASTS = (aten.to.dtype, aten._to_copy.default)
 
 
 def is_selection(index: object) -> bool:
@@ -96,7 +96,7 @@ class SinkScatters:
         scatters = [a for a in operands if is_scatter(a)]
         if node.kwargs:
             return None
-        if node.target in _CASTS and len(operands) == 1:
+        if node.target in CASTS and len(operands) == 1:
             copies = value_of(node).dtype != value_of(operands[0]).dtype
             return self._scatter(emitter, node, scatters[0]) if copies else None
         if node.target not in (aten.mul.Tensor, aten.add.Tensor) or len(operands) > 2:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.ops import argument_of
+from hero_fx.passes.ops import argument
 from hero_fx.passes.slots import FeatureSlot, ScalarSlot, StateSlot, slot_of, slots_of
 
 from .scatters import is_selection
@@ -123,7 +123,7 @@ def _summand(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> Summand | None:
     return Summand(
         root=_root(reader, roots).name,
         weight=weight,
-        rows=(argument_of(writes[0], "dim"), str(argument_of(writes[0], "index"))) if writes else None,
+        rows=(argument(writes[0], "dim"), str(argument(writes[0], "index"))) if writes else None,
         shape=tuple(value_of(node).shape),
         dtype=value_of(node).dtype,
         leaf=leaf,
@@ -148,7 +148,7 @@ def _gather(reader: fx.Node) -> Gather | None:
     scalar, slot = slot_of(scaled.args[1]), slot_of(write.args[0])
     if not isinstance(scalar, ScalarSlot) or not isinstance(slot, StateSlot):
         return None
-    return Gather((argument_of(reader, "dim"), str(argument_of(reader, "index")), scalar), slot, taken)
+    return Gather((argument(reader, "dim"), str(argument(reader, "index")), scalar), slot, taken)
 
 
 def is_sum(node: fx.Node) -> bool:

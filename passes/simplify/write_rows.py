@@ -9,9 +9,10 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import CASTS
 from hero_fx.passes.slots import StateSlot
 
-from .scatters import _CASTS, is_scatter
+from .scatters import is_scatter
 
 __all__ = ["WriteRows"]
 
@@ -56,9 +57,9 @@ class WriteRows:
             _, dim, index, rows = scatter.args
             assert isinstance(rows, fx.Node)
             with emitter.before(scatter if len(scatter.users) > 1 else copy):
-                narrow = value_of(state).dtype
-                if value_of(rows).dtype != narrow:
-                    rows = emitter.call(aten.to.dtype, rows, narrow)
+                dtype = value_of(state).dtype
+                if value_of(rows).dtype != dtype:
+                    rows = emitter.call(aten.to.dtype, rows, dtype)
                 emitter.call(aten.index_copy_.default, state, dim, index, rows)
             gm.graph.erase_node(copy)
             scatter.replace_all_uses_with(state)
@@ -79,4 +80,4 @@ class WriteRows:
 
 
 def _beneath_cast(node: object) -> object:
-    return node.args[0] if isinstance(node, fx.Node) and node.target in _CASTS else node
+    return node.args[0] if isinstance(node, fx.Node) and node.target in CASTS else node

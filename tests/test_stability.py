@@ -18,9 +18,9 @@ from hero_fx.passes.render import graph_diff
 from hero_fx.passes.rewrite.observe import ReturnFeatures
 from hero_fx.step_graphs import copy_graph
 
-from . import layers, tiny, toys
+from .support import layers, tiny, toys
+from .support.tracing import capture, trace
 from .test_branches import joint, single
-from .tracing import capture, trace
 
 LAYERS, STEPS = 3, 6
 

@@ -1,4 +1,4 @@
-"""`hero_fx.graphs`: renders, diffs and op counts of small graphs."""
+"""`hero_fx.passes.render`: text, diffs and op counts of small graphs."""
 
 import copy
 import operator
@@ -79,7 +79,7 @@ max_1: (f32[2], i64[2]) = aten.max.dim(x_1, -1)
 getitem: f32[2] = getitem(max_1, 0)
 getitem_1: i64[2] = getitem(max_1, 1)
 gt: b8[2] = aten.gt.Scalar(getitem, 0)
-to: f8e4m3[2, 3] = aten.to.dtype(x_1, f8e4m3)
+to: f8e4m3fn[2, 3] = aten.to.dtype(x_1, f8e4m3fn)
 complex_1: c64[2, 3] = aten.complex.default(x_1, x_1)
 to_1: u8[2, 3] = aten.to.dtype(x_1, u8)
 return (gt, getitem_1, to, complex_1, to_1)""",

@@ -81,10 +81,10 @@ class Small(nn.Module):
 
 
 class ManyMLPs(Small):
-    """One attention and a dozen MLPs in a layer: labels that are told apart among a few neighbours alone repeat."""
+    """One attention and ten MLPs in a layer: labels that are told apart among a few neighbours alone repeat."""
 
     def __init__(self) -> None:
-        super().__init__(mlps=12)
+        super().__init__(mlps=10)
 
 
 class WritesBetweenReads(Small):

@@ -14,8 +14,8 @@ from hero_fx.passes.render import op_count
 from hero_fx.passes.simplify.quantize import QuantizeState, WriteBytes
 from hero_fx.passes.slots import ScaleSlot
 
-from . import tiny
-from .test_collapse import graph, outputs, run
+from .support import tiny
+from .support.step_graphs import graph, outputs, run
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -40,7 +40,7 @@ class Diff(expecttest.TestCase):
             diff,
             """\
   ...
-- index_copy_: f8e4m3[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
+- index_copy_: f8e4m3fn[2, 5, 3] = aten.index_copy_.default(s1, 1, idx, to_1)
 + view_dtype: u8[2, 5, 3] = aten.view.dtype(s1, u8)
 + view_dtype_1: u8[2, 2, 3] = aten.view.dtype(to_1, u8)
 + index_copy__default: u8[2, 5, 3] = aten.index_copy_.default(view_dtype, 1, idx, view_dtype_1)

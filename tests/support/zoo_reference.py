@@ -70,8 +70,8 @@ class Hooked:
     modules: dict[str, nn.Module]
     order: int = 0
     """Highest Taylor order of the modules that are not refreshed."""
-    lines: bool = False
-    """Tokens of refreshed modules that are not sampled go on along a line; false: they keep their features."""
+    linear: bool = False
+    """Tokens of refreshed modules that are not sampled are extrapolated linearly; false: they keep their features."""
     shallow: Callable[[str], bool] = lambda path: False
     full: Callable[[str], bool] = lambda path: False
     """Modules that are computed at every step."""
@@ -130,7 +130,7 @@ class Hooked:
         shallow, old = self.shallow(place[0]), self.y.get((place, i), [])
         if full:
             y = [part]
-            for k in range(1, 1 + (int(self.lines) if shallow else self.order)):
+            for k in range(1, 1 + (int(self.linear) if shallow else self.order)):
                 y.append((y[k - 1] - old[k - 1]) / d if fulls >= k else torch.zeros_like(part))
             self.y[place, i] = y
             return part
@@ -147,7 +147,7 @@ class Hooked:
             if index is not None:
                 rows = part.index_select(axis, index)
                 estimate = estimate.index_copy(axis, index, rows)
-                # A sampled token's line has the old slope, and goes through what was computed.
+                # A sampled token keeps its slope, and is extrapolated from what was computed.
                 for slope in old[1:]:
                     rows = rows - x * slope.index_select(axis, index)
                 cache = cache.index_copy(axis, index, rows)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str) -> Any:
-    """The module `examples/<name>.py`, executed anew, as `python examples/<name>.py` would find its imports; or the package
+    """The module `examples/<name>.py`, executed again, as `python examples/<name>.py` would find its imports; or the package
     of that name there."""
     if (FOLDER / name).is_dir():
         return package(name)

@@ -30,9 +30,9 @@ from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
-from .steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers
-from .tracing import capture, equal, run_passes
+from .support import tiny, toys
+from .support.steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers
+from .support.tracing import capture, equal, run_passes
 
 POINTS: tuple[CachePoint, ...] = ("pre_gate", "post_gate")
 

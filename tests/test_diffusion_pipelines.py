@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 import hero_fx
 
-from . import tiny, toys
-from .pipelines import PIPELINES, STEPS, Variants, latents_of
-from .tiny import worst
+from .support import tiny, toys
+from .support.diffusion_pipelines import PIPELINES, STEPS, Variants, latents_of
+from .support.tiny import worst
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 RUNS = 2
 FULLS, CACHED = 3, 5  # steps 0, 3 and 6 of eight
 SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1, "patch": (1, 1, 2), "refresh_ratio": 0.4}
 # Every layer recomputes every token, so that cached steps must give what full ones do.
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan_two_experts"])

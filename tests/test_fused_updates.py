@@ -14,13 +14,10 @@ from hero_fx.passes.normalize.fused_updates import FuseUpdates, SplitUpdates
 from hero_fx.passes.render import graph_diff, op_count
 from hero_fx.step_graphs import copy_graph
 
-from . import tiny, toys
-from .tracing import equal, run_passes, trace
+from .support import tiny, toys
+from .support.tracing import equal, run_passes, trace
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -124,9 +121,9 @@ def test_end_to_end(form: str, policy: str) -> None:
     model, start, times = tiny.randomized(Fused(form)), toys.latents(), toys.times(9)
     options: dict[str, Any] = {"grid": None} if policy == "fora" else {"refresh_layers": 1.0, "refresh_ratio": 1.0}
     options |= {"text": "live", "patch": (1, 1, 1)} if policy == "hero" else {}
-    run, backend = toys.compiled(model, policy=policy, inner="aot_eager", **options)
+    run, backend = toys.compiled(model, policy=policy, **options)
     ours = toys.loop(run, start, times)
-    plain = toys.loop(toys.torch_compile(model, backend="aot_eager"), start, times)
+    plain = toys.loop(model, start, times)
     assert toys.same(ours[:2], plain[:2])
     assert backend.stats().cached_steps == 4
     steps = backend.graphs[-1]

@@ -1,4 +1,4 @@
-"""`hero_fx.passes.normalize`: the vocabulary of a normalised graph, its names and meta; ops that do nothing go."""
+"""`hero_fx.passes.normalize.trace` and `.identities`: the ops of a normalised graph, its names and meta; ops that do nothing go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hero_fx.passes.normalize.identities import DropIdentities
 from hero_fx.passes.normalize.trace import normalize
 from hero_fx.passes.render import graph_diff, op_count, render
 
-from .tracing import capture, equal, normal_form, outputs, run_passes, trace
+from .support.tracing import capture, equal, normal_form, outputs, run_passes, trace
 
 
 class Block(nn.Module):

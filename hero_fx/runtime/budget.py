@@ -1,0 +1,89 @@
+"""A bound on the bytes of feature state that all sessions of a backend hold together."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Protocol
+
+__all__ = ["Budget", "Holder", "OverBudget", "Store"]
+
+
+class OverBudget(RuntimeError):
+    """Feature state does not fit into `max_state_bytes`, and all that is held belongs to calls that run now."""
+
+
+class Holder(Protocol):
+    """What holds feature state: a session's trajectory."""
+
+    used: int
+    """Tick of its last call."""
+    lock: threading.RLock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def evict(self) -> None:
+        """Frees the state; the next call of each lane is full."""
+
+
+class Store(Protocol):
+    """Where holders are."""
+
+    def holders(self) -> Iterable[Holder]:
+        """All there are now."""
+
+
+class Budget:
+    """Frees the state of the sessions that were used least recently, where another one needs room.
+
+    What a session keeps when its state is freed is where it stands: its next step is full, and all goes on from there.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        """`most`: bytes; None is no bound."""
+        self.most = most
+        self.evictions = 0
+        """Trajectories whose state was freed for another one's."""
+        self._ticks = itertools.count(1)
+        self._stores: weakref.WeakSet[Store] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def watch(self, store: Store) -> None:
+        """Counts what a store holds, as long as it lives."""
+        self._stores.add(store)
+
+    def use(self, holder: Holder) -> None:
+        """Notes a call."""
+        holder.used = next(self._ticks)
+
+    def reserve(self, nbytes: int, own: Holder) -> None:
+        """Makes room for `nbytes` more of `own`, whose lock is held.
+
+        Raises:
+            OverBudget: there is none; nothing that could be freed is held any more.
+        """
+        if self.most is None:
+            return
+        with self._lock:
+            holders = [holder for store in list(self._stores) for holder in store.holders()]
+            held = sum(holder.nbytes for holder in holders)
+            others = (holder for holder in holders if holder is not own and holder.nbytes)
+            for holder in sorted(others, key=lambda other: other.used):
+                if held + nbytes <= self.most:
+                    return
+                if holder.lock.acquire(blocking=False):  # not while a call of it runs
+                    try:
+                        held -= holder.nbytes
+                        holder.evict()
+                        self.evictions += 1
+                    finally:
+                        holder.lock.release()
+            if held + nbytes > self.most:
+                raise OverBudget(
+                    f"max_state_bytes={self.most}: a call needs {nbytes} bytes of feature state more, and {held} are held by "
+                    "its own trajectory or by calls that run now; raise max_state_bytes, or let fewer requests run at once"
+                )

@@ -1,0 +1,1 @@
+"""What the tests share: small models, graphs of them, pipelines and references."""

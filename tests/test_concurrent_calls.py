@@ -1,0 +1,243 @@
+"""Calls of several requests at once, in threads, tasks and generators: each is its own, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+
+from .support import tiny, toys
+from .support.loops import OPTIONS, Loop, guided, lone, plain_times, text
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def test_threads_without_sessions_are_refused() -> None:
+    call, _ = guided()
+    loops, times = [Loop(call, seed, text(seed)) for seed in (1, 2)], plain_times()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        first.submit(loops[0].step, times[0]).result()
+        with pytest.raises(
+            hero_fx.AmbiguousCall, match=r"calls without a session come from.*in turns.*hero_fx.session"
+        ):
+            second.submit(loops[1].step, times[0]).result()
+        # The first one is not disturbed, and one that starts later takes its place only as long as it is silent.
+        first.submit(loops[0].step, times[1]).result()
+        assert toys.same(loops[0].outputs, first.submit(lone, call, loops[0].start, times[:2], text(1)).result())
+        for t in times[:2]:
+            first.submit(loops[0].step, t).result()
+        second.submit(loops[1].step, times[0]).result()
+        with pytest.raises(hero_fx.AmbiguousCall, match="in turns"):
+            first.submit(loops[0].step, times[2]).result()
+        second.submit(loops[1].step, times[1]).result()
+    with ThreadPoolExecutor(1) as third:  # one request after the other, each in a thread of its own
+        for t in times:
+            third.submit(loops[0].step, t).result()
+
+
+def test_calls_that_overlap_without_a_session_are_refused() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            inside.set()
+            assert leave.wait(60)
+            return gm.forward(*args)
+
+        return run
+
+    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=inner, policy="fora"))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(call, timestep=toys.times(1)[0])
+        assert inside.wait(60)
+        with pytest.raises(hero_fx.AmbiguousCall, match=r"two calls without a session overlap.*hero_fx.session"):
+            call(timestep=toys.times(1)[0])
+        leave.set()
+        running.result()
+
+
+def test_tasks_without_sessions_are_refused_and_with_sessions_are_not() -> None:
+    call, _ = guided()
+    times = plain_times()
+
+    async def request(seed: int, named: bool) -> list[Tensor]:
+        loop = Loop(call, seed, text(seed))
+        for t in times:
+            if named:
+                with hero_fx.session(f"request {seed}"):
+                    await asyncio.to_thread(loop.step, t)
+            else:
+                loop.step(t)
+            await asyncio.sleep(0)
+        return loop.outputs
+
+    async def serve(named: bool) -> list[list[Tensor]]:
+        return list(await asyncio.gather(request(1, named), request(2, named)))
+
+    both = asyncio.run(serve(named=True))
+    for seed, outputs in zip((1, 2), both, strict=True):
+        assert toys.same(outputs, lone(call, toys.latents(seed=seed), times, text(seed)))
+    with pytest.raises(hero_fx.AmbiguousCall, match="in turns"):
+        asyncio.run(serve(named=False))
+
+
+def test_a_session_that_does_not_reach_the_thread_of_a_pool_is_refused() -> None:
+    call, _ = guided()
+    loop = Loop(call, 1, text(1))
+    with ThreadPoolExecutor(1) as pool, hero_fx.session("request 1"):
+        with pytest.raises(
+            hero_fx.AmbiguousCall, match=r"hero_fx.session\('request 1'\) is entered elsewhere.*to_thread"
+        ):
+            pool.submit(loop.step, plain_times()[0]).result()
+        loop.step(plain_times()[0])
+    loop.step(plain_times()[0])  # outside of the block there is no session anywhere
+
+
+def test_a_session_in_a_generator_that_a_thread_pool_runs() -> None:
+    """As frameworks run sync generators: each piece in a copy of the context, in any thread."""
+    call, _ = guided()
+
+    def stream() -> Iterator[Tensor]:
+        loop = Loop(call, 1, text(1))
+        with hero_fx.session("request 1"):
+            for t in plain_times():
+                loop.step(t)
+                yield loop.outputs[-1]
+
+    def explicit() -> Iterator[Tensor]:
+        loop = Loop(call, 1, text(1))
+        for t in plain_times():
+            with hero_fx.calling(session="request 1"):
+                loop.step(t)
+            yield loop.outputs[-1]
+
+    async def consume(pieces: Iterator[Tensor]) -> list[Tensor]:
+        found = []
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            found.append(piece)
+        return found
+
+    pieces = stream()
+    with pytest.raises(hero_fx.AmbiguousCall, match=r"part of a generator behind a yield.*hero_fx.calling\(session="):
+        asyncio.run(consume(pieces))
+    pieces.close()  # type: ignore[attr-defined]
+    ours = asyncio.run(consume(explicit()))
+    assert toys.same(ours, lone(call, toys.latents(seed=1), plain_times(), text(1)))
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_generators_that_take_turns(kind: str) -> None:
+    call, _ = guided()
+
+    def sync_stream(seed: int, times: list[Tensor]) -> Iterator[Tensor]:
+        loop = Loop(call, seed, text(seed))
+        with hero_fx.session(f"request {seed}"):
+            for t in times:
+                loop.step(t)
+                yield loop.outputs[-1]
+
+    async def async_stream(seed: int, times: list[Tensor]) -> AsyncIterator[Tensor]:
+        for piece in sync_stream(seed, times):
+            yield piece
+
+    async def turns() -> None:
+        streams = [async_stream(seed, plain_times()) for seed in (1, 2)]
+        for _ in range(2):
+            for stream in streams:
+                await anext(stream)
+
+    def sync_turns() -> None:
+        streams = [sync_stream(seed, plain_times()) for seed in (1, 2)]
+        for _ in range(2):
+            for stream in streams:
+                next(stream)
+
+    with pytest.raises(hero_fx.AmbiguousCall, match=r"generator that is not running now.*hero_fx.calling\(session="):
+        asyncio.run(turns()) if kind == "async" else sync_turns()
+    gc.collect()
+    loop = Loop(call, 3, text(3))
+    loop.step(plain_times()[0])  # whatever the order in which the generators were closed, their sessions are left
+
+
+def test_a_context_manager_of_ones_own_around_a_session() -> None:
+    from contextlib import contextmanager
+
+    call, backend = guided()
+
+    @contextmanager
+    def request(name: str) -> Iterator[None]:
+        with hero_fx.session(name):
+            yield
+
+    loop = Loop(call, 1, text(1))
+    for t in plain_times():
+        with request("request 1"):
+            loop.step(t)
+    assert toys.same(loop.outputs, lone(call, loop.start, plain_times(), text(1)))
+    assert backend.stats().sessions == 0
+
+
+def test_cache_contexts_of_threads_and_tasks_are_their_own() -> None:
+    model = tiny.cogvideox(layers=2)
+    backend = hero_fx.backend(**OPTIONS)
+    call = toys.torch_compile(model, backend, fullgraph=True)
+    kwargs, times = tiny.inputs(), tiny.timesteps(4)
+    seen: list[tuple[str, Any]] = []
+    lock = threading.Lock()
+
+    def step(t: Tensor, name: str) -> None:
+        with torch.no_grad(), lock:
+            call(**kwargs, timestep=t.expand(2), return_dict=False)
+            last = backend.steppers[0].last
+            assert last is not None
+            seen.append((name, last.lane))
+
+    together = threading.Barrier(2)
+
+    def request(name: str) -> None:
+        for t in times:
+            with hero_fx.session(f"request {name}"), model.cache_context(name):
+                together.wait(60)  # both are within their contexts, which the module has one attribute for
+                step(t, name)
+                together.wait(60)
+
+    threads = [threading.Thread(target=request, args=(name,)) for name in ("cond", "uncond")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(seen) == 8
+    assert all(name == lane for name, lane in seen)
+
+    async def task(name: str) -> None:
+        for t in times:
+            with hero_fx.session(f"task {name}"), model.cache_context(name):
+                await asyncio.sleep(0)
+                step(t, name)
+
+    async def serve() -> None:
+        await asyncio.gather(task("cond"), task("uncond"))
+
+    seen.clear()
+    asyncio.run(serve())
+    assert len(seen) == 8
+    assert all(name == lane for name, lane in seen)
+
+
+def test_a_context_of_another_model_is_not_this_ones() -> None:
+    model, other = tiny.cogvideox(layers=2), tiny.cogvideox(layers=2)
+    backend = hero_fx.backend(**OPTIONS)
+    call, kwargs = toys.torch_compile(model, backend, fullgraph=True), tiny.inputs()
+    with torch.no_grad(), other.cache_context("cond"):
+        call(**kwargs, timestep=tiny.timesteps(1).expand(2), return_dict=False)
+    assert backend.steppers[0].last is not None
+    assert backend.steppers[0].last.lane == 0
