@@ -92,7 +92,10 @@ def two_branches() -> tuple[GraphModule, GraphModule, Any]:
 
     inputs = merge_inputs()
     graphs = graph(cached, **inputs), graph(full, **inputs)
-    families = [(FeatureSlot("s1", "image"), FeatureSlot("s2", "image")), (FeatureSlot("s3", "image"), FeatureSlot("s4", "image"))]
+    families = [
+        (FeatureSlot("s1", "image"), FeatureSlot("s2", "image")),
+        (FeatureSlot("s3", "image"), FeatureSlot("s4", "image")),
+    ]
     return *graphs, find_merges([graphs[0]], families)
 
 
