@@ -9,8 +9,11 @@ In the order in which they build on each other:
 `follow`          the axis followed through a graph by these rules
 `memory`          which values share memory, and where the graph writes to it
 `residuals`       the residual adds `x + f(x)`, and what depends on what
-`streams`         residual streams, their tokens and the image grid
+`streams`         residual streams and their tokens
+`grid`            the grid that image tokens lie on
 `stream_names`    which stream is text and which is the image
+`branch_tokens`   the token axis through one branch
+`branch_names`    layer numbers, labels and modules of branches
 `branches`        each layer's attention and FFN branches
 `structure`       the result: streams and branches of a model
 `model_writes`    what the model's own in-place writes forbid

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import value_of
+from hero_fx.passes.ops import RESHAPES
 
 __all__ = ["find_grid"]
 
@@ -26,7 +27,7 @@ def find_grid(gm: fx.GraphModule, tokens: int) -> Grid | None:
     if tokens == 0:
         return None
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
-    reshapes = [node for node in calls if node.target in _RESHAPES]
+    reshapes = [node for node in calls if node.target in RESHAPES]
     shown = [*_of_convolutions(calls, tokens), *_of_unpatchify(reshapes, tokens), *_of_meshes(calls, tokens)]
     # A line of tokens is no grid: patches cut out one by one look like it.
     return next((g for g in [*shown, *_of_tables(reshapes, tokens)] if g.count(1) < 2), None)
@@ -75,6 +76,3 @@ def _grid(sizes: Sequence[int]) -> Grid:
     """Two or three sizes as (frames, height, width)."""
     frames, height, width = (1, 1, *map(int, sizes))[-3:]
     return frames, height, width
-
-
-_RESHAPES = (aten.reshape.default, aten.view.default, aten.unflatten.int, aten.flatten.using_ints)

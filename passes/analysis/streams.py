@@ -9,13 +9,13 @@ from torch import fx
 
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.ops import argument
+from hero_fx.passes.ops import argument, dim_of, first_input, nodes_argument
 
 from .follow import follow
 from .residuals import Ancestry, ResidualAdd
 from .stream_names import named
 from .structure import Stream
-from .tokens import Info, NoRule, Segment, Source, Tokens, normal_dim
+from .tokens import Info, NoRule, Segment, Source, Tokens, normal_dim, rank_of
 
 __all__ = ["find_image", "find_outputs", "find_streams"]
 
@@ -64,9 +64,9 @@ def _root_tokens(
     if isinstance(tokens, Tokens) and tokens.dim < value_of(root).dim() - 1:
         return tokens
     dim = _token_axis(graph, root, reader)
-    if root.target is aten.cat.default and argument(root, "dim") in (dim, dim - value_of(root).dim()):
-        parts: list[fx.Node] = argument(root, "tensors")
-        return Tokens(dim, tuple(_all_of(f"s{stream}.{i}", part, dim) for i, part in enumerate(parts)))
+    if root.target is aten.cat.default and dim_of(root, rank_of(root)) == dim:
+        parts = enumerate(nodes_argument(root, "tensors"))
+        return Tokens(dim, tuple(_all_of(f"s{stream}.{i}", part, dim) for i, part in parts))
     return Tokens(dim, (_all_of(f"s{stream}", root, dim),))
 
 
@@ -147,8 +147,7 @@ def _taken(node: fx.Node, tokens: Tokens) -> Tokens:
     if node.target is not aten.select.int or tokens.folded:
         return tokens
     index = argument(node, "index")
-    rank = value_of(node.all_input_nodes[0]).dim()
-    if normal_dim(argument(node, "dim"), rank) != tokens.dim or not isinstance(index, int):
+    if dim_of(node, rank_of(first_input(node))) != tokens.dim or not isinstance(index, int):
         return tokens
     place = index % tokens.size
     return tokens.cut(place, place + 1)

@@ -9,26 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from hero_fx.passes.attention import ATTENTION, AttentionOp
+from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.ops import MATMULS
 
 __all__ = [
-    "ATTENTION",
-    "IMAGE",
-    "AttentionOp",
-    "Folded",
-    "Info",
-    "Lookup",
-    "NoRule",
-    "Segment",
-    "Source",
-    "Tokens",
-    "is_matmul",
-    "normal_dim",
-    "one_input",
-    "rank_of",
-    "sizes_of",
+    "IMAGE", "Folded", "Info", "Lookup", "NoRule", "Segment", "Source", "Tokens", "is_matmul", "normal_dim", "one_input",
+    "rank_of", "sizes_of",
 ]  # fmt: skip
 
 aten = torch.ops.aten

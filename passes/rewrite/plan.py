@@ -76,7 +76,7 @@ class ScoredRefresh:
     text: Text = "skip"
     ratio: float = 0.25
     score: Literal["attention", "values"] = "attention"
-    """Attention received (ToCa), or 1 - |v| (DuCa)."""
+    """Attention received (ToCa), or `1 - |v|` (DuCa)."""
     interval: int = 2
     """N of the staleness bonus 0.25 * age / N."""
     tokens: BranchTokens[str] | None = field(default=None, repr=False, compare=False)

@@ -22,6 +22,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.tokens import Info, Source, Tokens
 from hero_fx.passes.emit import Emitter, value_of
+from hero_fx.passes.ops import MATMULS, overloads
 
 from .keep import Keep, Kept
 from .rows import RowMover
@@ -83,11 +84,7 @@ class Subset:
 
 
 # Ops whose further inputs are weights: never indexed by token, whatever their size.
-_PLAIN = {
-    aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.matmul.default, aten.mm.default,
-    aten.bmm.default, aten.baddbmm.default, aten.addmm.default, aten.einsum.default, aten.index.Tensor,
-    aten.index_select.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-}  # fmt: skip
+_PLAIN = MATMULS | overloads("layer_norm", "rms_norm", "index", "index_select")
 
 # Of these, the first input is added to the product: it may be a table indexed by token, as a mask is.
 _SUMMED = (aten.addmm.default, aten.baddbmm.default)

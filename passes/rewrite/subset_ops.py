@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,19 @@ from torch import fx
 from hero_fx.passes.analysis.follow import attends_within
 from hero_fx.passes.analysis.moves import slice_bounds
 from hero_fx.passes.analysis.rules import letter_axes
-from hero_fx.passes.analysis.tokens import Tokens, normal_dim, rank_of
+from hero_fx.passes.analysis.tokens import Tokens, rank_of
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.ops import argument
+from hero_fx.passes.ops import (
+    RESHAPES,
+    SPLITS,
+    argument,
+    dim_of,
+    first_input,
+    node_argument,
+    nodes_argument,
+    overloads,
+)
 
 from .subset import Subset
 
@@ -39,8 +48,7 @@ def emit(subset: Subset, node: fx.Node) -> None:
     elif node.target in ATTENTION and not attends_within(node, subset.tokens):
         subset.env[node] = subset.attend(subset, node)
     else:
-        rule = _OTHER.get(node.target) or _RULES.get(getattr(node.target, "overloadpacket", None), _same)
-        subset.env[node] = rule(subset, node, first)
+        subset.env[node] = _RULES.get(node.target, _same)(subset, node, first)
 
 
 def _part(subset: Subset, node: fx.Node) -> Any:
@@ -66,17 +74,17 @@ def _small(subset: Subset, node: fx.Node, tokens: Tokens) -> list[int]:
 
 
 def _reshape(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
-    source = subset.env[node.all_input_nodes[0]]
+    source = subset.env[first_input(node)]
     return subset.emitter.call(aten.reshape.default, source, _small(subset, node, tokens))
 
 
 def _expand(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
-    source = subset.env[node.all_input_nodes[0]]
+    source = subset.env[first_input(node)]
     return subset.emitter.call(aten.expand.default, source, _small(subset, node, tokens))
 
 
 def _slice(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
-    source = node.all_input_nodes[0]
+    source = first_input(node)
     before = subset.tokens(source)
     new: fx.Node = subset.env[source]
     if not _along_tokens(subset, node):
@@ -91,9 +99,9 @@ def _slice(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
 
 
 def _slice_scatter(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
-    base: fx.Node = subset.env[argument(node, "self")]
-    source: fx.Node = subset.env[argument(node, "src")]
-    if normal_dim(argument(node, "dim"), rank_of(node)) != tokens.dim:
+    base: fx.Node = subset.env[node_argument(node, "self")]
+    source: fx.Node = subset.env[node_argument(node, "src")]
+    if dim_of(node, rank_of(node)) != tokens.dim:
         return subset.emitter.call(node.target, base, source, *node.args[2:], **node.kwargs)
     dim, start, stop = slice_bounds(node)
     count = subset.kept.count(tokens.cut(start, stop))
@@ -106,19 +114,18 @@ def _slice_scatter(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
 
 
 def _cat(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
-    inputs, dim = argument(node, "tensors"), argument(node, "dim")
-    if normal_dim(dim, rank_of(node)) != tokens.dim:
+    inputs = nodes_argument(node, "tensors")
+    if dim_of(node, rank_of(node)) != tokens.dim:
         new = [subset.operand(node, tokens, source) for source in inputs]
     else:
         new = [subset.env[n] if subset.infos.get(n) is not None else n for n in inputs]
         new = [n for n in new if n is not None]
-    return new[0] if len(new) == 1 else subset.emitter.call(aten.cat.default, new, dim)
+    return new[0] if len(new) == 1 else subset.emitter.call(aten.cat.default, new, argument(node, "dim"))
 
 
 def _einsum(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
     """A product by letters: tables from outside that have the tokens' letter are gathered."""
-    inputs: list[fx.Node] = argument(node, "tensors")
-    new = []
+    inputs, new = nodes_argument(node, "tensors"), []
     for source, axis in zip(inputs, letter_axes(node, tokens.dim), strict=True):
         table = subset.infos.get(source) is None and axis and value_of(source).shape[axis] == tokens.size
         new.append(subset.rows.gather(source, tokens.at(axis)) if axis and table else subset.env.get(source, source))
@@ -127,20 +134,20 @@ def _einsum(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
 
 def _along_tokens(subset: Subset, node: fx.Node) -> bool:
     """Whether a slice or split is one of the token axis."""
-    source = node.all_input_nodes[0]
+    source = first_input(node)
     tokens = subset.tokens(source)
-    return tokens is not None and normal_dim(argument(node, "dim"), rank_of(source)) == tokens.dim
+    return tokens is not None and dim_of(node, rank_of(source)) == tokens.dim
 
 
 def _splits_tokens(subset: Subset, node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in _SPLITS and _along_tokens(subset, node)
+    return node.target in SPLITS and _along_tokens(subset, node)
 
 
 def _split(subset: Subset, node: fx.Node, info: tuple[Tokens | None, ...]) -> tuple[fx.Node | None, ...]:
     """The parts of a split of the token axis of which something is kept."""
     parts = [tokens for tokens in info if tokens is not None]
     counts = [subset.kept.count(tokens) for tokens in parts]
-    new = subset.env[node.all_input_nodes[0]]
+    new = subset.env[first_input(node)]
     if sum(c > 0 for c in counts) <= 1:
         return tuple(new if c else None for c in counts)
     sizes = [c for c in counts if c]
@@ -149,26 +156,13 @@ def _split(subset: Subset, node: fx.Node, info: tuple[Tokens | None, ...]) -> tu
     return tuple(subset.emitter.call(operator.getitem, split, next(items)) if c else None for c in counts)
 
 
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
-
 Rule = Callable[[Subset, fx.Node, Tokens], fx.Node]
 
-_RULES: dict[Any, Rule] = {
-    aten.view: _reshape,
-    aten.reshape: _reshape,
-    aten._unsafe_view: _reshape,
-    aten.flatten: _reshape,
-    aten.unflatten: _reshape,
-    aten.squeeze: _reshape,
-    aten.expand: _expand,
-    aten.slice: _slice,
-    aten.narrow: _slice,
-    aten.slice_scatter: _slice_scatter,
-    aten.cat: _cat,
-    aten.concat: _cat,
-    aten.concatenate: _cat,
-    aten.einsum: _einsum,
+_RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(RESHAPES | overloads("squeeze"), _reshape),
+    **dict.fromkeys(overloads("expand"), _expand),
+    **dict.fromkeys(overloads("slice", "narrow"), _slice),
+    **dict.fromkeys(overloads("slice_scatter"), _slice_scatter),
+    **dict.fromkeys(overloads("cat", "concat", "concatenate"), _cat),
+    **dict.fromkeys(overloads("einsum"), _einsum),
 }
-
-_OTHER: dict[Any, Rule] = {aten.view.dtype: _same}
-"""Overloads that are not like the others of their op."""

@@ -7,7 +7,8 @@ In the order in which they first run:
 `common_subexpressions`   equal expressions are computed once
 `scatters`                the shallow layers gather their tokens once and scatter them once
 `write_rows`              of state, only the rows of sampled tokens are written
-`merge`                   caches that are only ever summed become one
+`summands`                which caches are only ever summed
+`merge`                   these become one
 `quantize`                8-bit state: float8 written as bytes, int8 with a scale per token
 ========================  ==========================================================================
 """
