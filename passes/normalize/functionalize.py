@@ -1,4 +1,15 @@
-"""In-place ops made functional, so that every later pass may take a node's value for what it was computed to be."""
+"""In-place ops made functional, so that every later pass may take a node's value for what it was computed to be.
+
+Why not PyTorch's `aot_export_module(pre_dispatch=True)`? It too gives functional graphs that keep `linear`, `layer_norm` and
+attention whole. Tried on the zoo with torch 2.13, it gave equal outputs and the same input order on 80 of the 82
+configurations that were traced, and kept the module names. But
+
+* it fails on flex attention (two models), and nothing in that process compiles afterwards;
+* what a model writes to its inputs or buffers becomes further outputs, where this pass leaves the write in place;
+* it traces twice: 2.4 times the time of `normalize`, of which this pass takes one hundredth;
+* it replaces the model's own ops: `reshape`, `flatten` and `unflatten` by `view` with all sizes baked in, `chunk` by `split`,
+  `contiguous` by `clone`, and it adds a check of metadata at every cast.
+"""
 
 from __future__ import annotations
 
