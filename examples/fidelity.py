@@ -254,7 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    # One model is compiled for every size of a batch, and once more by each calibration.
+    unlimited = torch._dynamo.config.patch(recompile_limit=256)
+    with torch.no_grad(), unlimited, tempfile.TemporaryDirectory() as folder:
         result = run(arguments, arguments.cache or Path(folder))
     print(json.dumps(result, indent=1, allow_nan=False) if arguments.json else report(result))
 

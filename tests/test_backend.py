@@ -213,7 +213,15 @@ def test_stats_count_steps_and_bytes() -> None:
     # full: 0 1 4 7 8
     per_lane = backend.graphs[0].state_bytes
     assert backend.stats() == replace(
-        NOTHING, graphs=1, full_steps=5, cached_steps=4, full_calls=5, cached_calls=4, state_bytes=per_lane, sessions=1
+        NOTHING,
+        graphs=1,
+        full_steps=5,
+        cached_steps=4,
+        full_calls=5,
+        cached_calls=4,
+        state_bytes=per_lane,
+        sessions=1,
+        bytes_by_session={"": per_lane},
     )
     feature = 2 * toys.TOKENS * toys.WIDTH * 4
     # One layer refreshes (two terms of two features, keys and values), the other extrapolates (two terms of two features).
