@@ -15,7 +15,7 @@ In the order in which they build on each other:
 `branch_tokens`   the token axis through one branch
 `branch_names`    layer numbers, labels and modules of branches
 `branches`        each layer's attention and FFN branches
-`structure`       the result: streams and branches of a model
+`structure`       the result: streams, branches and grid of a model, by name
 `model_writes`    what the model's own in-place writes forbid
 ================  ==================================================================================
 """
