@@ -7,6 +7,7 @@ passes. A policy of your own is any frozen object with the three members of `Pol
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -60,7 +61,7 @@ def boundary(refresh_layers: int | float, depth: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _OneKind:
+class _OneKind(ABC):
     """A policy whose cached steps are all alike."""
 
     def kind(self, since_full: int) -> int:
@@ -69,8 +70,9 @@ class _OneKind:
     def steps(self, structure: Structure) -> tuple[StepPlan, ...]:
         return (tuple((branch, self.strategy(branch, structure)) for branch in structure.branches),)
 
+    @abstractmethod
     def strategy(self, branch: Branch, structure: Structure) -> Strategy:
-        raise NotImplementedError
+        """What is done with a branch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

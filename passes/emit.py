@@ -21,9 +21,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx.passes.compat import FakeTensor, FakeTensorMode
-
-from .compat import unbound_sizes
+from .compat import FakeTensor, FakeTensorMode, unbound_sizes
 from .ops import has_side_effect
 from .slots import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot, slots_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import hero_fx
+from hero_fx.runtime.budget import Budget, OverBudget
 
 from .support import toys
 
@@ -102,6 +104,46 @@ def test_what_does_not_fit_is_refused_or_computed_in_full() -> None:
                 (output,) = toys.loop(call, toys.latents(), toys.times(1))
             torch.testing.assert_close(output, toys.toy()(toys.latents(), toys.times(1)[0]), rtol=1e-5, atol=1e-5)
             assert backend.stats().state_bytes == 0
+
+
+class Held:
+    """Something that holds state."""
+
+    def __init__(self) -> None:
+        self.used, self.nbytes, self.lock = 0, 0, threading.RLock()
+
+    def evict(self) -> None:
+        self.nbytes = 0
+
+    def holders(self) -> list[Held]:
+        return [self]
+
+
+def test_state_that_is_being_allocated_counts() -> None:
+    """Two sessions that start at once do not both get the room that is there for one."""
+    budget, first, second = Budget(100), Held(), Held()
+    budget.watch(first)
+    budget.watch(second)
+    errors: list[Exception] = []
+
+    def start() -> None:
+        try:
+            with second.lock, budget.room(60, second):
+                second.nbytes = 60
+        except OverBudget as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
+    with first.lock:
+        with budget.room(60, first):
+            thread.start()
+            thread.join(0.2)  # it waits
+            first.nbytes = 60
+        thread.join(30)
+    assert (first.nbytes, second.nbytes, len(errors)) == (60, 0, 1)
+    with second.lock, budget.room(60, second):  # the first one's call is over
+        second.nbytes = 60
+    assert (first.nbytes, second.nbytes, budget.evictions) == (0, 60, 1)
 
 
 def test_an_abort_drops_the_session() -> None:

@@ -186,7 +186,7 @@ def check_command(words: list[str]) -> None:
     )
     paths = [word for word in rest if "/" in word or word.endswith((".py", ".md"))]
     for path in paths:
-        assert (ROOT / path.partition("::")[0]).exists() or path.startswith("/tmp/"), f"{path} does not exist"
+        assert (ROOT / path.partition("::")[0]).exists() or path.startswith("build/"), f"{path} does not exist"
     if program == "python":
         script = (ROOT / rest[0]).read_text()
         for option in (word for word in rest[1:] if word.startswith("--")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,16 +18,16 @@ from .solve import Fit, Past, fit, past_of
 __all__ = ["Features", "Outputs", "Predictor"]
 
 
-class Predictor:
+class Predictor(ABC):
     """What fits the cached steps of one policy."""
 
+    @abstractmethod
     def errors(self, pasts: Sequence[Past], power: float) -> list[float]:
         """Squared one-step errors for dynamic programming, times how far they move the next latent to that power."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self, schedule: Schedule) -> dict[str, Tensor]:
         """Coefficients by table, [steps, terms, ...]."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 __all__ = ["Budget", "Holder", "OverBudget", "Store"]
@@ -50,7 +51,7 @@ class Budget:
         """Trajectories whose state was freed for another one's."""
         self._ticks = itertools.count(1)
         self._stores: weakref.WeakSet[Store] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def watch(self, store: Store) -> None:
         """Counts what a store holds, as long as it lives."""
@@ -60,30 +61,36 @@ class Budget:
         """Notes a call."""
         holder.used = next(self._ticks)
 
-    def reserve(self, nbytes: int, own: Holder) -> None:
-        """Makes room for `nbytes` more of `own`, whose lock is held.
+    @contextmanager
+    def room(self, nbytes: int, own: Holder) -> Iterator[None]:
+        """Makes room for `nbytes` more of `own`, whose lock is held; they are allocated within, one holder at a time.
 
         Raises:
             OverBudget: there is none; nothing that could be freed is held any more.
         """
         if self.most is None:
+            yield
             return
         with self._lock:
-            holders = [holder for store in list(self._stores) for holder in store.holders()]
-            held = sum(holder.nbytes for holder in holders)
-            others = (holder for holder in holders if holder is not own and holder.nbytes)
-            for holder in sorted(others, key=lambda other: other.used):
-                if held + nbytes <= self.most:
-                    return
-                if holder.lock.acquire(blocking=False):  # not while a call of it runs
-                    try:
-                        held -= holder.nbytes
-                        holder.evict()
-                        self.evictions += 1
-                    finally:
-                        holder.lock.release()
-            if held + nbytes > self.most:
-                raise OverBudget(
-                    f"max_state_bytes={self.most}: a call needs {nbytes} bytes of feature state more, and {held} are held by "
-                    "its own trajectory or by calls that run now; raise max_state_bytes, or let fewer requests run at once"
-                )
+            self._free(nbytes, own, self.most)
+            yield
+
+    def _free(self, nbytes: int, own: Holder, most: int) -> None:
+        holders = [holder for store in list(self._stores) for holder in store.holders()]
+        held = sum(holder.nbytes for holder in holders)
+        others = (holder for holder in holders if holder is not own and holder.nbytes)
+        for holder in sorted(others, key=lambda other: other.used):
+            if held + nbytes <= most:
+                return
+            if holder.lock.acquire(blocking=False):  # not while a call of it runs
+                try:
+                    held -= holder.nbytes
+                    holder.evict()
+                    self.evictions += 1
+                finally:
+                    holder.lock.release()
+        if held + nbytes > most:
+            raise OverBudget(
+                f"max_state_bytes={most}: a call needs {nbytes} bytes of feature state more, and {held} are held by "
+                "its own trajectory or by calls that run now; raise max_state_bytes, or let fewer requests run at once"
+            )

@@ -111,8 +111,8 @@ class StateStore:
             # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
             for old in trajectory.lanes.keys() - trajectory.patterns.keys():
                 del trajectory.lanes[old]
-            self.budget.reserve(sum(spec.nbytes for spec in self.specs), trajectory)
-            trajectory.lanes[lane] = self.new_lane()
+            with self.budget.room(sum(spec.nbytes for spec in self.specs), trajectory):
+                trajectory.lanes[lane] = self.new_lane()
         elif fresh:
             for tensor in trajectory.lanes[lane].values():
                 tensor.zero_()
