@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from hero_fx.passes.analysis.branch_names import module_path
 from hero_fx.passes.analysis.branch_tokens import body_of
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.analysis.tokens import is_matmul
 from hero_fx.passes.attention import ATTENTION
+from hero_fx.passes.compat import count_flops
 from hero_fx.passes.emit import by_name, value_of
 from hero_fx.passes.ops import PRODUCTS
 
@@ -70,7 +70,7 @@ def _of_node(node: fx.Node) -> Flops:
         return Flops(0, 0)
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with mode, torch.no_grad(), count_flops() as counter:
         node.target(*args, **kwargs)  # type: ignore[operator]
     count = counter.get_total_flops()
     # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.

@@ -28,10 +28,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     "DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
-    "OperatorBase", "TorchDispatchMode", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
+    "OperatorBase", "TorchDispatchMode", "count_flops", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
     "tree_flatten", "tree_map", "tree_unflatten",
 ]  # fmt: skip
 
@@ -52,6 +53,23 @@ def storage_of(value: object) -> int | None:
     if not isinstance(value, torch.Tensor) or torch._C._functorch.is_batchedtensor(value):
         return None
     return int(value.untyped_storage()._cdata)
+
+
+class _NoModules:
+    """In place of what counts by module."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def count_flops() -> FlopCounterMode:
+    """PyTorch's counter without its global hooks on modules: a compiled model that runs in another thread warns of them."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    return counter
 
 
 def rename(node: fx.Node, name: str) -> None:

@@ -83,6 +83,13 @@ def test_flops_of_a_block_by_hand() -> None:
     assert counted.total == counted.gemm + counted.attention
 
 
+def test_counting_sets_no_hooks_on_the_modules_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = trace(torch.matmul, torch.empty(2, 3, 5, 7), torch.empty(7, 11))
+    for hook in ("register_module_forward_pre_hook", "register_module_forward_hook"):
+        monkeypatch.setattr("torch.utils.module_tracker." + hook, lambda *_: pytest.fail("a global hook is set"))
+    assert hero_fx.flops(traced).gemm > 0
+
+
 def test_flops_add_and_multiply() -> None:
     assert Flops(2, 3) + Flops(5, 7) * 10 == Flops(52, 73)
 
