@@ -76,6 +76,20 @@ def test_a_session_whose_state_was_freed_goes_on_with_a_full_step(at: int) -> No
     assert backend.stats().evictions == 2
 
 
+def test_sessions_that_are_never_dropped_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those whose state was freed, the place of a few is remembered; an older one starts a trajectory anew."""
+    monkeypatch.setattr("hero_fx.runtime.budget.MOST_EVICTED", 3)
+    call, backend = bounded(1)
+    times, x = toys.times(STEPS), toys.latents(seed=1)
+    for name in "abcdefgh":
+        run(call, name, x, times[0])
+    assert set(backend.stats().bytes_by_session) <= set("defgh")
+    assert len(backend.stats().bytes_by_session) == 4
+    before = backend.stats().full_calls
+    torch.testing.assert_close(run(call, "a", x, times[2]), toys.toy()(x, times[2]), rtol=1e-5, atol=1e-5)
+    assert backend.stats().full_calls == before + 1
+
+
 def test_features_of_before_are_not_extrapolated_from() -> None:
     """After its state was freed a session has one full step, so there is no difference yet: features are reused."""
     call, _ = bounded(1, policy="taylorseer", grid=None)

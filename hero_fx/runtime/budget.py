@@ -12,6 +12,10 @@ from typing import Protocol
 __all__ = ["Budget", "Holder", "OverBudget", "Store"]
 
 
+MOST_EVICTED = 1024
+"""Sessions without state whose place in the schedule is remembered; a server that never drops one would pile them up."""
+
+
 class OverBudget(RuntimeError):
     """Feature state does not fit into `max_state_bytes`, and all that is held belongs to calls that run now."""
 
@@ -37,11 +41,15 @@ class Store(Protocol):
     def holders(self) -> Iterable[Holder]:
         """All there are now."""
 
+    def forget(self, holder: Holder) -> None:
+        """Forgets one, if it is here: the next call of its session starts a trajectory."""
+
 
 class Budget:
     """Frees the state of the sessions that were used least recently, where another one needs room.
 
-    What a session keeps when its state is freed is where it stands: its next step is full, and all goes on from there.
+    What a session keeps when its state is freed is where it stands: its next step is full, and all goes on from there. Of
+    those that were used least recently not even that is kept where there are more than `MOST_EVICTED`.
     """
 
     def __init__(self, most: int | None = None) -> None:
@@ -81,7 +89,7 @@ class Budget:
         others = (holder for holder in holders if holder is not own and holder.nbytes)
         for holder in sorted(others, key=lambda other: other.used):
             if held + nbytes <= most:
-                return
+                break
             if holder.lock.acquire(blocking=False):  # not while a call of it runs
                 try:
                     held -= holder.nbytes
@@ -89,8 +97,16 @@ class Budget:
                     self.evictions += 1
                 finally:
                     holder.lock.release()
+        self._forget([holder for holder in holders if holder is not own and not holder.nbytes])
         if held + nbytes > most:
             raise OverBudget(
                 f"max_state_bytes={most}: a call needs {nbytes} bytes of feature state more, and {held} are held by "
                 "its own trajectory or by calls that run now; raise max_state_bytes, or let fewer requests run at once"
             )
+
+    def _forget(self, without: list[Holder]) -> None:
+        """Forgets those without state that were used least recently, where there are too many."""
+        without.sort(key=lambda holder: holder.used)
+        for holder in without[: max(0, len(without) - MOST_EVICTED)]:
+            for store in list(self._stores):
+                store.forget(holder)

@@ -12,7 +12,7 @@ import torch
 from hero_fx.passes.slots import StateSlot
 from hero_fx.step_graphs import StateSpec
 
-from .budget import Budget
+from .budget import Budget, Holder
 from .calling import watch_state
 from .evidence import Evidence, Owner
 from .timestep import AmbiguousCall
@@ -141,6 +141,12 @@ class StateStore:
         """All trajectories."""
         with self._lock:
             return list(self._trajectories.values())
+
+    def forget(self, holder: Holder) -> None:
+        """Forgets one trajectory, if it is here."""
+        with self._lock:
+            for key in [key for key, trajectory in self._trajectories.items() if trajectory is holder]:
+                del self._trajectories[key]
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,81 @@
+"""Ten thousand trajectories of one compiled model, interleaved in a generated order: each is what it is alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hero_fx
+
+from .support import toys
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+AT_ONCE, SEEDS, STEPS = 32, 24, 3
+GIVEN_UP = 0.02
+"""Of the calls, so many are the last one of a request that is given up."""
+
+
+@dataclass
+class Request:
+    """Where one of them stands."""
+
+    session: str
+    seed: int
+    x: Tensor
+    done: int = 0
+
+
+def test_ten_thousand_requests_do_not_mix_and_leave_nothing() -> None:
+    call, backend = toys.compiled(policy="taylorseer", grid=None, warmup=1, interval=3)
+    alone = []
+    for seed in range(SEEDS):
+        alone.append(toys.loop(call, toys.latents(batch=1, seed=seed), _times()))
+        hero_fx.reset()
+    draw = random.Random(0)
+    _serve(call, range(1000), alone, draw)
+    tensors = _live_tensors()
+    _serve(call, range(1000, 10_000), alone, draw)
+    assert _live_tensors() <= tensors
+    stats = backend.stats()
+    assert (stats.sessions, stats.state_bytes, stats.evictions) == (0, 0, 0)
+    assert stats.full_calls > 9_900
+    assert stats.cached_calls > 1.9 * 9_900
+
+
+def _serve(call: Any, numbers: range, alone: list[list[Tensor]], draw: random.Random) -> None:
+    """Starts a request for each number, at most `AT_ONCE` live ones, and advances them in a drawn order to their ends."""
+    waiting, live, times = iter(numbers), list[Request](), _times()
+    more = True
+    while more or live:
+        if more and len(live) < AT_ONCE and (not live or draw.random() < 0.5):
+            number = next(waiting, None)
+            more = number is not None
+            if number is not None:
+                seed = draw.randrange(SEEDS)
+                live.append(Request(f"request {number}", seed, toys.latents(batch=1, seed=seed)))
+            continue
+        request = draw.choice(live)
+        session = hero_fx.session(request.session)
+        with torch.no_grad(), session:
+            output = call(request.x, times[request.done])
+        assert torch.equal(output, alone[request.seed][request.done]), request
+        request.x = request.x - output / STEPS
+        request.done += 1
+        if request.done == STEPS or draw.random() < GIVEN_UP:
+            session.drop()
+            live.remove(request)
+
+
+def _times() -> list[Tensor]:
+    return [time.clone() for time in toys.times(STEPS, batch=1)]
+
+
+def _live_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
