@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 import hero_fx
-from _metrics import relative_l2
-from world.latents import MODALITIES
-from world.model import FRAMES, SIZE
-from world.pipeline import STEPS, WorldModelPipeline
-from world.render import render
-from world.scenes import TRAINING, sample_scenes
+from world.calibrate import calibrate
+from world.pipeline import STEPS
 
 __all__ = ["Calibrating", "plan_for"]
 
@@ -43,37 +34,12 @@ def plan_for(weights: Path, task: str, full: int, how: Calibrating, folder: Path
     path = folder / f"plan-{_digest(weights)}-{name}.safetensors"
     if path.exists():
         return hero_fx.Plan.load(path)
-    pipeline = WorldModelPipeline.from_pretrained(weights)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def run(model: Any, i: int) -> Tensor:
-        pipeline.transformer = model
-        clips = render(sample_scenes([TRAINING + i]), FRAMES, SIZE)
-        latents: Tensor = pipeline(
-            clips.rgb,
-            task=fitted,
-            num_inference_steps=STEPS[task],
-            guidance_scale=how.guidance,
-            generator=torch.Generator().manual_seed(i),
-            output_type="latent",
-        ).latents
-        return latents
-
-    found = hero_fx.calibrate(
-        pipeline.transformer, run, num_steps=STEPS[task], budget=full, scenes=how.scenes, holdout=2,
-        search=how.search, by=("frames", "batch"), distances=by_modality, folder=folder / path.stem, inner="eager",
-    )  # fmt: skip
+    found = calibrate(
+        weights, fitted, full, scenes=how.scenes, search=how.search, guidance=how.guidance, folder=folder / path.stem
+    )
     found.plan.save(path)
     found.plot(path.with_suffix(".png"))
     return found.plan
-
-
-def by_modality(sample: Tensor, reference: Tensor) -> Mapping[str, float]:
-    """Relative L2 of RGB, disparity and raymap."""
-    return {
-        name: float(relative_l2(sample[:, :, channels].numpy(), reference[:, :, channels].numpy()).mean())
-        for name, channels in MODALITIES.items()
-    }
 
 
 def _digest(weights: Path) -> str:

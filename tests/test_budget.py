@@ -132,6 +132,9 @@ class Held:
     def holders(self) -> list[Held]:
         return [self]
 
+    def forget(self, holder: object) -> None:
+        raise AssertionError("nothing is forgotten here")
+
 
 def test_state_that_is_being_allocated_counts() -> None:
     """Two sessions that start at once do not both get the room that is there for one."""

@@ -298,14 +298,14 @@ def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(bench: Any, w
     assert hero_fx.Plan.load(path).timelines[0].full == rows(rivals)["HERO, N=3"]["full_steps"]
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        plans = sys.modules["_fidelity_plans"]
-        draw = plans.sample_scenes
+        plans, calibrating = sys.modules["_fidelity_plans"], sys.modules["world.calibrate"]
+        draw = calibrating.sample_scenes
 
         def spy(seeds: list[int]) -> Any:
             seen.extend(seeds)
             return draw(seeds)
 
-        patch.setattr(plans, "sample_scenes", spy)
+        patch.setattr(calibrating, "sample_scenes", spy)
         plans.plan_for(weights, "reconstruction", 4, plans.Calibrating(scenes=1, search=1), rivals / "again")
     assert seen
     assert min(seen) >= TRAINING

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
+import hero_fx
+from hero_fx.passes.rewrite.forecast import OutputRule
 
 from .support.examples import example, world
 from .support.tiny import randomized
@@ -27,42 +32,61 @@ def alone() -> Iterator[None]:
 def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     transformer = randomized(model.world_transformer(2, 1))
-    pipeline.WorldModelPipeline(transformer, model.world_scheduler()).save_pretrained(tmp_path / "weights")
+    pipe = pipeline.WorldModelPipeline(transformer, model.world_scheduler())
+    pipe.save_pretrained(tmp_path / "weights")
+    plan = tmp_path / "plan.safetensors"
+    reusing(pipe.scheduler, [True, True, False, True, False, True]).save(plan)
     picture = tmp_path / "frames.png"
-    arguments = [
-        "--weights",
-        str(tmp_path / "weights"),
-        "--steps",
-        "6",
-        "--scenes",
-        "1",
-        "--rounds",
-        "1",
-        "--inner",
-        "eager",
-        "--picture",
-        str(picture),
-    ]
-    example("quickstart").main(arguments)
-    head, data = picture.read_bytes()[:24], picture.stat().st_size
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    assert width > 300
-    assert height > 300
-    assert data > 10_000
+    arguments = {
+        "--weights": tmp_path / "weights", "--plan": plan, "--picture": picture, "--steps": 6, "--scenes": 1, "--rounds": 1,
+        "--inner": "eager",
+    }  # fmt: skip
+    example("quickstart").main([str(part) for pair in arguments.items() for part in pair])
+    with Image.open(picture) as image:
+        assert min(image.size) > 300
+    with Image.open(picture.with_suffix(".gif")) as image:
+        assert (image.n_frames, image.size) == (10, (4 * 128, 128 + 18))  # to and fro; truth and three ways
     out = capsys.readouterr().out
     assert "2 layers of width 32, planning of 1 scenes, guidance 3.0, 6 DDIM steps" in out
     rows = {cells[0]: cells[1:] for cells in (re.split(" {2,}", line.strip()) for line in out.splitlines())}
-    assert rows["full + cached steps"] == ["6 + 0", "5 + 1"]  # 0 1 2 4 5 are full
+    assert rows["torch.compile"] == ["HERO", "plan"]  # the head
+    assert rows["full + cached steps"] == ["6 + 0", "5 + 1", "4 + 2"]  # HERO: 0 1 2 4 5 are full
     for name in ("rgb", "disparity", "raymap"):
-        plain, fast = rows[f"{name}: relative L2 to full compute"]
-        assert plain == "0"
-        assert 0 < float(fast) < 0.2
+        plain, hero, planned = map(float, rows[f"{name}: relative L2 to full compute"])
+        assert plain == 0
+        assert 0 < hero < 0.2
+        assert 0 < planned < 0.5
     for name in (
         "seconds per full step (median)", "seconds per trajectory (median)", "speed-up of the trajectory",
         "speed-up that the FLOPs with attention allow", "GEMM TFLOPs", "feature state, MB",
         "to the truth: depth Abs Rel", "to the truth: camera turn error, degrees",
     ):  # fmt: skip
-        assert len([float(cell) for cell in rows[name]]) == 2
+        assert len([float(cell) for cell in rows[name]]) == 3
     assert float(rows["rgb: PSNR to full compute, dB"][0]) > 15
     assert f"frames side by side: {picture}" in out
+
+
+def reusing(scheduler: Any, schedule: list[bool]) -> hero_fx.Plan:
+    """Cached steps return the last output, for the steps of a scheduler."""
+    scheduler.set_timesteps(len(schedule))
+    line = hero_fx.Timeline(
+        schedule=tuple(schedule),
+        timesteps=tuple(map(float, scheduler.timesteps)),
+        coefficients={"out0": torch.zeros(len(schedule), 5, 1)},
+    )
+    return hero_fx.Plan(policy="forecast", timelines=(line,), outputs=(OutputRule(index=0, axis=None, history=2),))
+
+
+@pytest.mark.parametrize("task", model.TASKS)
+def test_shipped_plans(task: str) -> None:
+    """They are for the shipped weights and the task's steps, and say what they were measured to cost."""
+    plan = hero_fx.Plan.load(world("calibrate").PLANS / f"{task}.safetensors")
+    (line,) = plan.timelines
+    assert (line.num_steps, line.full) == (pipeline.STEPS[task], world("calibrate").FULL[task])
+    assert plan.model is not None
+    assert (
+        plan.model.config["num_layers"]
+        == pipeline.WorldModelPipeline.from_pretrained(pipeline.WEIGHTS).transformer.config.num_layers
+    )
+    assert line.speed > 2.2
+    assert set(line.error) == {"rgb", "disparity", "raymap"}

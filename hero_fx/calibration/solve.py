@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = ["Fit", "Past", "fit", "past_of"]
 
-RIDGE = 1e-4
-"""Of the diagonal: holds back coefficients of regressors that hardly differ."""
+RIDGE = 1e-3
+"""Of the diagonal: holds back coefficients of regressors that hardly differ. With 1e-4 errors of the cached steps before are
+amplified where schedules or trajectories are others than those that were fitted."""
 
 
 @dataclass(frozen=True, slots=True)
