@@ -25,7 +25,7 @@ from hero_fx.passes.compat import argument_name
 
 from .support import small
 from .support.small import POLICIES, TOKENS, WIDTH, norm
-from .support.tracing import capture
+from .support.tracing import Shared, capture
 
 TEXT, BATCH, STEPS = 2, 2, 4  # full, cached, full, cached
 TOLERANCE = 5e-5
@@ -277,14 +277,15 @@ class Run:
         torch.manual_seed(0)
         self.model = Generated(programs).eval().requires_grad_(False)
         self.gm, self.example = capture(self.model, *inputs(0))
+        self.shared = Shared(self.gm, self.example)
         names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
         self.at = [names.index(name) for name in ("latents", "text", "timestep")]
 
     def compiled(self, **options: Any) -> tuple[Callable[..., Any], hero_fx.Backend]:
         backend = hero_fx.backend(**{"warmup": 1, "cooldown": 0, **options})
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of branches that are left to the model
-            return backend(self.gm, self.example), backend
+            return self.shared.compiled(backend), backend
 
     def outputs(self, run: Callable[..., Any], steps: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
         """What each call returns, when all are over; that it is what it was when it was returned is checked."""
