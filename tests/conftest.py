@@ -13,7 +13,9 @@ from torch._dynamo.utils import counters
 from torch._logging import _internal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes takes longer to start than tests compile
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # a pool of processes takes longer to start than tests compile
 
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
 # be rendered after each pass.
