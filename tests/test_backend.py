@@ -146,15 +146,19 @@ def test_inner_aot_eager_and_callable() -> None:
     assert len(inner.graphs) == 2
 
 
+@cache
+def three_layers() -> hero_fx.StepGraphs:
+    return hero_fx.trace(toys.toy(layers=3), toys.latents(), toys.times(1)[0], backend=toy_backend())
+
+
 @pytest.mark.parametrize(
     ("layers", "shallow"), [(0, 0), (1, 1), (3, 3), (0.0, 0), (0.5, 2), (0.4, 1), (1.0, 3)], ids=repr
 )
 def test_refresh_layers_by_count_and_share(layers: float, shallow: int) -> None:
-    backend = toy_backend(refresh_layers=layers, grid=toys.GRID if shallow else None)
-    run_toy(backend, toys.toy(layers=3), steps=1)
-    (cached,) = backend.graphs[0].cached
+    steps = toy_backend(refresh_layers=layers, grid=toys.GRID if shallow else None).rewrite(three_layers())
+    (cached,) = steps.cached
     assert op_count(cached, SDPA).total() == shallow
-    kinds = {branch.layer: type(strategy).__name__ for branch, strategy in backend.graphs[0].plans[0]}
+    kinds = {branch.layer: type(strategy).__name__ for branch, strategy in steps.plans[0]}
     assert [kinds[layer] for layer in range(3)] == ["Refresh"] * shallow + ["Extrapolate"] * (3 - shallow)
 
 

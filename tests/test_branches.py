@@ -8,37 +8,19 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hero_fx.build import normalized
 from hero_fx.passes.analysis.branch_tokens import body_of
 from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.structure import Structure
-from hero_fx.passes.analysis.tokens import IMAGE
 from hero_fx.passes.emit import by_name
 
 from .support import tiny
+from .support.branches import describe, found, single
 from .support.layers import D, Layer, Model, Part, attend, norm
 from .support.tracing import normal_form, trace
-
-
-def describe(structure: Structure) -> str:
-    """Streams with their tokens, then one line per branch."""
-    streams = [f"{s.name}: {' '.join(map(str, s.tokens.segments))} x {s.width}" for s in structure.streams]
-    lines = []
-    for branch in structure.branches:
-        updates = [f"{structure.streams[u.stream].name}: {u.add} = {u.residual} + {u.update}" for u in branch.updates]
-        gates = [f" of {u.feature}" * (u.feature != u.update) for u in branch.updates]
-        reads = [f"{node} ({structure.streams[stream].name})" for node, stream in branch.reads]
-        parts = "; ".join(u + g for u, g in zip(updates, gates, strict=True))
-        lines.append(f"{branch.label} [{branch.module}] {parts}; reads {', '.join(reads)}")
-    return "\n".join([*streams, *lines, f"image: {structure.image} {structure.image_tokens} {structure.grid}"])
-
-
-def found(layer: Layer, *shapes: tuple[int, ...], layers: int = 2) -> Structure:
-    torch.manual_seed(0)
-    return find_branches(normal_form(Model(layer, layers).eval(), *map(torch.ones, shapes)))
 
 
 def test_prenorm_attention_and_ffn() -> None:
@@ -91,12 +73,6 @@ def test_a_factor_that_depends_on_the_stream_is_no_gate() -> None:
 
     (first, _) = found(layer, (2, 5, D)).branches
     assert first.updates[0].feature == first.updates[0].update
-
-
-def single(part: Part, x: Tensor) -> Any:
-    """As in Flux: attention and FFN side by side, one projection for both."""
-    n = norm(x)
-    return x + part.both(torch.cat([attend(*part.qkv(n).chunk(3, dim=-1)), F.gelu(part.up(n))], dim=-1))
 
 
 def test_parallel_in_one_projection() -> None:
@@ -235,78 +211,6 @@ def test_a_stream_without_a_batch() -> None:
     structure = found(layer, (5, D), (1, D))
     assert [str(s.tokens) for s in structure.streams] == ["dim 0: image[0:5]"]
     assert [b.label for b in structure.branches] == ["l0_attention", "l0_ffn", "l1_attention", "l1_ffn"]
-
-
-def joint(part: Part, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """As in SD3: one attention over both streams, an FFN for each."""
-    together = attend(*part.qkv(torch.cat([norm(text), norm(x)], dim=1)).chunk(3, dim=-1))
-    for_text, for_image = part.out(together).split([text.shape[1], x.shape[1]], dim=1)
-    x, text = x + for_image, text + for_text
-    return x + part.ffn(norm(x)), text + part.ffn(norm(text))
-
-
-def test_joint_attention_on_two_streams() -> None:
-    assert_expected_inline(
-        describe(found(joint, (2, 5, D), (2, 3, D))),
-        """\
-image: image[0:5] x 8
-text: text[0:3] x 8
-l0_attention [parts.0] image: add = streams_0 + getitem_4; text: add_1 = streams_1 + getitem_3; reads streams_0 (image), streams_1 (text)
-l0_ffn [parts.0] image: add_2 = add + linear_3; reads add (image)
-l0_ffn_2 [parts.0] text: add_3 = add_1 + linear_5; reads add_1 (text)
-l1_attention [parts.1] image: add_4 = add_2 + getitem_9; text: add_5 = add_3 + getitem_8; reads add_2 (image), add_3 (text)
-l1_ffn [parts.1] image: add_6 = add_4 + linear_9; reads add_4 (image)
-l1_ffn_2 [parts.1] text: add_7 = add_5 + linear_11; reads add_5 (text)
-image: image 5 None""",
-    )
-
-
-def test_cross_attention() -> None:
-    def layer(part: Part, x: Tensor, text: Tensor) -> Any:
-        x = x + part.attention(norm(x))
-        x = x + part.out(attend(norm(x), *part.kv(text).chunk(2, dim=-1)))
-        return x + part.ffn(norm(x))
-
-    structure = found(layer, (2, 5, D), (2, 3, 6))
-    assert [b.label for b in structure.branches] == [
-        "l0_attention", "l0_cross_attention", "l0_ffn", "l1_attention", "l1_cross_attention", "l1_ffn",
-    ]  # fmt: skip
-    assert [s.name for s in structure.streams] == ["image"]
-    assert structure.lengths == {IMAGE: 5}
-
-
-def test_dual_streams_then_a_single_one() -> None:
-    class Flux(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dual, self.single = Model(joint), Model(single)
-
-        def forward(self, x: Tensor, text: Tensor) -> Any:
-            x, text = self.dual(x, text)
-            return self.single(torch.cat([text, x], dim=1))[0][:, text.shape[1] :]
-
-    structure = find_branches(normal_form(Flux().eval(), torch.ones(2, 5, D), torch.ones(2, 3, D)))
-    assert [str(s.tokens) for s in structure.streams] == [
-        "dim 1: image[0:5]", "dim 1: text[0:3]", "dim 1: text[0:3] image[0:5]",
-    ]  # fmt: skip
-    assert [s.name for s in structure.streams] == ["image", "text", "text+image"]
-    assert structure.depth == 4
-    assert [b.kind for b in structure.branches if b.layer > 1] == ["parallel", "parallel"]
-
-
-def test_a_stream_taken_apart_and_joined_again_in_every_layer() -> None:
-    def layer(part: Part, x: Tensor) -> Any:
-        x = x + part.attention(norm(x))
-        first, last = x.split([2, 3], dim=1)
-        last = last + part.ffn(norm(last)) * 2
-        return torch.cat([first + part.ffn(norm(first)), last], dim=1)
-
-    structure = found(layer, (2, 5, D))
-    assert [f"{s.name}: {s.tokens}" for s in structure.streams] == [
-        "image: dim 1: image[0:5]", "image#1: dim 1: image[2:5]", "image#2: dim 1: image[0:2]",
-    ]  # fmt: skip
-    assert structure.lengths == {IMAGE: 5}
-    assert structure.depth == 2
 
 
 def gelu_by_hand(part: Part, x: Tensor) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 import hero_fx
 
@@ -17,15 +17,8 @@ from .support.toys import GRID, latents, toy
 from .support.tracing import capture
 
 
-@cache
-def dynamo_graph(layers: int) -> tuple[fx.GraphModule, list[Any]]:
-    return capture(toy(layers), latents(), torch.tensor([900.0, 900.0]))
-
-
-def lines_run(layers: int, **options: Any) -> int:
-    """Lines of hero_fx that run, each as often as it does, from Dynamo's graph of a toy to its step graphs."""
-    gm, inputs = dynamo_graph(layers)
-    backend = hero_fx.backend(grid=GRID, **options)
+def lines_run(work: Callable[[], hero_fx.StepGraphs]) -> tuple[int, hero_fx.StepGraphs]:
+    """Lines of hero_fx that run, each as often as it does, and the step graphs that they make."""
     count = 0
 
     def line(frame: FrameType, event: str, argument: object) -> Any:
@@ -40,24 +33,37 @@ def lines_run(layers: int, **options: Any) -> int:
     sys.settrace(call)
     try:
         with torch.no_grad():
-            steps = backend.trace(gm, inputs)
+            steps = work()
     finally:
         sys.settrace(before)
+    return count, steps
+
+
+@cache
+def traced(layers: int) -> tuple[int, hero_fx.StepGraphs]:
+    """From Dynamo's graph of a toy to step graphs."""
+    gm, inputs = capture(toy(layers), latents(), torch.tensor([900.0, 900.0]))
+    return lines_run(lambda: hero_fx.backend(grid=GRID, unsampled="extrapolate").trace(gm, inputs))
+
+
+def rewritten(layers: int, **options: Any) -> int:
+    """Lines from a traced toy to step graphs with these options."""
+    _, steps = traced(layers)
     assert steps.structure.depth == layers
-    return count
+    return lines_run(lambda: hero_fx.backend(grid=GRID, **options).rewrite(steps))[0]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"unsampled": "extrapolate", "cache_point": "post_gate"},
-        {"policy": "duca"},
-        {"form": "literal"},
-    ],
-    ids=["extrapolate", "duca", "literal"],
-)
-def test_twice_the_layers_are_twice_the_work(options: dict[str, Any]) -> None:
-    small, middle, large = (lines_run(layers, **options) for layers in (4, 8, 16))
+def is_linear(lines: Callable[[int], int]) -> bool:
+    small, middle, large = map(lines, (4, 8, 16))
     # Exactly twice but for the finder, which looks back at all residual adds for each; one walk over the graph for every
     # branch gives 2.1 or more.
-    assert large - middle < 2.05 * (middle - small)
+    return large - middle < 2.05 * (middle - small)
+
+
+def test_twice_the_layers_are_twice_the_work() -> None:
+    assert is_linear(lambda layers: traced(layers)[0])
+
+
+@pytest.mark.parametrize("options", [{"policy": "duca"}, {"form": "literal"}], ids=["duca", "literal"])
+def test_of_other_options_too(options: dict[str, Any]) -> None:
+    assert is_linear(lambda layers: rewritten(layers, **options))

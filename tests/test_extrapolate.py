@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional as F
 
 import hero_fx
@@ -32,7 +32,7 @@ from hero_fx.step_graphs import copy_graph
 
 from .support import tiny, toys
 from .support.steps_by_hand import GRID, IMAGE, TEXT, Toy, attentions, ffns, joint, norm, numbers
-from .support.tracing import capture, equal, run_passes
+from .support.tracing import Shared, capture, equal, run_passes
 
 POINTS: tuple[CachePoint, ...] = ("pre_gate", "post_gate")
 
@@ -245,8 +245,8 @@ OPS = ("aten.scaled_dot_product_attention", "aten.linear")
 
 
 @cache
-def captured() -> tuple[fx.GraphModule, list[Any]]:
-    return capture(toys.toy(layers=DEPTH), toys.latents(), toys.times(1)[0])
+def captured() -> Shared:
+    return Shared(*capture(toys.toy(layers=DEPTH), toys.latents(), toys.times(1)[0]))
 
 
 @pytest.mark.parametrize("form", ["literal", "collapsed"])
@@ -257,8 +257,7 @@ def test_ops_of_a_cached_step(case: str, form: Literal["literal", "collapsed"]) 
     if policy in ("hero", "toca"):
         options = {**options, "grid": toys.GRID}
     backend = hero_fx.backend(policy, inner=tiny.INNER, form=form, **options)
-    with torch.no_grad():
-        run = backend(*captured())  # held, as Dynamo would
+    run = captured().compiled(backend)  # held, as Dynamo would
     assert callable(run)
     (steps,) = backend.graphs
     for gm in (steps.normal, steps.full):

@@ -153,13 +153,16 @@ def test_a_grid_that_the_graph_does_not_show_is_said(caplog: pytest.LogCaptureFi
     )
 
 
-INTERNAL = ["_steps", "_compile"]
-
-
 @pytest.mark.parametrize(
-    "error", [AssertionError("no"), KeyError("buf144"), NotImplementedError(), RuntimeError("x")], ids=repr
+    ("where", "error"),
+    [
+        ("_steps", AssertionError("no")),
+        ("_steps", KeyError("buf144")),
+        ("_compile", NotImplementedError()),
+        ("_compile", RuntimeError("x")),
+    ],
+    ids=repr,
 )
-@pytest.mark.parametrize("where", INTERNAL)
 def test_a_fault_of_ours_is_a_warning_or_a_clear_error(
     where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.plan import Plan, Timeline
 from hero_fx.step_graphs import copy_graph
 
-from .reference import forecast_trajectory
+from .reference_forecast import forecast_trajectory
 from .support import tiny, toys
 from .support.forecasts import FITTING, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
 from .support.steps_by_hand import numbers

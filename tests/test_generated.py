@@ -1,14 +1,12 @@
 """Generated transformers: whatever a model does in its layers, its steps are its own or what the literal form makes of them.
 
-Each program below is one layer: a list of statements about an image stream, a text stream and a buffer. The statements are
-chosen to look like what the passes write themselves, or to write to memory that the passes read.
+Each program below is one layer: a list of the statements of `support/statements.py`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import hero_fx
 from hero_fx.checks import UnsupportedModel
@@ -25,216 +22,11 @@ from hero_fx.passes.compat import argument_name
 
 from .support import small
 from .support.small import POLICIES, TOKENS, WIDTH, norm
-from .support.tracing import capture
+from .support.statements import STATEMENTS, TEXT, State
+from .support.tracing import Shared, capture
 
-TEXT, BATCH, STEPS = 2, 2, 4  # full, cached, full, cached
+BATCH, STEPS = 2, 4  # full, cached, full, cached
 TOLERANCE = 5e-5
-
-
-@dataclass
-class State:
-    """What a layer works on."""
-
-    block: small.Block
-    x: Tensor
-    text: Tensor
-    gate: Tensor
-    more: list[Tensor] = field(default_factory=list)
-
-
-Statement = Callable[[State], None]
-STATEMENTS: dict[str, Statement] = {}
-
-
-def statement(function: Statement) -> Statement:
-    STATEMENTS[function.__name__] = function
-    return function
-
-
-@statement
-def attend(s: State) -> None:
-    s.x = s.x + s.block.attention(s.x)
-
-
-@statement
-def attend_jointly(s: State) -> None:
-    out = s.block.attention(torch.cat([s.text, s.x], 1))
-    s.text, s.x = s.text + out[:, :TEXT], s.x + s.gate * out[:, TEXT:]
-
-
-@statement
-def feed(s: State) -> None:
-    s.x = s.x + s.block.ffn(s.x)
-
-
-@statement
-def feed_gated(s: State) -> None:
-    s.x = s.x + s.gate * s.block.ffn(s.x)
-
-
-@statement
-def feed_text(s: State) -> None:
-    s.text = s.text + s.block.ffn(s.text)
-
-
-@statement
-def both_at_once(s: State) -> None:
-    s.x = s.x + s.block.attention(s.x) + s.gate * s.block.ffn(s.x)
-
-
-@statement
-def three_times(s: State) -> None:
-    for number in range(3):
-        s.x = s.x + s.block.ffn(s.x * (number + 0.5))
-
-
-@statement
-def feed_by_addcmul(s: State) -> None:
-    s.x = torch.addcmul(s.x, s.gate, s.block.ffn(s.x))
-
-
-@statement
-def feed_in_place(s: State) -> None:
-    s.x += s.block.ffn(s.x)
-
-
-@statement
-def return_the_update(s: State) -> None:
-    update = s.block.ffn(s.x)
-    s.more += [update, update[:, 1:].transpose(0, 1)]
-    s.x = s.x + update
-
-
-@statement
-def return_the_gated_update(s: State) -> None:
-    update = s.gate * s.block.ffn(s.x)
-    s.more.append(update[0])
-    s.x = s.x + update
-
-
-@statement
-def return_the_streams(s: State) -> None:
-    s.more += [s.x, s.text[0]]
-
-
-@statement
-def gather_own(s: State) -> None:
-    s.x = s.x.index_select(-2, s.block.perm)
-
-
-@statement
-def gather_twice(s: State) -> None:
-    table = s.block.scratch.index_select(0, s.block.perm)
-    s.x = s.x + table * s.x.index_select(1, s.block.perm) + s.block.scratch.index_select(0, s.block.perm)
-
-
-@statement
-def scatter_own(s: State) -> None:
-    s.x = s.x + s.block.scratch * torch.index_copy(s.x, -2, s.block.perm, s.x * 0.5)
-
-
-@statement
-def scatter_repeated(s: State) -> None:
-    twice = torch.cat([s.block.perm[:1]] * 2)
-    s.x = s.x + torch.index_copy(s.x, 1, twice, s.x[:, 2:4]).index_select(1, twice)[:, :1]
-
-
-@statement
-def scatter_the_update(s: State) -> None:
-    update = s.block.ffn(s.x)
-    s.x = s.x + update.index_copy(1, s.block.perm[:2], update[:, :2] * 2)
-
-
-@statement
-def write_a_slice_of_the_buffer(s: State) -> None:
-    before = s.block.scratch * 2
-    s.block.scratch[1:3] = s.x[0, 1:3]
-    s.x = s.x + before + s.block.scratch * 2
-
-
-@statement
-def write_a_diagonal_of_the_buffer(s: State) -> None:
-    before = norm(s.block.scratch)
-    s.block.scratch.diagonal().copy_(s.x[0, 0])
-    s.x = s.x + before * norm(s.block.scratch)
-
-
-@statement
-def write_the_buffer_within_a_branch(s: State) -> None:
-    update = s.block.ffn(s.x * s.block.scratch)
-    s.block.scratch.add_(1)
-    s.x = s.x + update
-
-
-@statement
-def write_the_buffer_from_a_branch(s: State) -> None:
-    hidden = s.block.up(norm(s.x + s.block.scratch))
-    s.block.scratch.copy_(s.block.down(hidden)[0])
-    s.x = s.x + s.block.down(F.gelu(hidden))
-
-
-@statement
-def write_a_table_behind_its_branch(s: State) -> None:
-    table = s.block.scratch
-    s.x = s.x + s.block.attention(s.x * table)
-    table[:, 0] = s.x[0, :, 1]
-
-
-@statement
-def write_the_gate(s: State) -> None:
-    gate = s.block.scratch[:1]
-    s.x = s.x + gate * s.block.ffn(s.x)
-    s.block.scratch.mul_(0.5)
-    s.x = s.x + gate * s.block.ffn(s.x)
-
-
-@statement
-def write_the_update(s: State) -> None:
-    update = s.block.ffn(s.x)
-    update[0].diagonal().add_(1)
-    s.x = s.x + update
-
-
-@statement
-def write_the_update_behind_its_use(s: State) -> None:
-    update = s.block.ffn(s.x)
-    s.x = s.x + update
-    update[0].diagonal().add_(1)
-    s.x = s.x + norm(update)
-
-
-@statement
-def write_the_stream(s: State) -> None:
-    s.x[0].diagonal().mul_(0.5)
-    s.x[:, 1:3].add_(0.25)
-
-
-@statement
-def write_what_a_branch_reads(s: State) -> None:
-    scaled = norm(s.x)
-    out = s.block.down(F.gelu(s.block.up(scaled)))
-    scaled[0].diagonal().zero_()
-    s.x = s.x + out + scaled
-
-
-@statement
-def write_the_keys(s: State) -> None:
-    q, k, v = (part.unsqueeze(1) for part in s.block.qkv(norm(s.x)).chunk(3, dim=-1))
-    out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-    k[0, 0].diagonal().zero_()
-    s.x = s.x + s.block.out(out) + k.squeeze(1)
-
-
-@statement
-def write_a_whole_reused_temporary(s: State) -> None:
-    part = s.x[:, ::2] * 1
-    part[0].diagonal().add_(1)
-    s.x = s.x + part.sum(1, keepdim=True)
-
-
-@statement
-def frames(s: State) -> None:
-    s.x = (s.x.unflatten(1, (2, 3)) * s.block.scratch[:2, None]).flatten(1, 2)
 
 
 class Generated(nn.Module):
@@ -277,14 +69,15 @@ class Run:
         torch.manual_seed(0)
         self.model = Generated(programs).eval().requires_grad_(False)
         self.gm, self.example = capture(self.model, *inputs(0))
+        self.shared = Shared(self.gm, self.example)
         names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
         self.at = [names.index(name) for name in ("latents", "text", "timestep")]
 
     def compiled(self, **options: Any) -> tuple[Callable[..., Any], hero_fx.Backend]:
         backend = hero_fx.backend(**{"warmup": 1, "cooldown": 0, **options})
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of branches that are left to the model
-            return backend(self.gm, self.example), backend
+            return self.shared.compiled(backend), backend
 
     def outputs(self, run: Callable[..., Any], steps: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
         """What each call returns, when all are over; that it is what it was when it was returned is checked."""

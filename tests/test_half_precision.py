@@ -15,7 +15,7 @@ from .reference import Config
 from .support import tiny
 from .test_exactness import reference_outputs
 
-STEPS, LAYERS = 12, 4
+STEPS, LAYERS = 9, 4
 PRE, POST = ("pre_gate", "post_gate"), ("post_gate", "post_gate")
 HERO: dict[str, Any] = {"policy": "hero", "refresh_layers": 2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

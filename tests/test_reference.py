@@ -11,16 +11,8 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 from torch.nn import functional
 
-from .reference import (
-    Config,
-    Reference,
-    attention_received,
-    cell_bonus,
-    differences,
-    drift,
-    trajectory,
-    value_smallness,
-)
+from .reference import Config, Reference, trajectory
+from .reference_parts import attention_received, cell_bonus, differences, drift, value_smallness
 
 BATCH, TEXT, LAYERS, GRID = 2, 7, 3, (3, 3, 5)
 IMAGE = 3 * 3 * 5

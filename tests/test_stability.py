@@ -19,8 +19,8 @@ from hero_fx.passes.rewrite.observe import ReturnFeatures
 from hero_fx.step_graphs import copy_graph
 
 from .support import layers, tiny, toys
+from .support.branches import joint, single
 from .support.tracing import capture, trace
-from .test_branches import joint, single
 
 LAYERS, STEPS = 3, 6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -80,11 +81,15 @@ def test_terms_have_their_features_in_common() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- trajectories
-def families(policy: str, **options: Any) -> list[str]:
-    """The features that a policy extrapolates, by the names of their state."""
-    backend = hero_fx.backend(policy, **options)
+@cache
+def steps_of(policy: str) -> hero_fx.StepGraphs:
     graph = tiny.captured(layers=LAYERS)
-    slots = [spec.slot for spec in backend.trace(graph.gm, graph.inputs).state]
+    return hero_fx.backend(policy, **POLICIES[policy][0]).trace(graph.gm, graph.inputs)
+
+
+def families(policy: str) -> list[str]:
+    """The features that a policy extrapolates, by the names of their state."""
+    slots = [spec.slot for spec in steps_of(policy).state]
     return [slot.features for slot in slots if isinstance(slot, FeatureSlot) and slot.term == 1]
 
 
@@ -110,6 +115,11 @@ def compiled(plan: Plan | None, **options: Any) -> tuple[list[Tensor], hero_fx.B
     return tiny.denoise(graph.compiled(backend), tiny.inputs(), tiny.timesteps(STEPS)), backend
 
 
+@cache
+def uncalibrated(policy: str) -> list[Tensor]:
+    return compiled(None, policy=policy, **POLICIES[policy][0])[0]
+
+
 POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hero": ({}, {"policy": "hero", "refresh_layers": 2, "unsampled": "extrapolate"}),
     "lean": ({}, {"policy": "hero", "refresh_layers": 2, "keys": "sampled"}),
@@ -125,7 +135,7 @@ def test_trajectories_equal_the_reference(policy: str) -> None:
     generator = torch.Generator().manual_seed(5)
     tables = {
         name: taylor(terms, WIDTH) * (1 + 0.2 * torch.randn(STEPS, terms, WIDTH, generator=generator))
-        for name in families(policy, **options)
+        for name in families(policy)
     }
     for name, table in tables.items():
         if policy == "hero" and "l0" in name:
@@ -168,16 +178,14 @@ def test_trajectories_equal_the_reference(policy: str) -> None:
 def test_taylors_coefficients_give_the_uncalibrated_result(policy: str, channels: tuple[int, ...]) -> None:
     options, _ = POLICIES[policy]
     terms = options.get("order", 1) + 1
-    tables = {name: taylor(terms, *channels) for name in families(policy, **options)}
+    tables = {name: taylor(terms, *channels) for name in families(policy)}
     planned, _ = compiled(plan_of(policy, tables, options))
-    plain, _ = compiled(None, policy=policy, **options)
-    assert tiny.worst(planned, plain) < 1e-6
+    assert tiny.worst(planned, uncalibrated(policy)) < 1e-6
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_without_a_plan_graphs_have_no_tables(policy: str) -> None:
-    graph = tiny.captured(layers=LAYERS)
-    steps = hero_fx.backend(policy, **POLICIES[policy][0]).trace(graph.gm, graph.inputs)
+    steps = steps_of(policy)
     slots = [slot for gm in (steps.full, *steps.cached) for _, slot in slots_of(gm)]
     assert any(isinstance(slot, ScalarSlot) for slot in slots)
     assert not any(isinstance(slot, TableSlot) for slot in slots)

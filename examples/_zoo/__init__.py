@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import control, cross, dual, dual_single, flex, sequences, single
+from . import control, cross, dual, dual_single, flex, sequences, single, wan
 from .base import ZOO, Sample, sample
 
-__all__ = ["ZOO", "Sample", "control", "cross", "dual", "dual_single", "flex", "sample", "sequences", "single"]
+__all__ = ["ZOO", "Sample", "control", "cross", "dual", "dual_single", "flex", "sample", "sequences", "single", "wan"]

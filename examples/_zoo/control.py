@@ -49,7 +49,7 @@ class _Sana(_OneOutput, diffusers.SanaControlNetModel):  # type: ignore[misc]
 def _flux() -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, inputs)"""
     return (
-        {"patch_size": 1, "in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16,
+        {"patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
          "num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": [4, 4, 8], "pooled_projection_dim": 12,
          "guidance_embeds": True},
         {"hidden_states": normal(BATCH, TOKENS, 8), "timestep": shares(), "guidance": torch.tensor([3.5] * BATCH),
@@ -76,7 +76,7 @@ def flux_controlnet() -> Sample:
 
 def _sd3() -> tuple[dict[str, Any], dict[str, Any]]:
     return (
-        {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 8,
+        {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
          "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 20, "pooled_projection_dim": 12,
          "out_channels": 4, "pos_embed_max_size": 24},
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
@@ -87,7 +87,7 @@ def _sd3() -> tuple[dict[str, Any], dict[str, Any]]:
 @entry
 def sd3_controlled() -> Sample:
     options, inputs = _sd3()
-    samples = [normal(BATCH, TOKENS, 32) for _ in range(3)]
+    samples = [normal(BATCH, TOKENS, 32) for _ in range(2)]
     return Sample(diffusers.SD3Transformer2DModel(**options), inputs | {"block_controlnet_hidden_states": samples})
 
 
@@ -99,7 +99,7 @@ def sd3_controlnet() -> Sample:
 
 def _qwen_image() -> tuple[dict[str, Any], dict[str, Any]]:
     return (
-        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
          "num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": (4, 6, 6)},
         {"hidden_states": normal(BATCH, TOKENS, 16), "timestep": shares(), "img_shapes": [GRID] * BATCH,
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_hidden_states_mask": mask().long()},
@@ -109,7 +109,7 @@ def _qwen_image() -> tuple[dict[str, Any], dict[str, Any]]:
 @entry
 def qwen_image_controlled() -> Sample:
     options, inputs = _qwen_image()
-    samples = [normal(BATCH, TOKENS, 32) for _ in range(3)]
+    samples = [normal(BATCH, TOKENS, 32) for _ in range(2)]
     return Sample(
         diffusers.QwenImageTransformer2DModel(**options), inputs | {"controlnet_block_samples": samples}, grid=GRID
     )
@@ -142,7 +142,7 @@ def hunyuan_dit_controlnet() -> Sample:
 def sana_controlnet() -> Sample:
     return Sample(
         _Sana(
-            patch_size=1, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+            patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
             num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=20,
             sample_size=8,
         ),
@@ -156,7 +156,7 @@ def transformer_2d() -> Sample:
     """The transformer of a U-Net, with time in its norms, on its own."""
     return Sample(
         diffusers.Transformer2DModel(
-            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=2, norm_num_groups=2,
             cross_attention_dim=20, norm_type="ada_norm", num_embeds_ada_norm=1000, norm_elementwise_affine=False,
         ),
         {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(1)[0],
@@ -169,7 +169,7 @@ def transformer_2d_patches() -> Sample:
     """The same class as PixArt used it, with self-attention twice in a layer."""
     return Sample(
         diffusers.Transformer2DModel(
-            num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
             patch_size=2, norm_type="ada_norm_single", norm_elementwise_affine=False, num_embeds_ada_norm=1000,
             double_self_attention=True, use_additional_conditions=False,
         ),

@@ -15,100 +15,12 @@ from torch import Tensor
 from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, mask, normal, shares, steps
 
 
-def _wan(kind: str = "WanTransformer3DModel", **options: Any) -> Any:
-    settings = {
-        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
-        "out_channels": 4, "text_dim": 18, "freq_dim": 32, "ffn_dim": 40, "num_layers": 3, "rope_max_seq_len": 32,
-    }  # fmt: skip
-    return getattr(diffusers, kind)(**(settings | options))
-
-
-def _wan_inputs(channels: int = 4, text: int = TEXT, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": normal(BATCH, channels, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
-        "encoder_hidden_states": normal(BATCH, text, 18), **more,
-    }  # fmt: skip
-
-
-@entry
-def wan() -> Sample:
-    return Sample(_wan(), _wan_inputs())
-
-
-@entry
-def wan_i2v() -> Sample:
-    """A second cross-attention, to an image; the text must be 512 tokens long."""
-    model = _wan(in_channels=12, image_dim=14, added_kv_proj_dim=24)
-    return Sample(model, _wan_inputs(12, 512, encoder_hidden_states_image=normal(BATCH, 9, 14)))
-
-
-@entry
-def wan_per_token() -> Sample:
-    """A timestep of its own for each token; those of the first frame are clean."""
-    time = torch.full((BATCH, prod(GRID)), 900)
-    time[:, : prod(GRID[1:])] = 0
-    return Sample(_wan(), _wan_inputs() | {"timestep": time})
-
-
-@entry
-def wan_vace() -> Sample:
-    """A second stack of layers on a control video, added to the first stack between its layers."""
-    model = _wan("WanVACETransformer3DModel", vace_layers=[0, 2], vace_in_channels=6)
-    control = {
-        "control_hidden_states": normal(BATCH, 6, FRAMES, HEIGHT, WIDTH),
-        "control_hidden_states_scale": torch.ones(2),
-    }
-    return Sample(model, _wan_inputs() | control)
-
-
-@entry
-def wan_animate() -> Sample:
-    """A face adapter after every second layer: the tokens of each frame attend to those of that frame's face."""
-    model = _wan(
-        "WanAnimateTransformer3DModel", in_channels=12, latent_channels=4, image_dim=14, added_kv_proj_dim=24,
-        num_layers=4, motion_encoder_channel_sizes={"4": 6, "8": 5}, motion_encoder_size=8, motion_style_dim=10,
-        motion_dim=3, motion_encoder_dim=9, face_encoder_hidden_dim=11, face_encoder_num_heads=2,
-        inject_face_latents_blocks=2, motion_encoder_batch_size=4,
-    )  # fmt: skip
-    character = {
-        "encoder_hidden_states_image": normal(BATCH, 9, 14), "pose_hidden_states": normal(BATCH, 4, FRAMES - 1, HEIGHT, WIDTH),
-        "face_pixel_values": normal(BATCH, 3, 5, 8, 8),
-    }  # fmt: skip
-    return Sample(model, _wan_inputs(12, 512, **character))
-
-
-@entry
-def anyflow() -> Sample:
-    """From one timestep to another, each a timestep for every frame; frames in front of channels."""
-    return Sample(
-        diffusers.AnyFlowTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
-            ffn_dim=40, num_layers=3, rope_max_seq_len=32,
-        ),
-        {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "encoder_hidden_states": normal(BATCH, TEXT, 18),
-         "timestep": torch.full((BATCH, FRAMES), 900.0), "r_timestep": torch.full((BATCH, FRAMES), 800.0)},
-    )  # fmt: skip
-
-
-@entry
-def chronoedit() -> Sample:
-    return Sample(_wan("ChronoEditTransformer3DModel"), _wan_inputs())
-
-
-@entry
-def skyreels_v2() -> Sample:
-    """A timestep for each frame."""
-    model = _wan("SkyReelsV2Transformer3DModel", inject_sample_info=True)
-    inputs = _wan_inputs() | {"timestep": torch.tensor([[100, 500, 900]] * BATCH), "fps": torch.tensor([0])}
-    return Sample(model, inputs | {"enable_diffusion_forcing": True})
-
-
 @entry
 def ltx() -> Sample:
     return Sample(
         diffusers.LTXVideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
-            num_layers=3, caption_channels=20,
+            num_layers=2, caption_channels=20,
         ),
         {"hidden_states": normal(BATCH, prod(GRID), 8), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(), "num_frames": FRAMES,
@@ -123,7 +35,7 @@ def helios() -> Sample:
     return Sample(
         diffusers.HeliosTransformer3DModel(
             num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
-            ffn_dim=40, num_layers=3, rope_dim=(4, 4, 4), is_amplify_history=True,
+            ffn_dim=40, num_layers=2, rope_dim=(4, 4, 4), is_amplify_history=True,
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 18), "latents_history_short": normal(BATCH, 4, 2, HEIGHT, WIDTH),
@@ -148,7 +60,7 @@ def _pixart(kind: str, **options: Any) -> Any:
 @entry
 def pixart() -> Sample:
     return Sample(
-        _pixart("PixArtTransformer2DModel", num_layers=3, use_additional_conditions=False),
+        _pixart("PixArtTransformer2DModel", num_layers=2, use_additional_conditions=False),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask(),
          "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
@@ -159,7 +71,7 @@ def pixart() -> Sample:
 def latte() -> Sample:
     """Attention over space and over time in turns: the frames move into the batch and back."""
     return Sample(
-        _pixart("LatteTransformer3DModel", num_layers=3, video_length=FRAMES),
+        _pixart("LatteTransformer3DModel", num_layers=2, video_length=FRAMES),
         {"hidden_states": normal(BATCH, 4, FRAMES, 8, 8), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20)},
     )  # fmt: skip
@@ -173,7 +85,7 @@ def allegro() -> Sample:
     places = torch.cartesian_prod(t.long(), h.long(), w.long()).T
     return Sample(
         diffusers.AllegroTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=3,
+            num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
             cross_attention_dim=48, sample_width=WIDTH, sample_height=HEIGHT, sample_frames=FRAMES, caption_channels=20,
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
@@ -188,7 +100,7 @@ def cosmos() -> Sample:
     _without_torchvision()
     return Sample(
         diffusers.CosmosTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=3, mlp_ratio=2,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, mlp_ratio=2,
             text_embed_dim=20, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0),
         ),
         {"hidden_states": normal(1, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(1),
@@ -216,7 +128,7 @@ def kandinsky5() -> Sample:
     return Sample(
         diffusers.Kandinsky5Transformer3DModel(
             in_visual_dim=4, in_text_dim=20, in_text_dim2=12, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
-            model_dim=32, ff_dim=40, num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6),
+            model_dim=32, ff_dim=40, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
         ),
         {"hidden_states": normal(1, FRAMES, HEIGHT, WIDTH, 4), "timestep": steps(1).float(),
          "encoder_hidden_states": normal(1, TEXT, 20), "pooled_projections": normal(1, 12),
@@ -235,7 +147,7 @@ def _kandinsky6(audio: bool) -> Sample:
         inputs["audio_hidden_states"] = normal(BATCH, 5, 6)
     model = diffusers.Kandinsky6Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=20, in_text_dim2=12, time_dim=16, model_dim=32, ff_dim=40,
-        num_text_blocks=1, num_visual_blocks=3, axes_dims=(4, 6, 6), in_audio_dim=6, out_audio_dim=6, model_dim_a=48,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), in_audio_dim=6, out_audio_dim=6, model_dim_a=48,
         time_dim_a=14, ff_dim_a=28, axes_dims_a=(4, 6, 6), text_token_padding=True, ca_rope=True, cross_gates=True,
         fix_modulation=True, visual_token_type_num_embeddings=2,
     )  # fmt: skip
@@ -258,7 +170,7 @@ def sana() -> Sample:
     """Linear attention, and an FFN with convolutions over neighbours."""
     return Sample(
         diffusers.SanaTransformer2DModel(
-            patch_size=1, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+            patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
             num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=20,
             sample_size=8,
         ),
@@ -271,7 +183,7 @@ def sana() -> Sample:
 def sana_video() -> Sample:
     return Sample(
         diffusers.SanaVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=3,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
             num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=20,
             sample_size=8,
         ),
@@ -289,7 +201,7 @@ def sana_wm() -> Sample:
     optics = torch.tensor([5.0, 5.5, 3.0, 2.0]).expand(BATCH, FRAMES, 4)
     return Sample(
         diffusers.SanaWMTransformer3DModel(
-            in_channels=4, num_layers=4, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+            in_channels=4, num_layers=3, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
             chunk_plucker_channels=5, caption_channels=20,
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, 4, 6), "timestep": torch.tensor([[[0, 900, 900]]] * BATCH),
@@ -305,10 +217,10 @@ def sana_wm_refiner() -> Sample:
     model = diffusers.SanaWMLTX2RefinerTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
-        audio_cross_attention_dim=8, num_layers=3, caption_channels=20, rope_type="split",
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=20, rope_type="split",
     )  # fmt: skip
-    cache = transformer_sana_wm_refiner.SanaWMRefinerKVCache(3)
-    for layer in range(3):
+    cache = transformer_sana_wm_refiner.SanaWMRefinerKVCache(2)
+    for layer in range(2):
         cache.get(layer).store_sink(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
         cache.get(layer).store_history(normal(BATCH, 24, 16), normal(BATCH, 24, 16))
 
@@ -329,7 +241,7 @@ def sana_wm_refiner() -> Sample:
 def stable_audio() -> Sample:
     return Sample(
         diffusers.StableAudioDiTModel(
-            sample_size=24, in_channels=6, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            sample_size=24, in_channels=6, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             num_key_value_attention_heads=1, out_channels=6, cross_attention_dim=16, time_proj_dim=8,
             global_states_input_dim=12, cross_attention_input_dim=20,
         ),
@@ -345,7 +257,7 @@ def dreamlite() -> Sample:
     """The transformer of a U-Net, with time in its norms: convolutions and a skip connection around it."""
     return Sample(
         diffusers.DreamLiteTransformer2DModel(
-            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=3, norm_num_groups=2,
+            num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=2, norm_num_groups=2,
             cross_attention_dim=20, norm_type="ada_norm_zero", num_embeds_ada_norm=10, norm_elementwise_affine=False,
             qk_norm="rms_norm", ff_mult=2,
         ),

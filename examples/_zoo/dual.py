@@ -14,7 +14,7 @@ from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, mask,
 def _cogvideox(**options: Any) -> Any:
     settings = {
         "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 20,
-        "text_embed_dim": 24, "num_layers": 3, "sample_width": WIDTH, "sample_height": HEIGHT, "sample_frames": 9,
+        "text_embed_dim": 24, "num_layers": 2, "sample_width": WIDTH, "sample_height": HEIGHT, "sample_frames": 9,
         "max_text_seq_length": TEXT, "use_rotary_positional_embeddings": True,
     }  # fmt: skip
     return diffusers.CogVideoXTransformer3DModel(**(settings | options))
@@ -54,7 +54,7 @@ def consisid() -> Sample:
     return Sample(
         diffusers.ConsisIDTransformer3DModel(
             num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=20,
-            text_embed_dim=24, num_layers=4, sample_width=WIDTH, sample_height=HEIGHT, sample_frames=9,
+            text_embed_dim=24, num_layers=2, sample_width=WIDTH, sample_height=HEIGHT, sample_frames=9,
             max_text_seq_length=TEXT, use_rotary_positional_embeddings=True, is_train_face=True,
             cross_attn_interval=2, cross_attn_dim_head=8, cross_attn_num_heads=2, LFE_id_dim=6, LFE_vit_dim=10,
             LFE_depth=5, LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=32,
@@ -68,7 +68,7 @@ def consisid() -> Sample:
 def _sd3(**options: Any) -> Sample:
     return Sample(
         diffusers.SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+            sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
             caption_projection_dim=32, joint_attention_dim=20, pooled_projection_dim=12, out_channels=4,
             pos_embed_max_size=24, **options,
         ),
@@ -85,14 +85,14 @@ def sd3() -> Sample:
 @entry
 def sd3_5() -> Sample:
     """A second self-attention of the image beside the joint one."""
-    return _sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    return _sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
 
 
 @entry
 def qwen_image() -> Sample:
     return Sample(
         diffusers.QwenImageTransformer2DModel(
-            patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=20, axes_dims_rope=(4, 6, 6),
         ),
         {"hidden_states": normal(BATCH, 24, 16), "timestep": shares(),
@@ -118,7 +118,7 @@ def cogview3plus() -> Sample:
     size = torch.tensor([[64, 96]] * BATCH)
     return Sample(
         diffusers.CogView3PlusTransformer2DModel(
-            patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4, out_channels=4,
+            patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, out_channels=4,
             text_embed_dim=20, time_embed_dim=16, condition_dim=4, pos_embed_max_size=16, sample_size=8,
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
@@ -132,7 +132,7 @@ def cogview4() -> Sample:
     size = torch.tensor([[64, 96]] * BATCH)
     return Sample(
         diffusers.CogView4Transformer2DModel(
-            patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4, out_channels=4,
+            patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, out_channels=4,
             text_embed_dim=20, time_embed_dim=16, condition_dim=4,
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
@@ -145,7 +145,7 @@ def cogview4() -> Sample:
 def mochi() -> Sample:
     return Sample(
         diffusers.MochiTransformer3DModel(
-            patch_size=2, num_attention_heads=4, attention_head_dim=8, num_layers=3, pooled_projection_dim=20,
+            patch_size=2, num_attention_heads=4, attention_head_dim=8, num_layers=2, pooled_projection_dim=20,
             in_channels=4, qk_norm="rms_norm", text_embed_dim=24, time_embed_dim=12, activation_fn="swiglu",
             max_sequence_length=TEXT,
         ),
@@ -158,7 +158,7 @@ def mochi() -> Sample:
 def easyanimate() -> Sample:
     return Sample(
         diffusers.EasyAnimateTransformer3DModel(
-            attention_head_dim=16, num_attention_heads=2, in_channels=4, mmdit_layers=2, num_layers=4, out_channels=4,
+            attention_head_dim=16, num_attention_heads=2, in_channels=4, mmdit_layers=1, num_layers=3, out_channels=4,
             patch_size=2, sample_height=HEIGHT, sample_width=WIDTH, text_embed_dim=20, time_embed_dim=16,
             time_position_encoding_type="3d_rope", timestep_activation_fn="silu",
         ),
@@ -189,7 +189,7 @@ def ltx2() -> Sample:
         diffusers.LTX2VideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
             audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
-            audio_cross_attention_dim=8, num_layers=3, caption_channels=20,
+            audio_cross_attention_dim=8, num_layers=2, caption_channels=20,
         ),
         {"hidden_states": normal(BATCH, prod(GRID), 8), "audio_hidden_states": normal(BATCH, 5, 4),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "audio_encoder_hidden_states": normal(BATCH, TEXT, 20),
@@ -206,7 +206,7 @@ def glm_image() -> Sample:
     drop[1] = True
     return Sample(
         diffusers.GlmImageTransformer2DModel(
-            in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4, text_embed_dim=20,
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, text_embed_dim=20,
             time_embed_dim=16, condition_dim=4, prior_vq_quantizer_codebook_size=50,
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps(),
@@ -219,7 +219,7 @@ def glm_image() -> Sample:
 def _joyimage(kind: str) -> Any:
     return getattr(diffusers, kind)(
         patch_size=[1, 2, 2], in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=20, mlp_width_ratio=2.0,
-        num_layers=3, rope_dim_list=[4, 6, 6],
+        num_layers=2, rope_dim_list=[4, 6, 6],
     )  # fmt: skip
 
 

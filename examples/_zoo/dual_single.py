@@ -12,7 +12,7 @@ from .base import BATCH, FRAMES, HEIGHT, TEXT, WIDTH, Sample, entry, ids, mask, 
 
 def _flux_like(kind: str, columns: int = 3, pooled: bool = True, **options: Any) -> Sample:
     settings = {
-        "patch_size": 1, "in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16,
+        "patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": [4, 4, 8],
     }  # fmt: skip
     if pooled:
@@ -69,7 +69,7 @@ def longcat_image() -> Sample:
 def auraflow() -> Sample:
     return Sample(
         diffusers.AuraFlowTransformer2DModel(
-            sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=3,
+            sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=2,
             attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=20,
             out_channels=4, pos_embed_max_size=64,
         ),
@@ -82,8 +82,8 @@ def auraflow() -> Sample:
 def hunyuan_video() -> Sample:
     return Sample(
         diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_single_layers=3, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+            num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
             text_embed_dim=20, pooled_projection_dim=12, rope_axes_dim=(4, 6, 6),
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
@@ -96,8 +96,8 @@ def hunyuan_video() -> Sample:
 def hunyuan_image() -> Sample:
     return Sample(
         diffusers.HunyuanImageTransformer2DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_single_layers=3, num_refiner_layers=1, patch_size=(2, 2), text_embed_dim=20, rope_axes_dim=(8, 8),
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+            num_single_layers=2, num_refiner_layers=1, patch_size=(2, 2), text_embed_dim=20, rope_axes_dim=(8, 8),
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": steps().float(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask()},
@@ -109,8 +109,8 @@ def framepack() -> Sample:
     """Tokens of past frames in front of the image's, coarser the older they are."""
     return Sample(
         diffusers.HunyuanVideoFramepackTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_single_layers=3, num_refiner_layers=1, text_embed_dim=20, pooled_projection_dim=12,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+            num_single_layers=2, num_refiner_layers=1, text_embed_dim=20, pooled_projection_dim=12,
             rope_axes_dim=(4, 6, 6), has_image_proj=True, image_proj_dim=14, has_clean_x_embedder=True,
         ),
         {"hidden_states": normal(BATCH, 4, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
@@ -128,7 +128,7 @@ def flux3() -> Sample:
     """Layers for text, image and reference image apart, then joint ones; attention and FFN side by side; per-token gates."""
     return Sample(
         diffusers.Flux3Transformer2DModel(
-            in_channels=8, cond_in_channels=6, num_layers=3, num_single_layers=3, attention_head_dim=16,
+            in_channels=8, cond_in_channels=6, num_layers=1, num_single_layers=2, attention_head_dim=16,
             num_attention_heads=2, joint_attention_dim=20, timestep_channels=12, mlp_ratio=1.5,
             axes_dims_rope=(4, 4, 4, 4), flow_map=True,
         ),
@@ -142,13 +142,13 @@ def flux3() -> Sample:
 def _hidream(experts: int, **inputs: Any) -> Sample:
     text = {
         "encoder_hidden_states_t5": normal(BATCH, 4, 12),
-        "encoder_hidden_states_llama3": normal(5, BATCH, TEXT, 20),
+        "encoder_hidden_states_llama3": normal(3, BATCH, TEXT, 20),
     }
     return Sample(
         diffusers.HiDreamImageTransformer2DModel(
-            patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=16,
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
             num_attention_heads=2, caption_channels=[12, 20], text_emb_dim=10, num_routed_experts=experts,
-            num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(10, 12), llama_layers=[0, 1, 2, 3, 4],
+            num_activated_experts=1, axes_dims_rope=(4, 6, 6), max_resolution=(10, 12), llama_layers=[0, 1, 2],
         ),
         {"timesteps": steps(), "pooled_embeds": normal(BATCH, 10)} | text | inputs,
         time="timesteps",
@@ -160,8 +160,8 @@ def motif_video() -> Sample:
     """Text cross-attention of what joint attention gives; a decoder that attends to what the layers before made."""
     return Sample(
         diffusers.MotifVideoTransformer3DModel(
-            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_single_layers=5, num_decoder_layers=2, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
+            in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
+            num_single_layers=3, num_decoder_layers=1, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
             rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
         ),
         {"hidden_states": normal(BATCH, 9, FRAMES, HEIGHT, WIDTH), "timestep": steps(),
@@ -193,7 +193,7 @@ def bria_fibo() -> Sample:
     """In every layer one half of each text token is replaced by what another layer of the text encoder says of it."""
     built = _flux_like("BriaFiboTransformer2DModel", pooled=False, text_encoder_dim=14)
     conditions = {
-        "timestep": steps().float(), "text_encoder_layers": [normal(BATCH, TEXT, 14) for _ in range(5)],
+        "timestep": steps().float(), "text_encoder_layers": [normal(BATCH, TEXT, 14) for _ in range(3)],
         "joint_attention_kwargs": {"attention_mask": mask(TEXT + 24, 0).bool()[:, None, None]},
     }  # fmt: skip
     conditions["joint_attention_kwargs"]["attention_mask"][-1, :, :, TEXT - 2 : TEXT] = False

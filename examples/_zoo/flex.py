@@ -20,7 +20,7 @@ def anyflow_far() -> Sample:
     return Sample(
         diffusers.AnyFlowFARTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=18, freq_dim=32,
-            ffn_dim=40, num_layers=3, rope_max_seq_len=32,
+            ffn_dim=40, num_layers=2, rope_max_seq_len=32,
         ),
         {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "encoder_hidden_states": normal(BATCH, TEXT, 18),
          "timestep": torch.full((BATCH, FRAMES), 900.0), "r_timestep": torch.full((BATCH, FRAMES), 800.0),
@@ -33,7 +33,7 @@ def kandinsky6_sr() -> Sample:
     """Tokens in blocks of 8 x 8, and attention between the blocks that their means choose."""
     return Sample(
         diffusers.Kandinsky6SRTransformer3DModel(
-            in_visual_dim=4, out_visual_dim=4, time_dim=16, model_dim=32, ff_dim=40, num_visual_blocks=3,
+            in_visual_dim=4, out_visual_dim=4, time_dim=16, model_dim=32, ff_dim=40, num_visual_blocks=2,
             axes_dims=(4, 6, 6), nabla_window=(1, 1, 1),
         ),
         {"hidden_states": normal(BATCH, FRAMES, 8, 16, 9), "timestep": steps().float()},

@@ -20,7 +20,7 @@ def stable_audio_3() -> Sample:
     """Differential attention, learnt tokens in front of the audio, and a condition added between the layers' branches."""
     return Sample(
         diffusers.StableAudio3DiTModel(
-            io_channels=6, embed_dim=32, depth=3, num_heads=2, cond_token_dim=20, global_cond_dim=12,
+            io_channels=6, embed_dim=32, depth=2, num_heads=2, cond_token_dim=20, global_cond_dim=12,
             local_add_cond_dim=7, timestep_features_dim=16, ff_mult=2.0, num_memory_tokens=5,
         ),
         {"hidden_states": normal(BATCH, 6, LENGTH), "timestep": shares(),
@@ -35,7 +35,7 @@ def ace_step() -> Sample:
     """A window of keys around each query in every second layer; patches cut out of an odd number of frames."""
     return Sample(
         diffusers.AceStepTransformer1DModel(
-            hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, in_channels=14, audio_acoustic_hidden_dim=6, sliding_window=5, encoder_hidden_size=20,
         ),
         {"hidden_states": normal(BATCH, 2 * LENGTH - 1, 6), "timestep": shares(), "timestep_r": 0.9 * shares(),
@@ -48,7 +48,7 @@ def ace_step() -> Sample:
 def longcat_audio() -> Sample:
     """Audio of two lengths: hidden frames are no keys and give zeros; a skip connection around all layers."""
     return Sample(
-        diffusers.LongCatAudioDiTTransformer(dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=20, latent_dim=6),
+        diffusers.LongCatAudioDiTTransformer(dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=20, latent_dim=6),
         {"hidden_states": normal(BATCH, LENGTH, 6), "timestep": shares(),
          "encoder_hidden_states": normal(BATCH, TEXT, 20), "encoder_attention_mask": mask().bool(),
          "attention_mask": mask(LENGTH, 3).bool(), "latent_cond": normal(BATCH, LENGTH, 6)},
@@ -61,7 +61,7 @@ def minimax_music_3() -> Sample:
     """The time is a token of its own in front of the audio; no gates."""
     return Sample(
         diffusers.MiniMaxMusic3Transformer1DModel(
-            in_channels=6, condition_dim=20, num_layers=3, num_attention_heads=2, attention_head_dim=16,
+            in_channels=6, condition_dim=20, num_layers=2, num_attention_heads=2, attention_head_dim=16,
             ff_inner_dim=40, rotary_dim=8, fourier_embedding_dim=16,
         ),
         {"hidden_states": normal(BATCH, 6, LENGTH), "timestep": shares(),
@@ -82,7 +82,7 @@ def t5_film() -> Sample:
     """Attention with the T5's unscaled products; the masks of two encoded sequences side by side."""
     return Sample(
         _Film(
-            input_dims=6, targets_length=LENGTH, d_model=32, num_layers=3, num_heads=2, d_kv=8, d_ff=40,
+            input_dims=6, targets_length=LENGTH, d_model=32, num_layers=2, num_heads=2, d_kv=8, d_ff=40,
         ),
         {"decoder_input_tokens": normal(BATCH, LENGTH, 6), "decoder_noise_time": shares(),
          "encodings_and_masks": [(normal(BATCH, TEXT, 32), mask()), (normal(BATCH, 5, 32), mask(5, 1))]},
@@ -97,7 +97,7 @@ def prior() -> Sample:
     """Causal attention over a text, conditions and one token that becomes an embedding."""
     return Sample(
         diffusers.PriorTransformer(
-            num_attention_heads=2, attention_head_dim=16, num_layers=3, embedding_dim=12, num_embeddings=TEXT,
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=12, num_embeddings=TEXT,
         ),
         {"hidden_states": normal(BATCH, 12), "timestep": steps(1)[0], "proj_embedding": normal(BATCH, 12),
          "encoder_hidden_states": normal(BATCH, TEXT, 12), "attention_mask": mask().bool()},
@@ -109,7 +109,7 @@ def prior_shap_e() -> Sample:
     """A sequence of latents behind one condition and the time."""
     return Sample(
         diffusers.PriorTransformer(
-            num_attention_heads=2, attention_head_dim=16, num_layers=3, embedding_dim=12, num_embeddings=LENGTH,
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, embedding_dim=12, num_embeddings=LENGTH,
             additional_embeddings=0, time_embed_act_fn="gelu", norm_in_type="layer", encoder_hid_proj_type=None,
             added_emb_type=None, time_embed_dim=40, embedding_proj_dim=10, embedding_proj_norm_type="layer",
             clip_embed_dim=24,

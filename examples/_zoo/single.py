@@ -16,7 +16,7 @@ from .base import BATCH, FRAMES, GRID, HEIGHT, TEXT, WIDTH, Sample, entry, ids, 
 def lumina_next() -> Sample:
     return Sample(
         diffusers.LuminaNextDiT2DModel(
-            sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=3, num_attention_heads=4,
+            sample_size=16, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=4,
             num_kv_heads=2, multiple_of=16, learn_sigma=False, cross_attention_dim=20,
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": shares(),
@@ -42,7 +42,7 @@ def lumina2() -> Sample:
 def z_image() -> Sample:
     """Image and text, each padded to 32 tokens and refined on its own, then in one sequence."""
     model = diffusers.ZImageTransformer2DModel(
-        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=3, n_refiner_layers=1,
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1,
         n_heads=2, n_kv_heads=2, cap_feat_dim=20, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
     )  # fmt: skip
     model.rope_embedder(torch.zeros(1, 3, dtype=torch.int32))  # as in bria_fibo2
@@ -73,7 +73,7 @@ def omnigen() -> Sample:
 def ernie_image() -> Sample:
     return Sample(
         diffusers.ErnieImageTransformer2DModel(
-            hidden_size=32, num_attention_heads=2, num_layers=3, ffn_hidden_size=40, in_channels=4, out_channels=4,
+            hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=40, in_channels=4, out_channels=4,
             patch_size=1, text_in_dim=20, rope_axes_dim=(4, 6, 6),
         ),
         {"hidden_states": normal(BATCH, 4, 4, 6), "timestep": steps(), "text_bth": normal(BATCH, TEXT, 20),
@@ -87,7 +87,7 @@ def minimax_h3() -> Sample:
     places = torch.arange(84)  # 7 of text, 24 of the first frame, 5 of audio, 48 of video
     return Sample(
         diffusers.MiniMaxH3Transformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=3, num_refiner_layers=1,
+            num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1,
             ffn_dim=40, in_channels=4, audio_in_channels=6, text_dim=20, freq_dim=32, time_embed_hidden_dim=18,
             time_embed_dim=14, rope_freq_dim=2,
         ),
@@ -108,7 +108,7 @@ def cosmos3() -> Sample:
     return Sample(
         diffusers.Cosmos3OmniTransformer(
             head_dim=12, hidden_size=20, intermediate_size=28, latent_channel=4, num_attention_heads=2,
-            num_hidden_layers=3, num_key_value_heads=1, patch_latent_dim=16, vocab_size=50, rope_axes_dim=[2, 2, 2],
+            num_hidden_layers=2, num_key_value_heads=1, patch_latent_dim=16, vocab_size=50, rope_axes_dim=[2, 2, 2],
         ),
         {"input_ids": torch.randint(50, (TEXT,)), "text_indexes": text,
          "position_ids": torch.stack([torch.cat([text, TEXT + p]) for p in (video // 24, video // 6 % 4, video % 6)]),
@@ -125,7 +125,7 @@ def cosmos3() -> Sample:
 def dit() -> Sample:
     return Sample(
         diffusers.DiTTransformer2DModel(
-            in_channels=4, out_channels=8, num_attention_heads=4, attention_head_dim=8, num_layers=3,
+            in_channels=4, out_channels=8, num_attention_heads=4, attention_head_dim=8, num_layers=2,
             num_embeds_ada_norm=8, sample_size=8,
         ),
         {"hidden_states": normal(BATCH, 4, 8, 8), "timestep": steps(), "class_labels": torch.tensor([3, 5])},
@@ -137,7 +137,7 @@ def prx() -> Sample:
     """Queries of the image alone; text only as keys and values."""
     return Sample(
         diffusers.PRXTransformer2DModel(
-            in_channels=4, patch_size=2, context_in_dim=20, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=3,
+            in_channels=4, patch_size=2, context_in_dim=20, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
             axes_dim=[8, 8],
         ),
         {"hidden_states": normal(BATCH, 4, HEIGHT, WIDTH), "timestep": shares(),
@@ -167,7 +167,7 @@ def krea2() -> Sample:
     """Text from several layers of its encoder, fused by attention over layers; keys of fewer heads; gates in the heads."""
     return Sample(
         diffusers.Krea2Transformer2DModel(
-            in_channels=8, num_layers=3, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
             intermediate_size=40, timestep_embed_dim=12, text_hidden_dim=20, num_text_layers=3,
             text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
             num_layerwise_text_blocks=1, num_refiner_text_blocks=2, axes_dims_rope=(4, 6, 6),
@@ -200,7 +200,7 @@ def qwen_image_21() -> Sample:
 def bria_fibo2() -> Sample:
     """Text squeezed into a few tokens in front of the image, an image to edit behind it, cross-attention in one layer."""
     model = diffusers.BriaFibo2Transformer2DModel(
-        in_channels=4, patch_size=2, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=20,
+        in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=20,
         injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=6, gist_step=2,
         gist_min_text_len=4, gist_max_text_len=12, axes_dims=(4, 6, 6), axes_lens=(16, 8, 8),
     )  # fmt: skip
@@ -223,7 +223,7 @@ def ideogram4() -> Sample:
     places = torch.cat([torch.arange(TEXT)[:, None].expand(TEXT, 3), 65536 + ids(24, 3, 6).long()])
     return Sample(
         diffusers.Ideogram4Transformer2DModel(
-            in_channels=8, num_layers=3, attention_head_dim=16, num_attention_heads=2, intermediate_size=40,
+            in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=40,
             adaln_dim=12, llm_features_dim=20, mrope_section=(4, 2, 2),
         ),
         {"hidden_states": normal(BATCH, TEXT + 24, 8), "timestep": shares(),
@@ -235,7 +235,7 @@ def ideogram4() -> Sample:
 
 def _nucleus(**options: Any) -> Sample:
     model = diffusers.NucleusMoEImageTransformer2DModel(
-        in_channels=8, out_channels=2, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+        in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         num_key_value_heads=1, joint_attention_dim=20, axes_dims_rope=(4, 6, 6), mlp_ratio=6.0, num_experts=3,
         moe_intermediate_dim=24, capacity_factors=1.0, **options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
-from ..reference import forecast_trajectory
+from ..reference_forecast import forecast_trajectory
 from . import tiny
 
 STEPS = 10

@@ -14,6 +14,8 @@ from torch import Tensor
 from hero_fx import Backend
 from hero_fx.passes.compat import argument_name
 
+from .tracing import Shared
+
 TEXT, CHANNELS, WIDTH = 7, 4, 24
 GRID = (3, 4, 6)
 INNER = "eager"
@@ -99,7 +101,7 @@ _DYNAMO: WeakKeyDictionary[Backend, list[Any]] = WeakKeyDictionary()
 
 
 class Captured:
-    """The Dynamo graph of a model, captured once: tests give it to many backends without tracing the model again."""
+    """The Dynamo graph of a model, captured and normalised once: tests give it to many backends."""
 
     def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
         found: list[Any] = []
@@ -114,12 +116,12 @@ class Captured:
             compiled(**kwargs, timestep=timesteps(1).expand(kwargs["hidden_states"].shape[0]), return_dict=False)
         torch._dynamo.reset()
         self.gm, self.inputs = found[0]
+        self.shared = Shared(self.gm, self.inputs)
         self.names = [argument_name(node) for node in self.gm.graph.find_nodes(op="placeholder")]
 
     def compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         """What `torch.compile(model, backend=backend)` would call, with the model's keyword arguments."""
-        with torch.no_grad():
-            run = backend(self.gm, self.inputs)
+        run = self.shared.compiled(backend)
         if isinstance(backend, Backend):
             _DYNAMO.setdefault(backend, []).append(run)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hero_fx import backends
 from hero_fx.build import normalized
 from hero_fx.passes.compat import new_fake_mode, to_fake
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
@@ -34,6 +38,29 @@ def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.Gr
         torch.compile(model, backend=keep, fullgraph=True)(*args, **kwargs)
     (graph,) = graphs
     return graph
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A Dynamo graph for many backends. It is normalised once: backends copy the normalised graph and leave it as it is."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+
+    @cached_property
+    def normal(self) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+        with torch.no_grad():
+            return normalized(self.gm, self.inputs)
+
+    def compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        """What a backend makes of the graph."""
+
+        def once(gm: Any, inputs: Any, disabled: Sequence[str] = ()) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+            return normalized(gm, inputs, disabled) if disabled else self.normal
+
+        with torch.no_grad(), patch.object(backends, "normalized", once):
+            run: Callable[..., Any] = backend(self.gm, self.inputs)
+        return run
 
 
 def normal_form(model: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:
