@@ -107,7 +107,7 @@ def check(inner: str, history: int, latent: bool, **options: Any) -> hero_fx.Bac
     ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
     theirs = by_reference(model, kwargs, table, slice(None) if latent else None, history)
     assert backend.stats().cached_steps == MASK.count(False)
-    assert tiny.worst(ours, theirs) < (1e-4 if inner == "inductor" else 1e-5)
+    assert tiny.worst(ours, theirs) < 1e-5
     return backend
 
 
@@ -117,11 +117,11 @@ def test_a_batch_that_changes_keeps_the_plan() -> None:
     plan = plan_of(OutputRule(index=0, axis=2, latent="hidden_states", history=2), table, FITTING)
     backend = hero_fx.backend(plan=plan, inner="aot_eager")
     call = toys.torch_compile(model, backend, fullgraph=True)
-    for batch in (1, 2, 3):
+    for batch in (2, 3):
         kwargs = tiny.inputs(batch=batch)
         ours = tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
         assert tiny.worst(ours, by_reference(model, kwargs, table, slice(None), 2)) < 1e-5
-    assert backend.stats().graphs == 3
+    assert backend.stats().graphs == 2
 
 
 @pytest.mark.parametrize("history", [1, 2, 3])
@@ -138,11 +138,6 @@ def test_explain_shows_the_plan() -> None:
         assert part in text
 
 
-def test_inductor_shifts_the_state_as_it_should() -> None:
-    """Written back in another order, all of the past would become the newest output."""
-    check("inductor", 3, True)
-
-
 def test_coefficients_by_frame_and_half_of_the_batch() -> None:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs(batch=4)
     frames = tiny.GRID[0]
@@ -154,12 +149,14 @@ def test_coefficients_by_frame_and_half_of_the_batch() -> None:
     assert tiny.worst(ours, theirs) < 1e-5
 
 
-def test_a_model_without_branches_and_with_conditioning_channels() -> None:
+@pytest.mark.parametrize(("inner", "bound"), [(tiny.INNER, 1e-5), ("inductor", 1e-4)])
+def test_a_model_without_branches_and_with_conditioning_channels(inner: str, bound: float) -> None:
+    """Through Inductor too: were state written back in another order, all of the past would become the newest output."""
     model = Conditioned(extra=2).eval().requires_grad_(False)
     table = theta(1, 3, 1, 1)
     rule = OutputRule(index=0, axis=1, latent="sample", start=1)
     sample, hint = numbers(2, 3, 4, 5, seed=3), numbers(2, 1, 4, 5, seed=4)
-    backend = hero_fx.backend(plan=plan_of(rule, table, name="Conditioned", outputs=((3,),)), inner=tiny.INNER)
+    backend = hero_fx.backend(plan=plan_of(rule, table, name="Conditioned", outputs=((3,),)), inner=inner)
     call = toys.torch_compile(model, backend, fullgraph=True)
 
     def loop(call: Any) -> list[Tensor]:
@@ -185,7 +182,7 @@ def test_a_model_without_branches_and_with_conditioning_channels() -> None:
         for out in outs:
             theirs.append(out)
             state["x"] = state["x"] - out / STEPS
-    assert tiny.worst(ours, theirs) < 1e-5
+    assert tiny.worst(ours, theirs) < bound
 
 
 def test_two_outputs_each_with_its_latent() -> None:
