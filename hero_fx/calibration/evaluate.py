@@ -77,14 +77,16 @@ class Evaluator:
 
     def __init__(self, job: Job, base: Mapping[str, Any], predictor: Predictor, chosen: Backend, compiled: Any) -> None:
         self.job, self.base, self.predictor, self.chosen, self.compiled = job, base, predictor, chosen, compiled
-        self.scores: dict[Schedule, float] = {}
+        self.tried: dict[Schedule, dict[str, float]] = {}
+        """Every schedule that was run, and its error."""
 
-    def score(self, schedule: Schedule) -> float:
-        """Sum of the logarithms of all distances, mean over the trajectories that are searched on."""
-        self.scores[schedule] = log_sum(self.errors(schedule, self.job.scenes[: self.job.searched]))
-        if self.job.bar is not None:
-            self.job.bar.update()
-        return self.scores[schedule]
+    def error(self, schedule: Schedule) -> dict[str, float]:
+        """Distances to full compute, mean over the trajectories that are searched on."""
+        if schedule not in self.tried:
+            self.tried[schedule] = self.errors(schedule, self.job.scenes[: self.job.searched])
+            if self.job.bar is not None:
+                self.job.bar.update()
+        return self.tried[schedule]
 
     def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
         """Distances to full compute, mean over trajectories."""

@@ -21,10 +21,10 @@ from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
 
 from .arguments import check, numbers_of
+from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
 from .record import Recorder
-from .report import Calibration, Candidate
-from .search import even_schedule, improve, pairs, seed_schedule
+from .report import Calibration, Candidate, Tried
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -37,10 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lean": {},
 }
 """By policy, the options under which caches are behind the gates and merge, so that few coefficients say it all."""
-POWERS = (2.0, 1.0, 0.0)
-"""Of how far a step moves the sample, as weight of its error: errors of early steps grow on their way, so none is best."""
 FEW = 8
 """Steps up to which caching has little to gain."""
+_FEW = (
+    "with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 times): see what is lost "
+    "before you use this plan"
+)
 
 
 def relative_l2(sample: Any, reference: Any) -> dict[str, float]:
@@ -60,7 +62,8 @@ def calibrate(
     run: Run,
     *,
     num_steps: int,
-    budget: int | float,
+    budget: int | float | None = None,
+    max_error: float | Mapping[str, float] | None = None,
     scenes: int | Sequence[int] = 4,
     holdout: int | Sequence[int] = 2,
     policies: Sequence[str] = ("forecast",),
@@ -100,10 +103,14 @@ def calibrate(
         num_steps: T, the steps of a trajectory, which `run` has to make.
         budget: how much may be computed: a number of full steps (an int), or a speed-up by FLOPs, attention's included (a
             float).
+        max_error: in the place of `budget`, how far the final sample may be from full compute's, mean over the fitted
+            trajectories: the plan has the fewest full steps that keep within it. A number bounds all distances; a mapping
+            those that it names, such as `{"rgb": 0.005}`.
         scenes: the trajectories to fit to, by number; an int n means 0 .. n - 1.
         holdout: those that errors are reported on; an int n means the n that follow.
         policies: the candidates: of `"forecast"`, `"hero"`, `"taylorseer"`, `"lean"`.
-        search: how many schedules each candidate may try by running them; 1 takes that of dynamic programming.
+        search: how many schedules each candidate may try by running them (with `max_error` at least one for each number of
+            full steps that is tried).
         full_steps: steps that must be full, because they have an effect besides their output (they write a KV cache).
         latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
         by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
@@ -117,16 +124,15 @@ def calibrate(
         The best plan and what was compared; print it, and `.plot(path)` draws it.
 
     Raises:
-        ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits.
+        ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits the
+            model and the budget; for `max_error`, it says how near the nearest one comes.
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, policies, search, full_steps, fitted, held, history, samples, by)
-    if num_steps <= FEW:
-        log.warning(
-            "num_steps=%d: with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 "
-            "times); the report says what is lost", num_steps,
-        )  # fmt: skip
+    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by)
+    notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
+    for note in notes:
+        log.warning("%s", note)
     tapped = {p: backend(p, **OPTIONS[p], inner=inner, timestep=timestep) for p in policies if p != "forecast"}
     recorder = Recorder(
         tapped, backend("fora", inner=inner, timestep=timestep),
@@ -142,13 +148,22 @@ def calibrate(
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
         _record(job, num_steps)
-        candidates = [c for policy in policies if (c := _candidate(job, policy, budget, by, history)) is not None]
+        bound = None if max_error is None else bound_of(max_error, _measured(job))
+        wanted = budget if bound is None else bound
+        assert wanted is not None, "one of the two is given"
+        candidates = [c for policy in policies if (c := _candidate(job, policy, wanted, by, history)) is not None]
     if not candidates:
         why = "; ".join(f"{policy}: {reason}" for policy, reason in recorder.unsupported.items())
-        raise ValueError(f"policies={tuple(policies)!r}: none of them fits this model ({why})")
+        asked = f"budget={budget!r}" if bound is None else f"max_error={max_error!r}"
+        raise ValueError(f"policies={tuple(policies)!r}: none of them fits this model and {asked} ({why})")
+    # Where the budget is given, the nearest is the best; where the error is, the cheapest.
+    candidates.sort(key=lambda c: c.score if bound is None else (-c.speed, c.score))
+    if bound is not None and (over := bound.over(candidates[0].error)):
+        notes.append(f"on trajectories that were not fitted, {over}: fit more of them, or ask for less")
     return Calibration(
-        candidates=tuple(sorted(candidates, key=lambda c: c.score)), unsupported=dict(recorder.unsupported)
-    )
+        candidates=tuple(candidates), unsupported=dict(recorder.unsupported), notes=tuple(notes),
+        max_error={} if bound is None else bound.limits,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -181,8 +196,16 @@ def _record(job: Job, num_steps: int) -> None:
             )  # fmt: skip
 
 
-def _candidate(job: Job, policy: str, budget: int | float, by: Collection[str], history: int) -> Candidate | None:
-    if policy in job.recorder.unsupported:
+def _measured(job: Job) -> Mapping[str, float]:
+    """The distances, as they are between two samples."""
+    return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
+
+
+def _candidate(
+    job: Job, policy: str, budget: int | float | Bound, by: Collection[str], history: int
+) -> Candidate | None:
+    unsupported = job.recorder.unsupported
+    if policy in unsupported:
         return None
     predictor, base = _predictor(job, policy, by, history)
     steps = len(job.recordings[0].timesteps)
@@ -192,28 +215,31 @@ def _candidate(job: Job, policy: str, budget: int | float, by: Collection[str], 
     job.run(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
     share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
-    full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / (1 - share))
-    reach = max(4, math.ceil(3 * steps / max(1, full)))
-    if full < 1 + bool(job.must):
-        job.recorder.unsupported[policy] = (
-            f"its cached steps cost {share:.0%} of full ones, too much for budget={budget}"
-        )
-        return None
-    asked = pairs(steps, reach)
-    seeds = [even_schedule(steps, full, warmup, job.must) for warmup in (3, 1)]
-    for power in POWERS:
-        errors = dict(zip(asked, predictor.errors(asked, power), strict=True))
-        seeds.append(seed_schedule(errors, steps, full, reach=reach, must=job.must))
+
+    def speed(full: int) -> float:
+        return steps / (full + (steps - full) * share)
+
+    least = len({0, *job.must})
     evaluate = Evaluator(job, base, predictor, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
-        best, _ = improve(seeds, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
-    error = evaluate.errors(best, job.holdout)
-    speed = steps / (full + (steps - full) * share)
-    final = plan_for(job, base, predictor, best, error=error, speed=speed)
-    tried = tuple((full, schedule, value) for schedule, value in evaluate.scores.items())
+        if isinstance(budget, Bound):
+            try:
+                schedule = fewest(evaluate, budget, least, steps - 1)
+            except OutOfBound as missed:
+                unsupported[policy] = str(missed)
+                return None
+        else:
+            gain = max(1 - share, 1e-9)
+            full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / gain)
+            if full < least:
+                unsupported[policy] = f"its cached steps cost {share:.0%} of full ones, too much for budget={budget}"
+                return None
+            schedule = best(evaluate, full)
+    error = evaluate.errors(schedule, job.holdout)
     return Candidate(
-        policy=policy, plan=final, seeds=tuple(dict.fromkeys(seeds)), error=error, speed=speed, share=share,
-        score=log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
+        policy=policy, plan=plan_for(job, base, predictor, schedule, error=error, speed=speed(sum(schedule))),
+        error=error, speed=speed(sum(schedule)), share=share, score=log_sum(error), state_bytes=graphs.state_bytes,
+        tried=tuple(Tried(schedule=s, error=e, speed=speed(sum(s))) for s, e in evaluate.tried.items()),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -92,35 +93,34 @@ def improve(
     evaluations: int,
     seed: int,
     must: Collection[int] = (),
-    report: Callable[[Schedule, float], None] | None = None,
+    goal: float = -math.inf,
 ) -> tuple[Schedule, float]:
     """Takes the best start and moves full steps, one at a time, wherever that lowers the objective; at most so many
-    evaluations.
+    evaluations, and no more once it is down to the goal.
 
     First each full step to a neighbouring place, then to any free one, in an order that the seed decides.
     """
     rng = random.Random(seed)
-    tried = dict.fromkeys(starts[:evaluations])
-    found = {start: objective(start) for start in tried}
-    best, spent = min(found, key=found.__getitem__), len(found)
-    value = found[best]
+    found: dict[Schedule, float] = {}
+    best = starts[0]
+    for start in dict.fromkeys(starts[:evaluations]):
+        found[start] = objective(start)
+        best = min(best, start, key=found.__getitem__)
+        if found[best] <= goal:
+            return best, found[best]
     moved = True
-    while moved and spent < evaluations:
+    while moved:
         moved = False
         for schedule in _moves(best, rng, must):
-            if spent >= evaluations:
+            if len(found) >= evaluations or found[best] <= goal:
                 break
-            if schedule in tried:
+            if schedule in found:
                 continue
-            tried[schedule] = None
-            new = objective(schedule)
-            spent += 1
-            if new < value:
-                best, value, moved = schedule, new, True
-                if report is not None:
-                    report(best, value)
+            found[schedule] = objective(schedule)
+            if found[schedule] < found[best]:
+                best, moved = schedule, True
                 break
-    return best, value
+    return best, found[best]
 
 
 def _moves(schedule: Schedule, rng: random.Random, must: Collection[int]) -> Sequence[Schedule]:
