@@ -46,8 +46,10 @@ class CompiledStep:
     device: torch.device
 
 
-def _tracker(schedule: Callable[[int | None], Schedule], roles: Roles, strict: bool, before: int) -> Tracker:
-    return Tracker(schedule, roles=roles, strict=strict, trajectory=before)
+def _tracker(schedule: Callable[[int | None], Schedule], planned: Planned | None, roles: Roles, before: int) -> Tracker:
+    """A tracker, after `before` trajectories."""
+    chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
+    return Tracker(chosen, roles=roles, strict=planned is not None, trajectory=before)
 
 
 class Stepper:
@@ -81,7 +83,7 @@ class Stepper:
         self.graphs = graphs
         self.strict = strict
         self.again = again
-        self.store = StateStore(state, partial(_tracker, schedule, inputs.roles, planned is not None), budget)
+        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -96,7 +98,7 @@ class Stepper:
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, self.inputs.roles, planned is not None)
+        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs.roles)
         self.store.drop()
 
     def __call__(self, *inputs: Any) -> Any:
