@@ -228,7 +228,7 @@ class Backend:
             context=entered(dynamo.frame_module()),
             strict=config.strict,
             counts=self._counts,
-            watch=self._watch.starts,
+            watch=self._watch,
             again=dynamo.recompile_reason(),
             planned=planned_for(config),
             budget=self._budget,

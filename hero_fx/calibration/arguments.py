@@ -25,10 +25,15 @@ def numbers_of(name: str, given: int | Sequence[int], start: int) -> tuple[int, 
 def check(
     num_steps: int, budget: int | float | None, max_error: float | Mapping[str, float] | None, policies: Sequence[str],
     search: int, full_steps: Collection[int], scenes: tuple[int, ...], holdout: tuple[int, ...], history: int, samples: int,
-    by: Collection[str],
+    by: Collection[str], phases: int,
 ) -> None:  # fmt: skip
     """Raises ValueError for arguments of `calibrate` that mean nothing."""
-    for name, value, least in (("num_steps", num_steps, 2), ("search", search, 1), ("samples", samples, 1)):
+    for name, value, least in (
+        ("num_steps", num_steps, 2),
+        ("search", search, 1),
+        ("samples", samples, 1),
+        ("phases", phases, 1),
+    ):
         whole_number(name, value, least)
     _check_budget(num_steps, budget, max_error)
     one_of("history", history, (1, 2, 3))

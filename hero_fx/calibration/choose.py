@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .evaluate import Evaluator, log_sum
+from .evaluate import Evaluator, Job, log_sum
 from .search import Schedule, even_schedule, improve, pairs, seed_schedule
+from .tables import Predictor
 
 __all__ = ["Bound", "OutOfBound", "best", "bound_of", "fewest"]
 
@@ -96,23 +97,37 @@ def fewest(evaluate: Evaluator, bound: Bound, least: int, most: int) -> Schedule
             f"with {most} full steps, the most that leave one to be cached, "
             f"{bound.over(evaluate.errors(schedule, job.scenes))}; raise max_error"
         )
-    return improve([found], within, evaluations=1 + max(0, left()), seed=job.seed, must=job.must)[0]
+    return _improve(job, [found], within, 1 + max(0, left()))[0]
 
 
 def _search(
     evaluate: Evaluator, full: int, objective: Callable[[Schedule], float], evaluations: int, goal: float = -math.inf
 ) -> tuple[Schedule, float]:
-    job = evaluate.job
-    return improve(_starts(evaluate, full), objective, evaluations=evaluations, seed=job.seed, must=job.must, goal=goal)
+    # One start of each phase, in a row.
+    starts = [
+        sum(parts, ()) for parts in zip(*(_starts(evaluate.job, p, full) for p in evaluate.predictors), strict=True)
+    ]
+    return _improve(evaluate.job, starts, objective, evaluations, goal)
 
 
-def _starts(evaluate: Evaluator, full: int) -> list[Schedule]:
-    """What a search starts from: evenly spaced schedules, and those of dynamic programming."""
-    job, steps = evaluate.job, len(evaluate.job.recordings[0].timesteps)
+def _improve(
+    job: Job,
+    starts: Sequence[Schedule],
+    objective: Callable[[Schedule], float],
+    evaluations: int,
+    goal: float = -math.inf,
+) -> tuple[Schedule, float]:
+    steps = len(job.timesteps)
+    return improve(starts, objective, evaluations=evaluations, seed=job.seed, must=job.must, steps=steps, goal=goal)
+
+
+def _starts(job: Job, predictor: Predictor, full: int) -> list[Schedule]:
+    """What the search of a phase starts from: evenly spaced schedules, and those of dynamic programming."""
+    steps = len(job.timesteps)
     reach = max(4, math.ceil(3 * steps / full))
     asked = pairs(steps, reach)
     starts = [even_schedule(steps, full, warmup, job.must) for warmup in (3, 1)]
     for power in POWERS:
-        errors = dict(zip(asked, evaluate.predictor.errors(asked, power), strict=True))
+        errors = dict(zip(asked, predictor.errors(asked, power), strict=True))
         starts.append(seed_schedule(errors, steps, full, reach=reach, must=job.must))
     return starts

@@ -15,11 +15,14 @@ from .search import Schedule
 __all__ = ["Calibration", "Candidate", "Tried"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Tried:
     """A schedule that was run."""
 
     schedule: Schedule
+    """Of all phases in a row."""
+    full: int
+    """Full steps of a trajectory."""
     error: Mapping[str, float]
     """Distances to full compute, mean over the fitted trajectories that were searched on."""
     speed: float
@@ -65,10 +68,10 @@ class Calibration:
     def __str__(self) -> str:
         rows = []
         for c in self.candidates:
-            line = c.plan.timelines[0]
+            line, strips = c.plan.timelines[0], " ".join(t.strip for t in c.plan.timelines)
             errors = [f"{value:.5f}" for value in c.error.values()]
             rows.append(
-                [c.policy, line.full, f"{c.speed:.2f}", *errors, f"{c.state_bytes / 1e6:.2f}", len(c.tried), line.strip]
+                [c.policy, line.full, f"{c.speed:.2f}", *errors, f"{c.state_bytes / 1e6:.2f}", len(c.tried), strips]
             )
         heads = [
             "policy",
@@ -87,10 +90,10 @@ class Calibration:
         """Where the number of full steps was searched, what each number led to."""
         rows = []
         for c in self.candidates:
-            counts = sorted({sum(t.schedule) for t in c.tried})
+            counts = sorted({t.full for t in c.tried})
             if len(counts) > 1:
                 for full in counts:
-                    of = [t for t in c.tried if sum(t.schedule) == full]
+                    of = [t for t in c.tried if t.full == full]
                     nearest = min(of, key=lambda t: max(t.error[name] / most for name, most in self.max_error.items()))
                     errors = [f"{value:.5f}" for value in nearest.error.values()]
                     rows.append([c.policy, full, f"{nearest.speed:.2f}", *errors, len(of)])
@@ -112,7 +115,7 @@ class Calibration:
                 of = [(t.speed, t.error[name]) for t in c.tried]
                 above.scatter(*zip(*of, strict=True), color=f"C{number}", marker=marker, s=14, alpha=0.3, linewidths=0)
                 above.plot(c.speed, error, marker, color=f"C{number}", label=f"{c.policy}: {name}, {error:.2g}")
-            for step, full in enumerate(c.plan.timelines[0].schedule):
+            for step, full in enumerate(full for t in c.plan.timelines for full in t.schedule):
                 below.barh(-number, 0.9, left=step, height=0.8, color=f"C{number}" if full else "0.9")
         for name, limit in self.max_error.items():
             above.axhline(limit, color="0.5", linewidth=0.8, linestyle=":", label=f"at most: {name}, {limit:.2g}")

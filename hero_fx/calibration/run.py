@@ -23,7 +23,7 @@ from hero_fx.passes.rewrite.forecast import outputs_of
 from .arguments import check, numbers_of
 from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
-from .record import Recorder
+from .record import Recorder, Recording
 from .report import Calibration, Candidate, Tried
 from .tables import Features, Outputs, Predictor, by_parts
 
@@ -70,6 +70,7 @@ def calibrate(
     seed: int = 0,
     search: int = 60,
     full_steps: Collection[int] = (),
+    phases: int = 1,
     latent: str | Sequence[str] | None = None,
     by: Collection[Literal["frames", "batch"]] = (),
     history: int = 3,
@@ -112,6 +113,8 @@ def calibrate(
         search: how many schedules each candidate may try by running them (with `max_error` at least one for each number of
             full steps that is tried).
         full_steps: steps that must be full, because they have an effect besides their output (they write a KV cache).
+        phases: for autoregressive models, whose runs are several trajectories, chunk after chunk: how many of the first have a
+            schedule and coefficients of their own. The last of these are fitted to all further ones, and are for them.
         latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
         by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
         history: how many past outputs a forecast is made from, 1 to 3.
@@ -129,7 +132,7 @@ def calibrate(
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by)
+    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases)
     notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
     for note in notes:
         log.warning("%s", note)
@@ -143,8 +146,8 @@ def calibrate(
         Path(folder).mkdir(parents=True, exist_ok=True)
     options = {"inner": inner, "timestep": timestep}
     job = Job(
-        getattr(model, "_orig_mod", model), run, recorder, [], {}, fitted, held, distances, options, store, seed, search,
-        tuple(full_steps), min(2, len(fitted)),
+        getattr(model, "_orig_mod", model), run, recorder, [[] for _ in range(phases)], {}, fitted, held, distances, options,
+        store, seed, search, frozenset({0, *full_steps}), min(2, len(fitted)),
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
         _record(job, num_steps)
@@ -177,17 +180,22 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
 
 def _record(job: Job, num_steps: int) -> None:
     compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
+    first: Recording | None = None
     for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
         job.finals[i] = job.run(compiled, i)
-        recording = job.recorder.finish()
-        if len(recording.timesteps) != num_steps:
+        made = job.recorder.finish()
+        if lengths := [len(r.timesteps) for r in made if len(r.timesteps) != num_steps]:
+            raise ValueError(f"num_steps={num_steps}, but run(model, {i}) made {lengths[0]} steps: make both agree")
+        if len(made) < len(job.recordings):
             raise ValueError(
-                f"num_steps={num_steps}, but run(model, {i}) made {len(recording.timesteps)} steps: make both agree"
+                f"phases={len(job.recordings)}, but run(model, {i}) made {len(made)} trajectories, one after another: there "
+                "must be one for each phase"
             )
-        if job.recordings and recording.timesteps != job.recordings[0].timesteps:
-            raise ValueError(f"run(model, {i}) went through other timesteps than run(model, {job.scenes[0]})")
-        if i in job.scenes:
-            job.recordings.append(recording)
+        first = first or made[0]
+        if any(recording.timesteps != first.timesteps for recording in made):
+            raise ValueError(f"run(model, {i}) went through other timesteps than the first trajectory")
+        for number, recording in enumerate(made if i in job.scenes else ()):
+            job.recordings[min(number, len(job.recordings) - 1)].append(recording)
     for rule in job.recorder.rules:
         if rule.latent is None:
             log.warning(
@@ -207,20 +215,20 @@ def _candidate(
     unsupported = job.recorder.unsupported
     if policy in unsupported:
         return None
-    predictor, base = _predictor(job, policy, by, history)
-    steps = len(job.recordings[0].timesteps)
-    plan = plan_for(job, base, predictor, tuple(True for _ in range(steps)))
+    predictors, base = _predictors(job, policy, by, history)
+    steps, phases = len(job.timesteps), len(predictors)
+    plan = plan_for(job, base, predictors, (True,) * (steps * phases))
     chosen = backend(plan=plan, **job.options)
     compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
-    job.run(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
+    job.run_alone(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
     share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
 
     def speed(full: int) -> float:
         return steps / (full + (steps - full) * share)
 
-    least = len({0, *job.must})
-    evaluate = Evaluator(job, base, predictor, chosen, compiled)
+    least = len(job.must)
+    evaluate = Evaluator(job, base, predictors, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
         if isinstance(budget, Bound):
             try:
@@ -232,23 +240,28 @@ def _candidate(
             gain = max(1 - share, 1e-9)
             full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / gain)
             if full < least:
-                unsupported[policy] = f"its cached steps cost {share:.0%} of full ones, too much for budget={budget}"
+                unsupported[policy] = (
+                    f"budget={budget} leaves room for {max(full, 0)} full steps, where a cached one costs {share:.0%} of a "
+                    f"full one, and {least} have to be full"
+                )
                 return None
             schedule = best(evaluate, full)
-    error = evaluate.errors(schedule, job.holdout)
+    error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
+    tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
-        policy=policy, plan=plan_for(job, base, predictor, schedule, error=error, speed=speed(sum(schedule))),
-        error=error, speed=speed(sum(schedule)), share=share, score=log_sum(error), state_bytes=graphs.state_bytes,
-        tried=tuple(Tried(schedule=s, error=e, speed=speed(sum(s))) for s, e in evaluate.tried.items()),
+        policy=policy, plan=plan_for(job, base, predictors, schedule, error=error, speed=speed(full)), error=error,
+        speed=speed(full), share=share, score=log_sum(error), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
 
 
-def _predictor(job: Job, policy: str, by: Collection[str], history: int) -> tuple[Predictor, dict[str, Any]]:
-    recorder, recordings = job.recorder, tuple(job.recordings)
-    lanes = next(iter(recordings[0].outputs.values())).shape[0]
-    notes = {"fitted to": f"{len(recordings)} trajectories", "errors on": f"{len(job.holdout)} others"}
+def _predictors(job: Job, policy: str, by: Collection[str], history: int) -> tuple[list[Predictor], dict[str, Any]]:
+    """What fits each phase, and what plans have in common."""
+    recorder, recordings = job.recorder, [tuple(of) for of in job.recordings]
+    first = recordings[0][0]
+    notes = {"fitted to": f"{len(job.scenes)} trajectories", "errors on": f"{len(job.holdout)} others"}
     base: dict[str, Any] = {
-        "policy": policy, "model": recorder.fingerprint, "lanes": lanes, "batch": recorder.batch, "notes": notes,
+        "policy": policy, "model": recorder.fingerprint, "lanes": next(iter(first.outputs.values())).shape[0],
+        "batch": recorder.batch, "notes": notes,
     }  # fmt: skip
     if policy == "forecast":
         values = outputs_of(recorder.normal)
@@ -257,9 +270,9 @@ def _predictor(job: Job, policy: str, by: Collection[str], history: int) -> tupl
         rules = by_parts(rules, ranks, by, recorder.batch)
         base["outputs"] = rules
         base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, rules)
-        return Outputs(recordings, rules, ranks), base
+        return [Outputs(of, rules, ranks) for of in recordings], base
     base["options"] = OPTIONS[policy]
     base["model"] = replace(recorder.fingerprint, outputs=())
-    names = [n.removeprefix(f"{policy}/") for n in recordings[0].features if n.startswith(f"{policy}/")]
+    names = [n.removeprefix(f"{policy}/") for n in first.features if n.startswith(f"{policy}/")]
     refreshed = frozenset(n for n in names if n.startswith(("sum_l0_", "l0_"))) if policy == "hero" else frozenset()
-    return Features(recordings, policy, 1, refreshed), base
+    return [Features(of, policy, 1, refreshed) for of in recordings], base

@@ -17,7 +17,7 @@ from hero_fx.schedule import Schedule
 from hero_fx.stack import warn
 
 from .seen import Seen, Undecided
-from .timestep import Timestep
+from .timestep import AmbiguousCall, Timestep
 from .tracker import Call
 
 __all__ = ["Planned", "planned_for"]
@@ -41,6 +41,7 @@ class Planned:
         """`num_steps`: of the trajectories that do not say theirs; `mismatch`: `"error"` or `"warn"`, for timesteps that are
         not the plan's."""
         self.plan = plan
+        self.phases = plan.phases
         self.num_steps = num_steps
         self.mismatch = mismatch
         self._rules: Mapping[str, OutputRule] = {rule.table: rule for rule in plan.outputs}
@@ -68,6 +69,19 @@ class Planned:
                 "number of steps, or another scheduler. Run what the plan is for, or calibrate a plan for this"
             )
         return fitting[0] if len(fitting) == 1 else Undecided(tuple(fitting), seen)
+
+    def check_session(self) -> None:
+        """Refuses a call without a session, where coefficients depend on how many trajectories its video had before.
+
+        Raises:
+            AmbiguousCall: they do.
+        """
+        if self.phases > 1:
+            raise AmbiguousCall(
+                f"the plan has coefficients of their own for the first {self.phases} trajectories (phases) of a video, and a "
+                "call without a session does not tell which video it is of: run each in hero_fx.session(...), or use "
+                "hero_fx.calling(session=...) around each call"
+            )
 
     def check(self, call: Call, pattern: tuple[bool, ...], lane: int, timestep: Timestep) -> None:
         """Refuses a call that the plan has no coefficients for.

@@ -103,8 +103,7 @@ class Tracker:
         self._strict = strict
         self.trajectory = trajectory
         """Trajectories so far."""
-        self.phase = 0
-        """How many were finished before the present one."""
+        self._finished = 0  # before the present one
         self.reset()
 
     def reset(self) -> None:
@@ -139,8 +138,13 @@ class Tracker:
         change = self._change(evidence)
         return change != 0 and change * self._direction >= 0
 
-    def advance(self, evidence: Evidence) -> Call:
-        """Places the next call.
+    @property
+    def finished(self) -> int:
+        """Trajectories that came to the last step of their schedule, the present one among them if it has."""
+        return self._finished + (self.step is not None and self._is_over())
+
+    def advance(self, evidence: Evidence, elsewhere: Callable[[], int] = int) -> Call:
+        """Places the next call; `elsewhere`: how many trajectories of the session other graphs of the model finished.
 
         Two calls are of the same step only if their timesteps agree in all values: those of conditioning tokens may
         stand still while the others move. Exact comparison is right, because the loop hands all calls of a step the
@@ -161,8 +165,8 @@ class Tracker:
             AmbiguousCall: the lane of the call cannot be told, or there are more than `max_lanes`.
         """
         place = self._locate(evidence)
-        phase = self.phase + (place.starts and self.step is not None and self._is_over())
-        schedule = self._schedule_of(evidence, place, phase)
+        finished = self.finished if place.starts else self._finished
+        schedule = self._schedule_of(evidence, place, lambda: finished + elsewhere())
         lanes = Lanes(self._roles, self._max_lanes) if place.starts else self._lanes
         if place.starts:
             self._full_to_the_end = False
@@ -187,7 +191,7 @@ class Tracker:
             if full:
                 gap = since if fulls else 0  # to a full step whose features are still there
                 past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
-        self.trajectory, self.phase = self.trajectory + int(place.starts), phase
+        self.trajectory, self._finished = self.trajectory + int(place.starts), finished
         self.step, self._last, self._direction = place.step, evidence, place.direction
         self._schedule, self._lanes = schedule, lanes
         lanes.saw(evidence)
@@ -207,10 +211,10 @@ class Tracker:
         elif self._table == "doubt":
             self._table = "no"
 
-    def _schedule_of(self, evidence: Evidence, place: _Place, phase: int) -> Schedule:
+    def _schedule_of(self, evidence: Evidence, place: _Place, phase: Callable[[], int]) -> Schedule:
         known, given = None if place.starts else self._schedule, evidence.num_steps
         if known is None or isinstance(known, Undecided):
-            seen = Seen(phase=phase) if known is None else known.seen
+            seen = Seen(phase=phase()) if known is None else known.seen
             return self._schedules(seen.and_at(place.step, max(evidence.timestep.values), given))
         if given not in (None, known.num_steps):
             raise ValueError(
