@@ -13,7 +13,7 @@ import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
-from .reference import forecast_trajectory
+from .reference_forecast import forecast_trajectory
 from .support import toys
 from .support.forecasts import theta
 from .support.steps_by_hand import numbers

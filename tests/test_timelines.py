@@ -14,7 +14,7 @@ import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
-from .reference import forecast_trajectory
+from .reference_forecast import forecast_trajectory
 from .support import tiny, toys
 from .support.forecasts import Conditioned, theta
 from .support.steps_by_hand import numbers
