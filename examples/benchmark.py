@@ -35,7 +35,7 @@ from _model import CONDITION, LATENT, Setting, rotary, world_model
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.runtime.filling import Selections
-from hero_fx.runtime.planned import Planned
+from hero_fx.runtime.planned import planned_for
 from hero_fx.runtime.state import StateStore
 from hero_fx.runtime.stepper import Stepper
 from hero_fx.runtime.weights import Weights
@@ -210,11 +210,7 @@ def host_seconds(stepper: Stepper, config: hero_fx.Config) -> float:
     idle.weights = Weights(stepper.inputs.weights, idle.store.drop_model)
     if stepper.selections is not None:
         idle.selections = Selections(stepper.selections.sampler, stepper.selections.device)
-    planned = None
-    if config.plan is not None:
-        assert isinstance(config.plan, hero_fx.Plan)
-        planned = Planned(config.plan.timelines[0], config.plan.outputs, config.plan.lanes, mismatch="error")
-    idle.follow(config.schedule_of, planned)
+    idle.follow(config.schedule_of, planned_for(config))
     schedule, seconds = config.make_schedule(), []
     values = [value_of(node) for node in stepper.graphs.normal.graph.find_nodes(op="placeholder")]
     inputs = [torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v for v in values]

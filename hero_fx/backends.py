@@ -130,7 +130,7 @@ class Backend:
         old = self.config.plan
         if not isinstance(old, Plan):
             raise ValueError("this backend follows no plan: give it one with plan= when it is made")
-        ours, theirs = ((p.policy, dict(p.options), p.outputs, _shapes(p)) for p in (old, plan))
+        ours, theirs = ((p.policy, dict(p.options), p.outputs, p.timelines[0].shapes) for p in (old, plan))
         if ours != theirs:
             raise ValueError(
                 "the plan differs in policy, options, outputs or the shapes of coefficients: make a new backend"
@@ -228,7 +228,7 @@ class Backend:
             context=entered(dynamo.frame_module()),
             strict=config.strict,
             counts=self._counts,
-            watch=self._watch.starts,
+            watch=self._watch,
             again=dynamo.recompile_reason(),
             planned=planned_for(config),
             budget=self._budget,
@@ -247,10 +247,6 @@ class Backend:
                 f"torch._dynamo.config.recompile_limit={limit} allows no further one: the model would run uncompiled, or "
                 "raise with fullgraph=True. Raise torch._dynamo.config.recompile_limit if calls have more shapes"
             )
-
-
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape[1:]) for line in plan.timelines for name, t in line.coefficients.items()}
 
 
 def _with_options_of(

@@ -130,9 +130,8 @@ class _Build:
             merges = () if "merge_caches" in config.disable_passes else find_merges(self.cached, families)
             self.run_on_all("merge", stages.merging(merges))
             self.run_on_all("state", stages.shrinking(state_read(self.full, self.cached)))
-        if config.timeline is not None:
-            coefficients = config.timeline.coefficients
-            tables = {name: tuple(table.shape[2:]) for name, table in coefficients.items() if "@" not in name}
+        if config.timelines:
+            tables = {name: shape[1:] for name, shape in config.timelines[0].shapes.items() if "@" not in name}
             for name, gm in self.named():
                 self.run(f"{name}_plan", stages.weighing(tables), gm)
         if config.state_dtype is torch.int8:

@@ -65,7 +65,8 @@ class Config:
         mode: Inductor's mode, as in `torch.compile(mode=...)`, which wins if both are given.
         options: Inductor's options, as in `torch.compile(options=...)`, which come on top.
         plan: a calibrated plan (`hero_fx.calibrate`), or the path of one. It decides policy, schedule, `num_steps` and the
-            coefficients of cached steps; options given beside it must agree with it.
+            coefficients of cached steps; options given beside it must agree with it. Of a plan for several numbers of steps
+            `num_steps` picks one; without it the timesteps of each trajectory do.
         plan_mismatch: where the model or a call is not what the plan was calibrated on: `"error"`, or `"warn"` and go on.
         max_state_bytes: bytes of feature state that all sessions may hold together. Where another one needs room, the state of
             those used least recently is freed: their next step is full, and `stats().evictions` counts them. None: no bound.
@@ -115,7 +116,8 @@ class Config:
                 "policy='forecast' needs a plan, for its coefficients are calibrated: plan=hero_fx.calibrate(...), or its path"
             )
         check_options(self)
-        self.make_schedule()
+        if self.plan is None:
+            self.make_schedule()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
@@ -134,7 +136,13 @@ class Config:
         return self.schedule_of(None)
 
     def schedule_of(self, num_steps: int | None) -> Schedule:
-        """Which steps of a trajectory of `num_steps` are full; None: as many as the options say."""
+        """Which steps of a trajectory of `num_steps` are full; None: as many as the options say.
+
+        Raises:
+            ValueError: the options are for another number of steps, or the plan for several.
+        """
+        if isinstance(self.plan, Plan):
+            return self.plan.timeline(num_steps or self.num_steps)
         return make_schedule(
             self.schedule,
             interval=self.interval,
@@ -188,19 +196,26 @@ class Config:
         return self.policy
 
     @property
-    def timeline(self) -> Timeline | None:
-        """The part of the plan that is for this number of steps; None without a plan."""
-        return self.plan.timeline(self.num_steps) if isinstance(self.plan, Plan) else None
+    def timelines(self) -> tuple[Timeline, ...]:
+        """The parts of the plan that are for this number of steps, or for any where none is given; none without a plan."""
+        if not isinstance(self.plan, Plan):
+            return ()
+        return tuple(t for t in self.plan.timelines if self.num_steps in (None, t.num_steps))
 
     def _follow(self, plan: Plan) -> None:
         """Takes over what the plan decides; what was given beside it must agree."""
-        timeline = plan.timeline(self.num_steps)
-        decided = {
-            "policy": plan.policy,
-            **plan.options,
-            "schedule": timeline.schedule,
-            "num_steps": timeline.num_steps,
-        }
+        object.__setattr__(self, "plan", plan)
+        plan.fitting(self.num_steps)
+        decided = {"policy": plan.policy, **plan.options}
+        if len(self.timelines) == 1:
+            decided["schedule"] = self.timelines[0].schedule
+        elif self.schedule != "uniform":
+            raise ValueError(
+                f"schedule={self.schedule!r}: the plan has a schedule for each of its {len(self.timelines)} timelines; leave "
+                "it out beside plan="
+            )
+        if len({t.num_steps for t in self.timelines}) == 1:
+            decided["num_steps"] = self.timelines[0].num_steps
         defaults = {f.name: f.default for f in fields(Config)}
         for name, value in decided.items():
             given = getattr(self, name)
@@ -209,4 +224,3 @@ class Config:
             if given not in (defaults[name], value):
                 raise ValueError(f"{name}={given!r}: the plan was calibrated for {value!r}; leave it out beside plan=")
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "plan", plan)

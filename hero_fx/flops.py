@@ -22,9 +22,10 @@ from hero_fx.passes.ops import PRODUCTS
 
 from .config import Config
 from .policy import Policy
+from .schedule import Schedule
 from .step_graphs import StepGraphs
 
-__all__ = ["Flops", "Outside", "flops", "outside", "step_kinds", "too_much_outside", "trajectory_flops"]
+__all__ = ["Flops", "Outside", "flops", "flops_by", "outside", "step_kinds", "too_much_outside", "trajectory_flops"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,15 @@ def too_much_outside(normal: fx.GraphModule, structure: Structure) -> str | None
 
 
 def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
-    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind."""
-    schedule = config.make_schedule()
+    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind.
+
+    Raises:
+        ValueError: a plan is not for so many steps.
+    """
+    return _kinds(config.schedule_of(None if config.plan is None else num_steps), policy, num_steps)
+
+
+def _kinds(schedule: Schedule, policy: Policy, num_steps: int) -> list[int | None]:
     kinds: list[int | None] = []
     last = 0
     for step in range(num_steps):
@@ -138,9 +146,14 @@ def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | Non
 
 def trajectory_flops(steps: StepGraphs, config: Config, num_steps: int) -> Flops:
     """FLOPs of a whole trajectory of `num_steps` calls."""
+    return flops_by(config.schedule_of(None if config.plan is None else num_steps), steps, config, num_steps)
+
+
+def flops_by(schedule: Schedule, steps: StepGraphs, config: Config, num_steps: int) -> Flops:
+    """FLOPs of a trajectory by another schedule than that of the options."""
     policy = config.make_policy()
     assert policy is not None
-    count = Counter(step_kinds(config, policy, num_steps))
+    count = Counter(_kinds(schedule, policy, num_steps))
     total = flops(steps.full) * count[None]
     for number, gm in enumerate(steps.cached):
         total += flops(gm) * count[number]

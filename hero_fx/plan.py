@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hero_fx.passes.rewrite.forecast import OutputRule
 
+from .timeline import Timeline
+
 __all__ = ["POLICIES", "Fingerprint", "Plan", "Timeline", "as_plan"]
 
 POLICIES = ("forecast", "hero", "taylorseer", "lean")
@@ -58,61 +60,13 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Timeline:
-    """A plan for one number of steps."""
-
-    schedule: tuple[bool, ...]
-    """One truth value per step, true = full."""
-    timesteps: tuple[float, ...]
-    """What the model's timestep input holds at each step (the highest of its values)."""
-    coefficients: Mapping[str, Tensor]
-    """By table. Outputs: `out0` [steps, 5, groups, ...], θ0 .. θ4 of each step (see `hero_fx.passes.forecast`), in the
-    output's axes, of size 1 where all share them. Features: [steps, terms, channels], what Y_0, Y_1, ... are multiplied
-    with. Rows of full steps are not read. `name@1` holds for the second call of a step, and so on, where it is there."""
-    error: Mapping[str, float] = field(default_factory=dict)
-    """Predicted relative L2 distance of the final sample to full compute, on trajectories that were not fitted."""
-    speed: float = 0.0
-    """Predicted speed-up by FLOPs, with attention; 0 where it was not counted."""
-
-    def __post_init__(self) -> None:
-        steps = len(self.schedule)
-        if not steps or not self.schedule[0]:
-            raise ValueError(f"schedule={self.schedule!r}: its first step must be full")
-        if len(self.timesteps) != steps:
-            raise ValueError(f"timesteps={self.timesteps!r} has {len(self.timesteps)} values for {steps} steps")
-        for name, table in self.coefficients.items():
-            if table.dim() < 2 or table.shape[0] != steps or not table.is_floating_point():
-                raise ValueError(
-                    f"coefficients[{name!r}] has shape {tuple(table.shape)} and dtype {table.dtype}; it must be "
-                    f"floating-point, [{steps} steps, terms, ...]"
-                )
-            if not bool(table.isfinite().all()):
-                raise ValueError(f"coefficients[{name!r}] holds values that are not finite")
-
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return len(self.schedule)
-
-    @property
-    def full(self) -> int:
-        """How many steps are full."""
-        return sum(self.schedule)
-
-    @property
-    def strip(self) -> str:
-        """The schedule as text: `█` for a full step, `·` for a cached one."""
-        return "".join("█" if full else "·" for full in self.schedule)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Plan:
     """What `hero_fx.calibrate` learned; `hero_fx.backend(plan=...)` follows it. Print it to read it."""
 
     policy: str
     """`"forecast"`, `"hero"`, `"taylorseer"` or `"lean"`."""
     timelines: tuple[Timeline, ...]
-    """One or more, for different timesteps."""
+    """One or more, for different timesteps or phases."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `hero_fx.backend` that its coefficients were fitted for."""
     outputs: tuple[OutputRule, ...] = ()
@@ -135,39 +89,79 @@ class Plan:
             raise ValueError(
                 f"outputs={self.outputs!r}: policy 'forecast' needs rules for outputs, and only it has them"
             )
-        seen = [timeline.timesteps for timeline in self.timelines]
-        if len(set(seen)) < len(seen):
+        if len({(t.timesteps, t.phase) for t in self.timelines}) < len(self.timelines):
             raise ValueError("two timelines have the same timesteps: which one is meant could not be told")
+        for phases in self._groups():
+            if sorted(phases) != list(range(len(phases))):
+                raise ValueError(
+                    f"timelines with the same timesteps have the phases {sorted(phases)}: number them from 0"
+                )
+        first = self.timelines[0]
         for timeline in self.timelines:
             for rule in self.outputs:
                 if rule.table not in timeline.coefficients:
                     raise ValueError(f"coefficients of the timeline of {timeline.num_steps} steps lack {rule.table!r}")
+            if timeline.shapes != first.shapes:
+                raise ValueError(
+                    f"coefficients of the timeline of {timeline.num_steps} steps have the shapes {timeline.shapes}, and those "
+                    f"of {first.num_steps} steps {first.shapes}: one step graph reads both, so they must agree"
+                )
 
-    def timeline(self, num_steps: int | None) -> Timeline:
+    def _groups(self) -> list[dict[int, Timeline]]:
+        """Timelines by phase, those of the same timesteps together."""
+        found: dict[tuple[float, ...], dict[int, Timeline]] = {}
+        for timeline in self.timelines:
+            found.setdefault(timeline.timesteps, {})[timeline.phase] = timeline
+        return list(found.values())
+
+    @property
+    def phases(self) -> int:
+        """Trajectories of a session that have coefficients of their own; the last ones are for all that follow."""
+        return max(map(len, self._groups()))
+
+    def fitting(self, num_steps: int | None = None, phase: int = 0) -> tuple[Timeline, ...]:
+        """The timelines for a number of steps, or for any, and for the trajectory of a session that has this number.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = [phases[min(phase, len(phases) - 1)] for phases in self._groups()]
+        fitting = tuple(t for t in found if num_steps in (None, t.num_steps))
+        if not fitting:
+            known = ", ".join(str(t.num_steps) for t in found)
+            raise ValueError(
+                f"num_steps={num_steps}: the plan is for {known} steps; run as many, or calibrate for {num_steps} steps"
+            )
+        return fitting
+
+    def timeline(self, num_steps: int | None = None, phase: int = 0) -> Timeline:
         """The timeline of a number of steps; the only one for None.
 
         Raises:
             ValueError: there is none, or more than one.
         """
-        found = [t for t in self.timelines if num_steps is None or t.num_steps == num_steps]
-        if len(found) == 1:
-            return found[0]
-        known = ", ".join(str(t.num_steps) for t in self.timelines)
-        if not found:
+        found = self.fitting(num_steps, phase)
+        if len(found) > 1:
+            known = ", ".join(str(t.num_steps) for t in found)
             raise ValueError(
-                f"num_steps={num_steps}: the plan is for {known} steps; run as many, or calibrate for {num_steps} steps"
+                f"num_steps={num_steps}: the plan has timelines of {known} steps; say which with num_steps="
             )
-        raise ValueError(f"num_steps={num_steps}: the plan has timelines of {known} steps; say which with num_steps=")
+        return found[0]
 
     def with_timelines(self, other: Plan) -> Plan:
-        """This plan with those of another for the same model and policy too.
+        """This plan with the timelines of another too, which is for the same model and policy: one file for several numbers
+        of steps.
 
         Raises:
-            ValueError: they are not for the same model, policy, options and guidance.
+            ValueError: they are not for the same model, policy, options and guidance, or both have the same timesteps.
         """
-        mine, theirs = ((p.policy, dict(p.options), p.outputs, p.model, p.lanes, p.batch) for p in (self, other))
-        if mine != theirs:
-            raise ValueError("the plans differ in policy, options, outputs, model or guidance, so they stay two plans")
+        differ = [
+            n
+            for n in ("policy", "options", "outputs", "model", "lanes", "batch")
+            if getattr(self, n) != getattr(other, n)
+        ]
+        if differ:
+            raise ValueError(f"the plans differ in {', '.join(differ)}, so they stay two plans")
         return Plan(
             policy=self.policy, timelines=(*self.timelines, *other.timelines), options=self.options, outputs=self.outputs,
             model=self.model, lanes=self.lanes, batch=self.batch, notes={**other.notes, **self.notes},
@@ -181,7 +175,7 @@ class Plan:
         for number, timeline in enumerate(self.timelines):
             for name, table in timeline.coefficients.items():
                 tensors[f"{number}/{name}"] = table.detach().to("cpu", torch.float32).contiguous().clone()
-            kept = {name: getattr(timeline, name) for name in ("schedule", "timesteps", "error", "speed")}
+            kept = {name: getattr(timeline, name) for name in ("schedule", "timesteps", "error", "speed", "phase")}
             timelines.append({**kept, "error": dict(timeline.error)})
         known = {
             "policy": self.policy, "options": dict(self.options), "outputs": [asdict(rule) for rule in self.outputs],
@@ -267,13 +261,20 @@ def _describe(rule: OutputRule) -> str:
 
 
 def _table(timelines: Sequence[Timeline]) -> str:
-    rows = []
+    rows, several = [], any(t.phase for t in timelines)
     for t in timelines:
         error = ", ".join(f"{name} {value:.4f}" for name, value in t.error.items())
         speed = f"{t.speed:.2f}" if t.speed else ""
-        span = f"{t.timesteps[0]:g} .. {t.timesteps[-1]:g}"
-        rows.append([t.num_steps, t.full, speed, error, span, t.strip])
-    heads = ["steps", "full", "speed-up", "predicted error", "timesteps", "schedule (█ full, · cached)"]
+        rows.append([t.num_steps, *[t.phase] * several, t.full, speed, error, t.span, t.strip])
+    heads = [
+        "steps",
+        *["phase"] * several,
+        "full",
+        "speed-up",
+        "predicted error",
+        "timesteps",
+        "schedule (█ full, · cached)",
+    ]
     return tabulate(rows, headers=heads, disable_numparse=True)
 
 

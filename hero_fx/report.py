@@ -16,7 +16,8 @@ from . import dynamo
 from .backends import Backend
 from .backends import backend as make_backend
 from .config import Config
-from .flops import flops, outside, step_kinds, too_much_outside, trajectory_flops
+from .flops import flops, flops_by, outside, too_much_outside
+from .schedule import Schedule
 from .step_graphs import StepGraphs
 from .tracing import trace
 
@@ -132,23 +133,28 @@ class Explanation:
         for name, gm in zip(_kind_names(len(self.steps.cached)), self.steps.cached, strict=True):
             cost = flops(gm)
             rows.append([name, cost.gemm / 1e9, cost.total / 1e9, cost.total / plain.total])
-        if self.config.num_steps is not None:
-            total = trajectory_flops(self.steps, self.config, self.config.num_steps)
-            policy = self.config.make_policy()
-            assert policy is not None
-            fulls = step_kinds(self.config, policy, self.config.num_steps).count(None)
+        for schedule in self._schedules():
+            assert schedule.num_steps is not None
+            total = flops_by(schedule, self.steps, self.config, schedule.num_steps)
+            fulls = sum(map(schedule.is_full, range(schedule.num_steps)))
             rows.append(
                 [
-                    f"{self.config.num_steps} steps, {fulls} full",
+                    f"{schedule.num_steps} steps, {fulls} full",
                     total.gemm / 1e9,
                     total.total / 1e9,
-                    total.total / (plain.total * self.config.num_steps),
+                    total.total / (plain.total * schedule.num_steps),
                 ]
             )
         known = [
             [v if isinstance(v, (str, int, float)) else "varies" for v in row] for row in rows
         ]  # by the inputs' values
         return tabulate(known, headers=["GFLOPs", "GEMM + conv", "with attention", "of full compute"], floatfmt=",.3f")
+
+    def _schedules(self) -> list[Schedule]:
+        """Those of known length; of a plan, one for each number of steps and of full steps."""
+        if self.config.plan is not None:
+            return list({(t.num_steps, t.full): t for t in self.config.timelines}.values())
+        return [] if self.config.num_steps is None else [self.config.make_schedule()]
 
     def _state(self) -> str:
         roles: Counter[str] = Counter()
@@ -170,7 +176,12 @@ class Explanation:
                 f"the token grid was not found in the graph, so patches are runs of tokens in a row; pass grid=(frames, "
                 f"height, width) in tokens, {self.steps.structure.image_tokens} in all"
             )
-        if self.config.num_steps is None and self.config.cooldown and self.config.schedule == "uniform":
+        if (
+            self.config.plan is None
+            and self.config.num_steps is None
+            and self.config.cooldown
+            and self.config.schedule == "uniform"
+        ):
             notes.append(
                 f"num_steps is not given, so the end of a trajectory is not known and cooldown={self.config.cooldown} forces "
                 "no full step"

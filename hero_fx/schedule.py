@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from .arguments import whole_number
 
-__all__ = ["Explicit", "Schedule", "Toca", "Uniform", "full_steps", "make_schedule"]
+__all__ = ["Explicit", "Schedule", "Toca", "Uniform", "check_step", "full_steps", "make_schedule"]
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class Uniform:
 
     def is_full(self, step: int) -> bool:
         """Whether step `step` is full; ValueError for a step that the trajectory does not have."""
-        _check_step(step, self.num_steps)
+        check_step(step, self.num_steps)
         if step < self.warmup:
             return True
         if self.num_steps is not None and step >= self.num_steps - self.cooldown:
@@ -104,7 +104,7 @@ class Toca:
 
     def is_full(self, step: int) -> bool:
         """Whether step `step` is full; ValueError for a step that the trajectory does not have."""
-        _check_step(step, self.num_steps)
+        check_step(step, self.num_steps)
         return self._mask[step]
 
 
@@ -131,7 +131,7 @@ class Explicit:
 
     def is_full(self, step: int) -> bool:
         """Whether step `step` is full; ValueError for a step that the trajectory does not have."""
-        _check_step(step, len(self.mask))
+        check_step(step, len(self.mask))
         return self.mask[step]
 
 
@@ -195,7 +195,8 @@ def _truth(index: int, value: object) -> bool:
     return truth
 
 
-def _check_step(step: int, num_steps: int | None) -> None:
+def check_step(step: int, num_steps: int | None) -> None:
+    """Refuses a step that a trajectory does not have."""
     if step < 0:
         raise ValueError(f"step={step} is negative; steps are counted from 0.")
     if num_steps is not None and step >= num_steps:

@@ -17,6 +17,7 @@ from hero_fx.calibration.search import even_schedule, improve, pairs, seed_sched
 from hero_fx.calibration.solve import Past, fit
 
 from .support import tiny, toys
+from .support.forecasts import Conditioned
 from .support.steps_by_hand import numbers
 
 STEPS = 12
@@ -172,8 +173,56 @@ def test_a_plan_beats_extrapolated_outputs_at_equal_full_steps() -> None:
     assert (off["plan"] + float((sample - other).norm() / other.norm())) / 2 == pytest.approx(expected, rel=1e-3)
 
 
+def convolved(model: Any, i: int) -> Tensor:
+    """A trajectory of a model that compiles in no time, from noise i."""
+    x = numbers(1, 3, 4, 5, seed=100 + i)
+    with torch.no_grad():
+        for time in toys.times(STEPS, batch=1):
+            x = x - model(x, time) / STEPS
+    return x
+
+
+def conv() -> Conditioned:
+    return Conditioned().eval().requires_grad_(False)
+
+
+def test_a_bound_on_the_error_is_kept_with_the_fewest_full_steps(tmp_path: Path) -> None:
+    model, bound, runs = conv(), 3e-4, list[int]()
+
+    def counted(model: Any, i: int) -> Tensor:
+        runs.append(i)
+        return convolved(model, i)
+
+    given: dict[str, Any] = {"max_error": bound, "budget": None, "search": 24, "folder": tmp_path, "run": counted}
+    found = calibrated(model, **given)
+    (candidate,) = found.candidates
+    call = toys.torch_compile(model, hero_fx.backend(plan=found.plan, inner="eager"), fullgraph=True)
+    off = [float((convolved(call, i) - (x := convolved(model, i))).norm() / x.norm()) for i in (0, 1)]
+    assert sum(off) / 2 <= bound, "run again, on the trajectories that were fitted"
+    full = found.plan.timelines[0].full
+    fewer = [t.error["sample"] for t in candidate.tried if sum(t.schedule) == full - 1]
+    assert fewer
+    assert min(fewer) > bound
+    for part in ("asked for at most sample 0.0003", f"forecast  {full - 1} ", f"forecast  {full} "):
+        assert part in str(found)
+    found.plot(tmp_path / "plan.png")
+    # What was run is not run again: two fitted and two held out in full, and one call that compiles.
+    runs.clear()
+    assert str(calibrated(model, **given)) == str(found)
+    assert len(runs) == 5
+
+
+def test_a_bound_that_cannot_be_kept_names_the_nearest() -> None:
+    for given, message in (
+        (1e-12, r"with 11 full steps, .*, sample is \S+ and may be 1e-12; raise max_error"),
+        ({"rgb": 0.1}, r"max_error=\{'rgb': 0.1\}: 'rgb' is not measured; distances are 'sample'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrated(conv(), max_error=given, budget=None, search=1, run=convolved)
+
+
 def test_the_same_seed_gives_the_same_plan(tmp_path: Path) -> None:
-    first, again = calibrated(folder=tmp_path), calibrated(folder=tmp_path)
+    first, again = (calibrated(conv(), run=convolved, folder=tmp_path / name) for name in "ab")
     assert first.plan.timelines[0].schedule == again.plan.timelines[0].schedule
     assert torch.equal(first.plan.timelines[0].coefficients["out0"], again.plan.timelines[0].coefficients["out0"])
     assert str(first) == str(again)
@@ -223,13 +272,14 @@ def test_a_run_that_leaves_the_model_alone_is_refused() -> None:
 
 def test_few_steps_are_said_to_gain_little(caplog: pytest.LogCaptureFixture) -> None:
     def short(model: Any, i: int) -> Tensor:
-        x = toys.latents(seed=i)
-        for time in toys.times(4):
+        x = numbers(1, 3, 4, 5, seed=i)
+        for time in toys.times(4, batch=1):
             x = x - model(x, time) / 4
         return x
 
-    calibrated(num_steps=4, budget=3, run=short)
-    assert "caching gains little" in caplog.text
+    found = calibrated(conv(), num_steps=4, budget=3, run=short)
+    assert "num_steps=4: with so few steps" in caplog.text
+    assert "note: num_steps=4: with so few steps" in str(found)
 
 
 def test_without_a_latent_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -277,6 +327,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"budget": 0.5}, "budget=0.5"),
     ({"budget": 13}, "budget=13 full steps, but num_steps=12"),
     ({"budget": "fast"}, "budget='fast'"),
+    ({"budget": None}, "budget=None and max_error=None: give one of them"),
+    ({"max_error": 0.1}, "budget=5 and max_error=0.1: give one of them"),
+    ({"budget": None, "max_error": 0}, "max_error=0 must be a number above 0"),
+    ({"budget": None, "max_error": {}}, "max_error={} must be"),
     ({"scenes": 0}, "scenes=0"),
     ({"scenes": [1, 1]}, "different numbers"),
     ({"scenes": [1, 2], "holdout": [2]}, "holdout=.* tell nothing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_full_step_is_the_model_bit_for_bit() -> None:
     assert torch.equal(states[2], out)
 
 
-def check(inner: str, history: int, latent: bool, **options: Any) -> hero_fx.Backend:
+def check(inner: Any, history: int, latent: bool, **options: Any) -> hero_fx.Backend:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     table = theta(1, 1, tiny.CHANNELS, 1, 1)
     rule = OutputRule(index=0, axis=2, latent="hidden_states" if latent else None, history=history)
@@ -130,6 +131,20 @@ def test_trajectories_equal_the_equation(history: int, latent: bool) -> None:
     graphs = check("aot_eager" if history == 3 else tiny.INNER, history, latent).graphs[0]
     assert not op_count(graphs.cached[0], "aten.linear")["aten.linear"]
     assert len(graphs.state) == history + 2 * latent
+
+
+def test_one_large_graph_is_compiled_and_one_of_a_few_sums() -> None:
+    """So that the first output comes hardly later than with plain torch.compile, whatever the depth."""
+    compiled: list[list[str]] = []
+
+    def inner(gm: fx.GraphModule, inputs: Any) -> Any:
+        compiled.append([str(node.target) for node in gm.graph.nodes if node.op == "call_function"])
+        return gm.forward
+
+    check(inner, 3, True)
+    full, cached = sorted(compiled, key=len, reverse=True)
+    assert any("scaled_dot_product_attention" in op for op in full)
+    assert Counter(cached) == {"aten.mul.Tensor": 6, "aten.add.Tensor": 5}
 
 
 def test_explain_shows_the_plan() -> None:

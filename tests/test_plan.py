@@ -41,7 +41,7 @@ def plan(*lines: Timeline, **more: Any) -> Plan:
 
 
 def test_a_saved_plan_is_the_plan(tmp_path: Path) -> None:
-    ours = plan(line(), line(6), lanes=2, batch=2)
+    ours = plan(line(), line(6), line(6, phase=1), lanes=2, batch=2)
     ours.save(tmp_path / "plan.safetensors")
     back = Plan.load(tmp_path / "plan.safetensors")
     for name in ("policy", "options", "outputs", "model", "lanes", "batch", "notes"):
@@ -49,7 +49,13 @@ def test_a_saved_plan_is_the_plan(tmp_path: Path) -> None:
     assert back.model is not None
     assert not back.model.differences(plan().model or Fingerprint())
     for a, b in zip(ours.timelines, back.timelines, strict=True):
-        assert (a.schedule, a.timesteps, a.error, a.speed) == (b.schedule, b.timesteps, b.error, b.speed)
+        assert (a.schedule, a.timesteps, a.error, a.speed, a.phase) == (
+            b.schedule,
+            b.timesteps,
+            b.error,
+            b.speed,
+            b.phase,
+        )
         assert torch.equal(a.coefficients["out0"], b.coefficients["out0"])
     assert str(back) == str(ours)
 
@@ -97,6 +103,9 @@ BAD: list[tuple[Any, str]] = [
     (lambda: plan(policy="fora"), "policy='fora' of a plan"),
     (lambda: plan(outputs=()), "needs rules for outputs"),
     (lambda: plan(line(), line()), "same timesteps"),
+    (lambda: plan(line(), line(phase=2)), r"have the phases \[0, 2\]: number them from 0"),
+    (lambda: line(phase=-1), "phase=-1"),
+    (lambda: plan(line(), line(6, coefficients={"out0": torch.zeros(6, 5, 2)})), "shapes .* must agree"),
     (lambda: plan(line(coefficients={"out1": torch.zeros(4, 5, 1)})), "lack 'out0'"),
     (lambda: Plan(policy="hero", timelines=()), "is empty"),
 ]
@@ -139,10 +148,29 @@ def test_options_of_a_plan_are_taken_over() -> None:
 def test_one_of_several_timelines() -> None:
     several = plan(line()).with_timelines(plan(line(6)))
     assert hero_fx.backend(plan=several, num_steps=6).config.num_steps == 6
+    config = hero_fx.backend(plan=several).config
+    assert (config.num_steps, config.timelines) == (None, several.timelines)
+    assert config.schedule_of(6) is several.timelines[1]
+    for options, message in (
+        ({"num_steps": 5}, "num_steps=5: the plan is for 4, 6 steps"),
+        ({"schedule": "toca"}, "schedule='toca': the plan has a schedule for each of its 2 timelines"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hero_fx.backend(plan=several, **options)
     with pytest.raises(ValueError, match="timelines of 4, 6 steps; say which with num_steps="):
-        hero_fx.backend(plan=several)
-    with pytest.raises(ValueError, match="stay two plans"):
+        config.make_schedule()
+    with pytest.raises(ValueError, match="differ in lanes, so they stay two plans"):
         plan().with_timelines(plan(line(6), lanes=2))
+
+
+def test_timelines_by_phase() -> None:
+    first, later = line(), line(phase=1, coefficients={"out0": torch.zeros(4, 5, 1, 3)})
+    phased = plan(first, later, line(6))
+    assert phased.phases == 2
+    assert [phased.timeline(4, phase) for phase in (0, 1, 7)] == [first, later, later]
+    assert phased.fitting(6, 3) == (phased.timelines[2],)
+    assert "phase" in str(phased)
+    assert "phase" not in str(plan())
 
 
 def test_by_name_and_from_a_file(tmp_path: Path) -> None:

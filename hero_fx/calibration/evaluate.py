@@ -12,6 +12,7 @@ from typing import Any
 
 from hero_fx.backends import Backend
 from hero_fx.plan import Plan, Timeline
+from hero_fx.runtime.calling import session
 
 from .record import Recorder, Recording
 from .search import Schedule
@@ -30,7 +31,8 @@ class Job:
     model: Any
     run: Run
     recorder: Recorder
-    recordings: list[Recording]
+    recordings: list[list[Recording]]
+    """Of the fitted trajectories, by phase."""
     finals: dict[int, Any]
     scenes: tuple[int, ...]
     holdout: tuple[int, ...]
@@ -39,10 +41,23 @@ class Job:
     store: Store
     seed: int
     evaluations: int
-    must: tuple[int, ...]
+    must: frozenset[int]
+    """Steps of a trajectory that have to be full, the first one among them."""
     searched: int
     """Trajectories that an evaluation of the search runs."""
     bar: Any = None
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Of every trajectory."""
+        return self.recordings[0][0].timesteps
+
+    def run_alone(self, compiled: Any, i: int) -> Any:
+        """Runs trajectory i; where it is made of several, as a session of its own, which tells the first of them."""
+        if len(self.recordings) == 1:
+            return self.run(compiled, i)
+        with session(f"trajectory {i} of hero_fx.calibrate"):
+            return self.run(compiled, i)
 
 
 @dataclass(slots=True)
@@ -64,27 +79,37 @@ class Store:
             part.replace(self.path)
 
 
-def plan_for(job: Job, base: Mapping[str, Any], predictor: Predictor, schedule: Schedule, **more: Any) -> Plan:
-    """The plan of a schedule with fitted coefficients."""
-    line = Timeline(
-        schedule=schedule, timesteps=job.recordings[0].timesteps, coefficients=predictor.tables(schedule), **more
-    )
-    return Plan(timelines=(line,), **base)
+def plan_for(
+    job: Job, base: Mapping[str, Any], predictors: Sequence[Predictor], schedule: Schedule, **more: Any
+) -> Plan:
+    """The plan of a schedule, that of all phases in a row, with fitted coefficients."""
+    times = job.timesteps
+    parts = [schedule[n * len(times) : (n + 1) * len(times)] for n in range(len(predictors))]
+    lines = [
+        Timeline(schedule=part, timesteps=times, coefficients=predictor.tables(part), phase=phase, **more)
+        for phase, (part, predictor) in enumerate(zip(parts, predictors, strict=True))
+    ]
+    return Plan(timelines=tuple(lines), **base)
 
 
 class Evaluator:
     """Runs schedules."""
 
-    def __init__(self, job: Job, base: Mapping[str, Any], predictor: Predictor, chosen: Backend, compiled: Any) -> None:
-        self.job, self.base, self.predictor, self.chosen, self.compiled = job, base, predictor, chosen, compiled
-        self.scores: dict[Schedule, float] = {}
+    def __init__(
+        self, job: Job, base: Mapping[str, Any], predictors: Sequence[Predictor], chosen: Backend, compiled: Any
+    ) -> None:
+        """`predictors`: by phase."""
+        self.job, self.base, self.predictors, self.chosen, self.compiled = job, base, predictors, chosen, compiled
+        self.tried: dict[Schedule, dict[str, float]] = {}
+        """Every schedule that was run, and its error."""
 
-    def score(self, schedule: Schedule) -> float:
-        """Sum of the logarithms of all distances, mean over the trajectories that are searched on."""
-        self.scores[schedule] = log_sum(self.errors(schedule, self.job.scenes[: self.job.searched]))
-        if self.job.bar is not None:
-            self.job.bar.update()
-        return self.scores[schedule]
+    def error(self, schedule: Schedule) -> dict[str, float]:
+        """Distances to full compute, mean over the trajectories that are searched on."""
+        if schedule not in self.tried:
+            self.tried[schedule] = self.errors(schedule, self.job.scenes[: self.job.searched])
+            if self.job.bar is not None:
+                self.job.bar.update()
+        return self.tried[schedule]
 
     def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
         """Distances to full compute, mean over trajectories."""
@@ -93,10 +118,10 @@ class Evaluator:
             key = self._key(schedule, i)
             if key not in self.job.store.known:
                 if plan is None:
-                    plan = plan_for(self.job, self.base, self.predictor, schedule)
+                    plan = plan_for(self.job, self.base, self.predictors, schedule)
                     self.chosen.follow(plan)
                 self.chosen.reset()
-                sample = self.job.run(self.compiled, i)
+                sample = self.job.run_alone(self.compiled, i)
                 self.job.store.put(key, self.job.distances(sample, self.job.finals[i]))
             for name, value in self.job.store.known[key].items():
                 total[name] = total.get(name, 0.0) + value / len(numbers)
@@ -106,7 +131,7 @@ class Evaluator:
         """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
         of = [
             self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
-            "".join("01"[full] for full in schedule), str(self.job.recordings[0].timesteps),
+            "".join("01"[full] for full in schedule), str(self.job.timesteps),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
 

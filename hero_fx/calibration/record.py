@@ -31,7 +31,7 @@ from hero_fx.runtime.evidence import Evidence
 from hero_fx.runtime.timestep import TimestepReader
 from hero_fx.runtime.tracker import Tracker
 from hero_fx.schedule import Uniform
-from hero_fx.step_graphs import StepGraphs, copy_graph
+from hero_fx.step_graphs import copy_graph
 
 __all__ = ["Recorder", "Recording", "frames_axis"]
 
@@ -83,7 +83,7 @@ class Recorder:
         self.tapped, self.options, self.latent = tapped, options, latent
         self.samples, self.feature_samples, self.seed = samples, feature_samples, seed
         self.rules: tuple[OutputRule, ...] = ()
-        self.graphs: StepGraphs | None = None
+        self._compiled = False
         self.fingerprint = Fingerprint()
         self.batch = 1
         self.unsupported: dict[str, str] = {}
@@ -91,14 +91,17 @@ class Recorder:
         self._times: list[float] = []
         self._lanes: dict[int | str, _Lane] = {}
         self._first: dict[str, Tensor] = {}
+        self._done: list[Recording] = []
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Takes the model's graph."""
-        if self.graphs is not None:
+        if self._compiled:
+            guard = dynamo.recompile_reason()
             raise ValueError(
                 "the model was compiled a second time while it was recorded: all calls of all trajectories must have the "
-                "same shapes"
+                f"same shapes and strides{f' (the guard that failed: {guard})' if guard else ''}"
             )
+        self._compiled = True
         plain = unwrap(gm, inputs)
         gm, inputs = plain.gm, plain.inputs
         check_call(gm, inputs)
@@ -125,9 +128,8 @@ class Recorder:
         def call(*values: Any) -> Any:
             times = reader.read(values[position])
             at = tracker.advance(Evidence(timestep=times))
-            if at.new_trajectory:
-                self._lanes.clear()
-                self._times.clear()
+            if at.new_trajectory and self._lanes:
+                self._close()
             outputs = run(*values)
             lane = self._lanes.setdefault(at.lane, _Lane())
             if at.step == len(self._times):
@@ -200,14 +202,21 @@ class Recorder:
         order = torch.randperm(len(value), generator=torch.Generator().manual_seed(self.seed))
         return value[order[:most].sort().values.to(value.device)].float()
 
-    def finish(self) -> Recording:
-        """Turns the trajectory that has just run into inner products.
+    def finish(self) -> list[Recording]:
+        """The trajectories that ran since the last call, in order: of an autoregressive model, one for each chunk.
 
         Raises:
             ValueError: nothing ran, or lanes were called at different steps.
         """
         if not self._lanes:
             raise ValueError("run(model, i) did not call the model that it was given: use it in place of the model")
+        self._close()
+        done, self._done = self._done, []
+        self.fingerprint = fingerprint_of(self.normal, self.structure, self.module, self.rules)
+        return done
+
+    def _close(self) -> None:
+        """Turns the trajectory that has just run into inner products."""
         counts = {len(values) for lane in self._lanes.values() for values in lane.kept.values()}
         if counts != {len(self._times)}:
             raise ValueError(
@@ -220,12 +229,10 @@ class Recorder:
         features = {}
         for name in [name for name in lanes[0].kept if "/" in name]:
             features[name] = torch.stack([_gram(torch.stack(lane.kept[name]).movedim(2, 0)) for lane in lanes]).cpu()
-        recording = Recording(tuple(self._times), outputs, features, self._gains())
-        self.fingerprint = fingerprint_of(self.normal, self.structure, self.module, self.rules)
+        self._done.append(Recording(tuple(self._times), outputs, features, self._gains()))
         self._lanes.clear()
         self._times.clear()
         self._first.clear()  # conditions differ from trajectory to trajectory, and only from step to step they stay
-        return recording
 
     def _settle_latents(self) -> None:
         """Which channels of an argument are the latent: those that change from step to step."""

@@ -21,10 +21,10 @@ from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
 
 from .arguments import check, numbers_of
+from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
-from .record import Recorder
-from .report import Calibration, Candidate
-from .search import even_schedule, improve, pairs, seed_schedule
+from .record import Recorder, Recording
+from .report import Calibration, Candidate, Tried
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -37,10 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lean": {},
 }
 """By policy, the options under which caches are behind the gates and merge, so that few coefficients say it all."""
-POWERS = (2.0, 1.0, 0.0)
-"""Of how far a step moves the sample, as weight of its error: errors of early steps grow on their way, so none is best."""
 FEW = 8
 """Steps up to which caching has little to gain."""
+_FEW = (
+    "with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 times): see what is lost "
+    "before you use this plan"
+)
 
 
 def relative_l2(sample: Any, reference: Any) -> dict[str, float]:
@@ -60,13 +62,15 @@ def calibrate(
     run: Run,
     *,
     num_steps: int,
-    budget: int | float,
+    budget: int | float | None = None,
+    max_error: float | Mapping[str, float] | None = None,
     scenes: int | Sequence[int] = 4,
     holdout: int | Sequence[int] = 2,
     policies: Sequence[str] = ("forecast",),
     seed: int = 0,
     search: int = 60,
     full_steps: Collection[int] = (),
+    phases: int = 1,
     latent: str | Sequence[str] | None = None,
     by: Collection[Literal["frames", "batch"]] = (),
     history: int = 3,
@@ -100,11 +104,17 @@ def calibrate(
         num_steps: T, the steps of a trajectory, which `run` has to make.
         budget: how much may be computed: a number of full steps (an int), or a speed-up by FLOPs, attention's included (a
             float).
+        max_error: in the place of `budget`, how far the final sample may be from full compute's, mean over the fitted
+            trajectories: the plan has the fewest full steps that keep within it. A number bounds all distances; a mapping
+            those that it names, such as `{"rgb": 0.005}`.
         scenes: the trajectories to fit to, by number; an int n means 0 .. n - 1.
         holdout: those that errors are reported on; an int n means the n that follow.
         policies: the candidates: of `"forecast"`, `"hero"`, `"taylorseer"`, `"lean"`.
-        search: how many schedules each candidate may try by running them; 1 takes that of dynamic programming.
+        search: how many schedules each candidate may try by running them (with `max_error` at least one for each number of
+            full steps that is tried).
         full_steps: steps that must be full, because they have an effect besides their output (they write a KV cache).
+        phases: for autoregressive models, whose runs are several trajectories, chunk after chunk: how many of the first have a
+            schedule and coefficients of their own. The last of these are fitted to all further ones, and are for them.
         latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
         by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
         history: how many past outputs a forecast is made from, 1 to 3.
@@ -117,16 +127,15 @@ def calibrate(
         The best plan and what was compared; print it, and `.plot(path)` draws it.
 
     Raises:
-        ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits.
+        ValueError: an argument is out of range, the trajectories are not `num_steps` steps long, or no candidate fits the
+            model and the budget; for `max_error`, it says how near the nearest one comes.
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, policies, search, full_steps, fitted, held, history, samples, by)
-    if num_steps <= FEW:
-        log.warning(
-            "num_steps=%d: with so few steps outputs differ much from step to step, and caching gains little (1.1 to 1.3 "
-            "times); the report says what is lost", num_steps,
-        )  # fmt: skip
+    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases)
+    notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
+    for note in notes:
+        log.warning("%s", note)
     tapped = {p: backend(p, **OPTIONS[p], inner=inner, timestep=timestep) for p in policies if p != "forecast"}
     recorder = Recorder(
         tapped, backend("fora", inner=inner, timestep=timestep),
@@ -137,18 +146,27 @@ def calibrate(
         Path(folder).mkdir(parents=True, exist_ok=True)
     options = {"inner": inner, "timestep": timestep}
     job = Job(
-        getattr(model, "_orig_mod", model), run, recorder, [], {}, fitted, held, distances, options, store, seed, search,
-        tuple(full_steps), min(2, len(fitted)),
+        getattr(model, "_orig_mod", model), run, recorder, [[] for _ in range(phases)], {}, fitted, held, distances, options,
+        store, seed, search, frozenset({0, *full_steps}), min(2, len(fitted)),
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
         _record(job, num_steps)
-        candidates = [c for policy in policies if (c := _candidate(job, policy, budget, by, history)) is not None]
+        bound = None if max_error is None else bound_of(max_error, _measured(job))
+        wanted = budget if bound is None else bound
+        assert wanted is not None, "one of the two is given"
+        candidates = [c for policy in policies if (c := _candidate(job, policy, wanted, by, history)) is not None]
     if not candidates:
         why = "; ".join(f"{policy}: {reason}" for policy, reason in recorder.unsupported.items())
-        raise ValueError(f"policies={tuple(policies)!r}: none of them fits this model ({why})")
+        asked = f"budget={budget!r}" if bound is None else f"max_error={max_error!r}"
+        raise ValueError(f"policies={tuple(policies)!r}: none of them fits this model and {asked} ({why})")
+    # Where the budget is given, the nearest is the best; where the error is, the cheapest.
+    candidates.sort(key=lambda c: c.score if bound is None else (-c.speed, c.score))
+    if bound is not None and (over := bound.over(candidates[0].error)):
+        notes.append(f"on trajectories that were not fitted, {over}: fit more of them, or ask for less")
     return Calibration(
-        candidates=tuple(sorted(candidates, key=lambda c: c.score)), unsupported=dict(recorder.unsupported)
-    )
+        candidates=tuple(candidates), unsupported=dict(recorder.unsupported), notes=tuple(notes),
+        max_error={} if bound is None else bound.limits,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -162,17 +180,22 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
 
 def _record(job: Job, num_steps: int) -> None:
     compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
+    first: Recording | None = None
     for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
         job.finals[i] = job.run(compiled, i)
-        recording = job.recorder.finish()
-        if len(recording.timesteps) != num_steps:
+        made = job.recorder.finish()
+        if lengths := [len(r.timesteps) for r in made if len(r.timesteps) != num_steps]:
+            raise ValueError(f"num_steps={num_steps}, but run(model, {i}) made {lengths[0]} steps: make both agree")
+        if len(made) < len(job.recordings):
             raise ValueError(
-                f"num_steps={num_steps}, but run(model, {i}) made {len(recording.timesteps)} steps: make both agree"
+                f"phases={len(job.recordings)}, but run(model, {i}) made {len(made)} trajectories, one after another: there "
+                "must be one for each phase"
             )
-        if job.recordings and recording.timesteps != job.recordings[0].timesteps:
-            raise ValueError(f"run(model, {i}) went through other timesteps than run(model, {job.scenes[0]})")
-        if i in job.scenes:
-            job.recordings.append(recording)
+        first = first or made[0]
+        if any(recording.timesteps != first.timesteps for recording in made):
+            raise ValueError(f"run(model, {i}) went through other timesteps than the first trajectory")
+        for number, recording in enumerate(made if i in job.scenes else ()):
+            job.recordings[min(number, len(job.recordings) - 1)].append(recording)
     for rule in job.recorder.rules:
         if rule.latent is None:
             log.warning(
@@ -181,48 +204,64 @@ def _record(job: Job, num_steps: int) -> None:
             )  # fmt: skip
 
 
-def _candidate(job: Job, policy: str, budget: int | float, by: Collection[str], history: int) -> Candidate | None:
-    if policy in job.recorder.unsupported:
+def _measured(job: Job) -> Mapping[str, float]:
+    """The distances, as they are between two samples."""
+    return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
+
+
+def _candidate(
+    job: Job, policy: str, budget: int | float | Bound, by: Collection[str], history: int
+) -> Candidate | None:
+    unsupported = job.recorder.unsupported
+    if policy in unsupported:
         return None
-    predictor, base = _predictor(job, policy, by, history)
-    steps = len(job.recordings[0].timesteps)
-    plan = plan_for(job, base, predictor, tuple(True for _ in range(steps)))
+    predictors, base = _predictors(job, policy, by, history)
+    steps, phases = len(job.timesteps), len(predictors)
+    plan = plan_for(job, base, predictors, (True,) * (steps * phases))
     chosen = backend(plan=plan, **job.options)
     compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
-    job.run(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
+    job.run_alone(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
     share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
-    full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / (1 - share))
-    reach = max(4, math.ceil(3 * steps / max(1, full)))
-    if full < 1 + bool(job.must):
-        job.recorder.unsupported[policy] = (
-            f"its cached steps cost {share:.0%} of full ones, too much for budget={budget}"
-        )
-        return None
-    asked = pairs(steps, reach)
-    seeds = [even_schedule(steps, full, warmup, job.must) for warmup in (3, 1)]
-    for power in POWERS:
-        errors = dict(zip(asked, predictor.errors(asked, power), strict=True))
-        seeds.append(seed_schedule(errors, steps, full, reach=reach, must=job.must))
-    evaluate = Evaluator(job, base, predictor, chosen, compiled)
+
+    def speed(full: int) -> float:
+        return steps / (full + (steps - full) * share)
+
+    least = len(job.must)
+    evaluate = Evaluator(job, base, predictors, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
-        best, _ = improve(seeds, evaluate.score, evaluations=job.evaluations, seed=job.seed, must=job.must)
-    error = evaluate.errors(best, job.holdout)
-    speed = steps / (full + (steps - full) * share)
-    final = plan_for(job, base, predictor, best, error=error, speed=speed)
-    tried = tuple((full, schedule, value) for schedule, value in evaluate.scores.items())
+        if isinstance(budget, Bound):
+            try:
+                schedule = fewest(evaluate, budget, least, steps - 1)
+            except OutOfBound as missed:
+                unsupported[policy] = str(missed)
+                return None
+        else:
+            gain = max(1 - share, 1e-9)
+            full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / gain)
+            if full < least:
+                unsupported[policy] = (
+                    f"budget={budget} leaves room for {max(full, 0)} full steps, where a cached one costs {share:.0%} of a "
+                    f"full one, and {least} have to be full"
+                )
+                return None
+            schedule = best(evaluate, full)
+    error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
+    tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
-        policy=policy, plan=final, seeds=tuple(dict.fromkeys(seeds)), error=error, speed=speed, share=share,
-        score=log_sum(error), tried=tried, state_bytes=graphs.state_bytes,
+        policy=policy, plan=plan_for(job, base, predictors, schedule, error=error, speed=speed(full)), error=error,
+        speed=speed(full), share=share, score=log_sum(error), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
 
 
-def _predictor(job: Job, policy: str, by: Collection[str], history: int) -> tuple[Predictor, dict[str, Any]]:
-    recorder, recordings = job.recorder, tuple(job.recordings)
-    lanes = next(iter(recordings[0].outputs.values())).shape[0]
-    notes = {"fitted to": f"{len(recordings)} trajectories", "errors on": f"{len(job.holdout)} others"}
+def _predictors(job: Job, policy: str, by: Collection[str], history: int) -> tuple[list[Predictor], dict[str, Any]]:
+    """What fits each phase, and what plans have in common."""
+    recorder, recordings = job.recorder, [tuple(of) for of in job.recordings]
+    first = recordings[0][0]
+    notes = {"fitted to": f"{len(job.scenes)} trajectories", "errors on": f"{len(job.holdout)} others"}
     base: dict[str, Any] = {
-        "policy": policy, "model": recorder.fingerprint, "lanes": lanes, "batch": recorder.batch, "notes": notes,
+        "policy": policy, "model": recorder.fingerprint, "lanes": next(iter(first.outputs.values())).shape[0],
+        "batch": recorder.batch, "notes": notes,
     }  # fmt: skip
     if policy == "forecast":
         values = outputs_of(recorder.normal)
@@ -231,9 +270,9 @@ def _predictor(job: Job, policy: str, by: Collection[str], history: int) -> tupl
         rules = by_parts(rules, ranks, by, recorder.batch)
         base["outputs"] = rules
         base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, rules)
-        return Outputs(recordings, rules, ranks), base
+        return [Outputs(of, rules, ranks) for of in recordings], base
     base["options"] = OPTIONS[policy]
     base["model"] = replace(recorder.fingerprint, outputs=())
-    names = [n.removeprefix(f"{policy}/") for n in recordings[0].features if n.startswith(f"{policy}/")]
+    names = [n.removeprefix(f"{policy}/") for n in first.features if n.startswith(f"{policy}/")]
     refreshed = frozenset(n for n in names if n.startswith(("sum_l0_", "l0_"))) if policy == "hero" else frozenset()
-    return Features(recordings, policy, 1, refreshed), base
+    return [Features(of, policy, 1, refreshed) for of in recordings], base

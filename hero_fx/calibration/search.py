@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -92,43 +93,45 @@ def improve(
     evaluations: int,
     seed: int,
     must: Collection[int] = (),
-    report: Callable[[Schedule, float], None] | None = None,
+    steps: int | None = None,
+    goal: float = -math.inf,
 ) -> tuple[Schedule, float]:
     """Takes the best start and moves full steps, one at a time, wherever that lowers the objective; at most so many
-    evaluations.
+    evaluations, and no more once it is down to the goal.
 
-    First each full step to a neighbouring place, then to any free one, in an order that the seed decides.
+    First each full step to a neighbouring place, then to any free one, in an order that the seed decides. A schedule may be
+    that of several trajectories of `steps` steps in a row: full steps stay in theirs, and `must` holds for each.
     """
     rng = random.Random(seed)
-    tried = dict.fromkeys(starts[:evaluations])
-    found = {start: objective(start) for start in tried}
-    best, spent = min(found, key=found.__getitem__), len(found)
-    value = found[best]
+    found: dict[Schedule, float] = {}
+    best = starts[0]
+    for start in dict.fromkeys(starts[:evaluations]):
+        found[start] = objective(start)
+        best = min(best, start, key=found.__getitem__)
+        if found[best] <= goal:
+            return best, found[best]
     moved = True
-    while moved and spent < evaluations:
+    while moved:
         moved = False
-        for schedule in _moves(best, rng, must):
-            if spent >= evaluations:
+        for schedule in _moves(best, rng, must, steps or len(best)):
+            if len(found) >= evaluations or found[best] <= goal:
                 break
-            if schedule in tried:
+            if schedule in found:
                 continue
-            tried[schedule] = None
-            new = objective(schedule)
-            spent += 1
-            if new < value:
-                best, value, moved = schedule, new, True
-                if report is not None:
-                    report(best, value)
+            found[schedule] = objective(schedule)
+            if found[schedule] < found[best]:
+                best, moved = schedule, True
                 break
-    return best, value
+    return best, found[best]
 
 
-def _moves(schedule: Schedule, rng: random.Random, must: Collection[int]) -> Sequence[Schedule]:
+def _moves(schedule: Schedule, rng: random.Random, must: Collection[int], steps: int) -> Sequence[Schedule]:
     fixed = {0, *must}
-    fulls = [s for s, full in enumerate(schedule) if full and s not in fixed]
+    fulls = [s for s, full in enumerate(schedule) if full and s % steps not in fixed]
     free = [s for s, full in enumerate(schedule) if not full]
-    near = [(a, b) for a in fulls for b in (a - 1, a + 1) if b in free]
-    far = [(a, b) for a in fulls for b in free if abs(a - b) > 1]
+    pairs = [(a, b) for a in fulls for b in free if a // steps == b // steps]
+    near = [(a, b) for a, b in pairs if abs(a - b) == 1]
+    far = [(a, b) for a, b in pairs if abs(a - b) > 1]
     rng.shuffle(near)
     rng.shuffle(far)
     return [tuple(s == b or (full and s != a) for s, full in enumerate(schedule)) for a, b in (*near, *far)]

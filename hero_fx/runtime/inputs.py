@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from hero_fx.find_timestep import is_table
+from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import value_of
 from hero_fx.step_graphs import StepGraphs
 
@@ -24,7 +25,7 @@ class Inputs:
     weights: tuple[int, ...] = ()
     """Parameters and buffers, which Dynamo makes inputs."""
     values: tuple[int, ...] = ()
-    """Tensors that the caller passes, the timestep left out."""
+    """Tensors that the caller passes, without the timestep and those that the model writes."""
     roles: Roles = field(default_factory=Roles)
     """Of `values`."""
     batch: frozenset[int] = frozenset()
@@ -38,7 +39,9 @@ def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
     nodes = [(i, node) for i, node in enumerate(steps.normal.graph.find_nodes(op="placeholder"))]
     tensors = [(i, node) for i, node in nodes if isinstance(value_of(node), torch.Tensor)]
     weights = tuple(i for i, node in tensors if not node.meta.get("model_input", True))
-    values = [(i, node) for i, node in tensors if i not in weights and i != timestep]
+    memory = Memory(steps.normal.graph)
+    # What the model itself writes, such as a KV cache, is another value at each call: it tells nothing.
+    values = [(i, node) for i, node in tensors if i not in weights and i != timestep and not memory.written(node)]
     outputs = [value_of(node).shape for node in steps.normal.graph.output_node().all_input_nodes if _is_tensor(node)]
     by_name = {node.name: node for node in steps.normal.graph.nodes}
     roots = [by_name[s.root] for s in steps.structure.streams if s.tokens.dim > 0 and not s.tokens.folded]

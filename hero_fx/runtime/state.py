@@ -86,6 +86,8 @@ class StateStore:
         self.specs = tuple(specs)
         self.budget = budget or Budget()
         self.new_tracker = new_tracker
+        self.forgets = True
+        """Whether a session without state may be forgotten; not where it matters how many trajectories it had."""
         self._trajectories: dict[tuple[str, Model], Trajectory] = {}
         self._lock = threading.RLock()  # freeing tensors may call back into it
         watch_state(self)
@@ -145,7 +147,7 @@ class StateStore:
     def forget(self, holder: Holder) -> None:
         """Forgets one trajectory, if it is here."""
         with self._lock:
-            for key in [key for key, trajectory in self._trajectories.items() if trajectory is holder]:
+            for key in [key for key, own in self._trajectories.items() if own is holder and self.forgets]:
                 del self._trajectories[key]
 
     @property

@@ -30,6 +30,7 @@ from .planned import Planned
 from .state import StateStore, Trajectory
 from .timestep import AmbiguousCall, Timestep, TimestepReader
 from .tracker import Call, Tracker
+from .watch import Watch
 from .weights import Model, Weights
 
 __all__ = ["CompiledStep", "Stepper"]
@@ -46,8 +47,10 @@ class CompiledStep:
     device: torch.device
 
 
-def _tracker(schedule: Callable[[int | None], Schedule], roles: Roles, strict: bool, before: int) -> Tracker:
-    return Tracker(schedule, roles=roles, strict=strict, trajectory=before)
+def _tracker(schedule: Callable[[int | None], Schedule], planned: Planned | None, roles: Roles, before: int) -> Tracker:
+    """A tracker, after `before` trajectories."""
+    chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
+    return Tracker(chosen, roles=roles, strict=planned is not None, trajectory=before)
 
 
 class Stepper:
@@ -67,13 +70,13 @@ class Stepper:
         context: Heard | None = None,
         strict: bool = True,
         counts: Counter[str] | None = None,
-        watch: Callable[[Stepper, str, Model, Evidence], None] | None = None,
+        watch: Watch | None = None,
         again: str | None = None,
         planned: Planned | None = None,
         budget: Budget | None = None,
     ) -> None:
         """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
-        steps are counted; `watch` is told where a trajectory starts; `again`: why the model was compiled once more."""
+        steps are counted; `watch`: over all graphs of the backend; `again`: why the model was compiled once more."""
         self.full = full
         self.cached = tuple(cached)
         self.policy = policy
@@ -81,7 +84,7 @@ class Stepper:
         self.graphs = graphs
         self.strict = strict
         self.again = again
-        self.store = StateStore(state, partial(_tracker, schedule, inputs.roles, planned is not None), budget)
+        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -91,13 +94,20 @@ class Stepper:
         self._context = context
         self._watch = watch
         self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self.store.forgets = not self._phased
         self._lock = threading.Lock()  # for what sessions share: the reader and the counts
 
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, self.inputs.roles, planned is not None)
+        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs.roles)
+        self.store.forgets = not self._phased
         self.store.drop()
+
+    @property
+    def _phased(self) -> bool:
+        """Whether it matters how many trajectories a session had before."""
+        return self.planned is not None and self.planned.phases > 1
 
     def __call__(self, *inputs: Any) -> Any:
         model = self.weights.model(inputs)
@@ -111,7 +121,7 @@ class Stepper:
             return self._alone(inputs, error)
         try:
             if call.new_trajectory and self._watch is not None:
-                self._watch(self, session, model, evidence)
+                self._watch.starts(self, session, model, evidence)
             return self._run(call, trajectory, inputs, evidence.timestep)
         except OverBudget as error:
             trajectory.tracker.reset()
@@ -135,9 +145,13 @@ class Stepper:
             )
         try:
             if not session:
+                if self.planned is not None:
+                    self.planned.check_session()
                 trajectory.claim(current_owner(), evidence, self.store.new_tracker)
             self.store.budget.use(trajectory)
-            return trajectory, trajectory.tracker.advance(evidence)
+            if self._watch is None or not self._phased:
+                return trajectory, trajectory.tracker.advance(evidence)
+            return trajectory, trajectory.tracker.advance(evidence, partial(self._watch.finished, self, session, model))
         except BaseException:
             trajectory.lock.release()
             raise

@@ -34,6 +34,7 @@ from hero_fx.schedule import Schedule
 
 from .evidence import Evidence, Roles
 from .lanes import Lanes
+from .seen import Seen, Undecided
 
 __all__ = ["Call", "Tracker"]
 
@@ -62,6 +63,8 @@ class Call:
     """Number of the trajectory, from 1; a reset does not start the count anew."""
     new_step: bool = field(default=True, compare=False)
     """This call is the first one of its step."""
+    schedule: Schedule | None = field(default=None, compare=False, repr=False)
+    """Of its trajectory, as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +86,16 @@ class Tracker:
 
     def __init__(
         self,
-        schedule: Callable[[int | None], Schedule] | Schedule,
+        schedule: Callable[[Seen], Schedule] | Schedule,
         *,
         roles: Roles | None = None,
         max_lanes: int = 8,
         trajectory: int = 0,
         strict: bool = False,
     ) -> None:
-        """`schedule` says which steps are full, as a function of the number of steps where a call may tell it; `roles`: what
-        the marks of a call are of; more than `max_lanes` lanes are taken for a mistake; `trajectory`: how many trajectories
-        there were before; `strict`: cached steps are for the schedule's full steps alone."""
+        """`schedule` says which steps are full, as a function of what is seen where that tells it; `roles`: what the marks of
+        a call are of; more than `max_lanes` lanes are taken for a mistake; `trajectory`: how many trajectories there were
+        before; `strict`: cached steps are for the schedule's full steps alone."""
         whole_number("max_lanes", max_lanes, 1)
         self._schedules = schedule if callable(schedule) else lambda _: schedule
         self._roles = roles or Roles()
@@ -100,6 +103,7 @@ class Tracker:
         self._strict = strict
         self.trajectory = trajectory
         """Trajectories so far."""
+        self._finished = 0  # before the present one
         self.reset()
 
     def reset(self) -> None:
@@ -134,8 +138,13 @@ class Tracker:
         change = self._change(evidence)
         return change != 0 and change * self._direction >= 0
 
-    def advance(self, evidence: Evidence) -> Call:
-        """Places the next call.
+    @property
+    def finished(self) -> int:
+        """Trajectories that came to the last step of their schedule, the present one among them if it has."""
+        return self._finished + (self.step is not None and self._is_over())
+
+    def advance(self, evidence: Evidence, elsewhere: Callable[[], int] = int) -> Call:
+        """Places the next call; `elsewhere`: how many trajectories of the session other graphs of the model finished.
 
         Two calls are of the same step only if their timesteps agree in all values: those of conditioning tokens may
         stand still while the others move. Exact comparison is right, because the loop hands all calls of a step the
@@ -156,7 +165,8 @@ class Tracker:
             AmbiguousCall: the lane of the call cannot be told, or there are more than `max_lanes`.
         """
         place = self._locate(evidence)
-        schedule = self._schedule_of(evidence, place.starts)
+        finished = self.finished if place.starts else self._finished
+        schedule = self._schedule_of(evidence, place, lambda: finished + elsewhere())
         lanes = Lanes(self._roles, self._max_lanes) if place.starts else self._lanes
         if place.starts:
             self._full_to_the_end = False
@@ -181,11 +191,11 @@ class Tracker:
             if full:
                 gap = since if fulls else 0  # to a full step whose features are still there
                 past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
-        self.trajectory += int(place.starts)
+        self.trajectory, self._finished = self.trajectory + int(place.starts), finished
         self.step, self._last, self._direction = place.step, evidence, place.direction
         self._schedule, self._lanes = schedule, lanes
         lanes.saw(evidence)
-        return Call(place.step, place.lane, full, since, gap, fulls, place.starts, self.trajectory, new_step)
+        return Call(place.step, place.lane, full, since, gap, fulls, place.starts, self.trajectory, new_step, schedule)
 
     def _learn_table(self, evidence: Evidence, starts: bool) -> None:
         """Notes at the first call of a step whether it follows the last one in the scheduler's table."""
@@ -201,15 +211,17 @@ class Tracker:
         elif self._table == "doubt":
             self._table = "no"
 
-    def _schedule_of(self, evidence: Evidence, starts: bool) -> Schedule:
-        if starts or self._schedule is None:
-            return self._schedules(evidence.num_steps)
-        if evidence.num_steps not in (None, self._schedule.num_steps):
+    def _schedule_of(self, evidence: Evidence, place: _Place, phase: Callable[[], int]) -> Schedule:
+        known, given = None if place.starts else self._schedule, evidence.num_steps
+        if known is None or isinstance(known, Undecided):
+            seen = Seen(phase=phase()) if known is None else known.seen
+            return self._schedules(seen.and_at(place.step, max(evidence.timestep.values), given))
+        if given not in (None, known.num_steps):
             raise ValueError(
-                f"num_steps={evidence.num_steps}, but this trajectory began with num_steps={self._schedule.num_steps}: give "
-                "hero_fx.calling the same number at every call of a trajectory"
+                f"num_steps={given}, but this trajectory began with num_steps={known.num_steps}: give hero_fx.calling the same "
+                "number at every call of a trajectory"
             )
-        return self._schedule
+        return known
 
     def _locate(self, evidence: Evidence) -> _Place:
         """Where the call belongs; changes nothing."""

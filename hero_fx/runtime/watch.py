@@ -45,6 +45,16 @@ class Watch:
                 self._say(*_message(stepper, other, other is not stepper and model.shares(its_model), same_shapes))
                 return
 
+    def finished(self, stepper: Stepper, session: str, model: Model) -> int:
+        """How many trajectories of a session other graphs of a model have finished."""
+        return sum(
+            trajectory.tracker.finished
+            for other in list(self._steppers)
+            if other is not stepper
+            for its_model, trajectory in other.store.of_session(session)
+            if model.shares(its_model)
+        )
+
     def _say(self, cause: str, message: str) -> None:
         if cause not in self._said:
             self._said.add(cause)
