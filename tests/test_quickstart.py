@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import GifImagePlugin, Image
 
 import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
@@ -45,6 +45,7 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(picture) as image:
         assert min(image.size) > 300
     with Image.open(picture.with_suffix(".gif")) as image:
+        assert isinstance(image, GifImagePlugin.GifImageFile)
         assert (image.n_frames, image.size) == (10, (4 * 128, 128 + 18))  # to and fro; truth and three ways
     out = capsys.readouterr().out
     assert "2 layers of width 32, planning of 1 scenes, guidance 3.0, 6 DDIM steps" in out
