@@ -31,6 +31,15 @@ ROOT = Path(__file__).parents[1]
 STEPS = 7
 
 
+class Processor:
+    """As diffusers' attention processors: no module."""
+
+    heads = 1
+
+    def __init__(self) -> None:
+        self.heads = 2
+
+
 class Told(nn.Module):
     """A toy with arguments that are no tensors, a text, a table of its own, and results by name."""
 
@@ -38,6 +47,7 @@ class Told(nn.Module):
         super().__init__()
         self.inner = toys.toy(layers)
         self.read = nn.Linear(WIDTH, CHANNELS)
+        self.gains, self.processor = {"a": [1.0]}, Processor()
         self.table = torch.linspace(0, 1, CHANNELS)  # neither parameter nor buffer
         self.eval().requires_grad_(False)
 
@@ -176,8 +186,11 @@ def test_attributes_are_the_models(loaded: hero_fx.Loaded) -> None:
     assert loaded.table is model.table
     assert not loaded.training
     assert all(ours is theirs for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True))
-    loaded.inner.scale = 2.0
-    assert model.inner.scale == 2.0
+    loaded.note = 2.0
+    assert model.note == 2.0
+    steps = hero_fx.trace(loaded, latents(), toys.times(1)[0], text())  # by the options of the file
+    assert steps.sampler is not None
+    assert steps.sampler.grid == GRID
 
 
 def test_a_plan_goes_along(packages: None, tmp_path: Path) -> None:
@@ -258,6 +271,14 @@ def change_attribute(model: Told) -> None:
     model.inner.scale = 2.0
 
 
+def change_list(model: Told) -> None:
+    model.gains["a"][0] = 2.0
+
+
+def change_processor(model: Told) -> None:
+    model.processor.heads = 3
+
+
 def train(model: Told) -> None:
     model.train()
 
@@ -286,6 +307,8 @@ def other_table(model: Told) -> None:
     ("change", "reason"),
     [
         (change_attribute, r"inner\.scale is 2\.0 here and 1\.0 in the file"),
+        (change_list, r"the model\.gains is builtins\.dict\('a': builtins\.list\(2\.0\)\) here"),
+        (change_processor, r"the model\.processor is .*Processor\(heads=3\) here"),
         (train, "the model.training is True here and False in the file"),
         (hook, "_forward_hooks"),
         (more_layers, r"inner\.blocks\.2 is .*Block here and missing in the file"),
@@ -300,7 +323,10 @@ def test_another_model_is_refused(saved: Saved, change: Callable[[Told], None], 
         hero_fx.load(saved.path, model)
 
 
-@pytest.mark.parametrize("change", [change_attribute, train, replace_layer, hook, more_layers, cast, other_table])
+@pytest.mark.parametrize(
+    "change",
+    [change_attribute, change_list, change_processor, train, replace_layer, hook, more_layers, cast, other_table],
+)
 def test_a_model_that_changes_after_loading_is_refused(loaded: hero_fx.Loaded, change: Callable[[Told], None]) -> None:
     run(loaded)
     change(loaded._orig_mod)

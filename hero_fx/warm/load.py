@@ -188,7 +188,10 @@ class Loaded(nn.Module):
     any call once an attribute of the model's modules has changed; weights may.
     """
 
-    _OWN = frozenset({"_orig_mod", "backend", "_graphs", "_weights", "_watched", "_signature"})
+    _OWN = frozenset(
+        {"_orig_mod", "backend", "_graphs", "_weights", "_watched", "_signature", "forward", "_old_forward", "_hf_hook"}
+    )
+    """Attributes that are not the model's; the last three are what accelerate puts on a module that it offloads."""
 
     backend: Backend
 

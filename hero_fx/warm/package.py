@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def compile_package(
     def compiled(more: Mapping[str, Any]) -> None:
         patches = {**torch._TorchCompileInductorWrapper(mode, dict(options or {}), False).config, **more}
         kept = {name: value for name, value in patches.items() if "cudagraph" not in name}
-        with torch.no_grad(), compat.no_autocast():
+        with warnings.catch_warnings(), torch.no_grad(), compat.no_autocast():
+            # PyTorch warns of itself where it copies a graph (2.13).
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             program = torch.export.export(gm, tuple(inputs), strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=kept)
 

@@ -55,32 +55,53 @@ class Watched:
     """Notices, at little cost, that a model's modules are not what they were: by identity of what they hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        held, sizes = [], []
+        self._held: list[tuple[Any, Any, Any, str]] = []
+        self._sizes: list[tuple[Any, int, str]] = []
+        self._modules: list[tuple[nn.Module, int, str]] = []
         for name, module in model.named_modules():
             path = name or "the model"
-            attributes = dict(_attributes(module))
-            held += [(vars(module), attribute, value, path) for attribute, value in attributes.items()]
-            held += [(module._modules, child, value, path) for child, value in module._modules.items()]
-            hooks = [value for value in attributes.values() if isinstance(value, MutableMapping)]
-            sizes += [(value, len(value), path) for value in (module._modules, *hooks)]
-            for attribute, value in attributes.items():
-                if _is_opened(value):
-                    own = vars(value)
-                    held += [(own, inner, own[inner], f"{path}.{attribute}") for inner in own]
-        self._held = held
-        self._sizes = sizes
-        self._modules = [(module, _count(module), name or "the model") for name, module in model.named_modules()]
+            self._modules.append((module, _count(module), path))
+            self._hold(module._modules, path, 0)
+            for attribute, value in _attributes(module):
+                self._held.append((vars(module), attribute, value, path))
+                self._open(value, f"{path}.{attribute}", _DEPTH)
+
+    def _open(self, value: Any, path: str, depth: int) -> None:
+        if isinstance(value, (dict, list)):
+            self._hold(value, path, depth)
+        elif _is_opened(value):
+            self._hold(vars(value), path, depth)
+
+    def _hold(self, container: Any, path: str, depth: int) -> None:
+        """Watches what a dict or a list holds, and what that holds."""
+        self._sizes.append((container, len(container), path))
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            self._held.append((container, key, value, path))
+            if depth:
+                self._open(value, f"{path}.{key}", depth - 1)
 
     def changes(self) -> list[str]:
         """What changed since; empty as a rule."""
-        found = [
-            f"{path}.{key}"
-            for mapping, key, value, path in self._held
-            if (now := mapping.get(key, self)) is not value and not _equal(now, value)
-        ]
-        found += [path for mapping, size, path in self._sizes if len(mapping) != size]
+        found = [path for container, size, path in self._sizes if len(container) != size]
         found += [path for module, size, path in self._modules if _count(module) != size]
-        return found
+        if found:
+            return found
+        return [
+            f"{path}.{key}"
+            for container, key, value, path in self._held
+            if _get(container, key) is not value and not _equal(_get(container, key), value)
+        ]
+
+
+def _get(container: Any, key: Any) -> Any:
+    try:
+        return container[key]
+    except (KeyError, IndexError):
+        return _Missing
+
+
+class _Missing:
+    """In place of what is gone."""
 
 
 def _equal(now: Any, then: Any) -> bool:
