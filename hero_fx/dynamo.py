@@ -126,6 +126,8 @@ def frame_call() -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     values: Mapping[str, Any] = frame.f_locals
     arguments = inspect.getargs(frame.f_code)  # named ones of either kind, then *args, then **kwargs
     positional = frame.f_code.co_argcount if arguments.varargs else frame.f_code.co_posonlyargcount
+    if not values.keys() >= {*filter(None, (*arguments.args, arguments.varargs, arguments.varkw))}:
+        return None
     args = tuple(values[name] for name in arguments.args[:positional])
     kwargs = {name: values[name] for name in arguments.args[positional:]}
     more = () if arguments.varargs is None else values[arguments.varargs]

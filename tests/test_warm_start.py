@@ -440,6 +440,17 @@ def test_what_cannot_be_saved(packages: None, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_under_inference_mode_and_compiled_in_place(packages: None, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model: Any = toys.toy()
+    model.compile(backend=hero_fx.backend(grid=GRID, inner="eager"))
+    with torch.inference_mode():
+        live = model(latents(), toys.times(1)[0])
+        hero_fx.save(model, tmp_path / "x.hero")
+        loaded = hero_fx.load(tmp_path / "x.hero", toys.toy())
+        assert torch.equal(loaded(latents(), toys.times(1)[0]), live)
+
+
 def test_a_graph_that_no_call_reaches_is_left_out(packages: None, tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = toys.toy()

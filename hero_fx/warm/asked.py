@@ -18,7 +18,7 @@ from hero_fx.runtime.stepper import Stepper
 
 from .archive import Argument, Literal, Output, Stored, Weight
 from .called import Called
-from .probe import probing
+from .probe import Probe, probing
 from .signature import CallSpec, bind, is_constant
 
 __all__ = ["Asked", "CannotSave", "ask", "weights_of"]
@@ -65,13 +65,7 @@ def ask(compiled: Any, model: nn.Module, stepper: Stepper, called: Called, prefi
         return tuple(returned)
 
     args, kwargs = called.example()
-    try:
-        with called.context(), torch.compiler.set_stance("fail_on_recompile"), probing(probe):
-            result = compiled(*args, **kwargs)
-    except RuntimeError as error:
-        raise CannotSave(
-            f"Dynamo would compile the model anew, for its code looks at something that has changed: {error}"
-        ) from error
+    result = _result(compiled, called, args, kwargs, probe)
     if not reached:
         raise CannotSave("the compiled model runs without it")
     call = bind(inspect.signature(model.forward), args, kwargs)
@@ -84,6 +78,20 @@ def ask(compiled: Any, model: nn.Module, stepper: Stepper, called: Called, prefi
     tensors: dict[str, Tensor] = {}
     sources = _sources(reached[0], call.values, model, prefix, tensors)
     return Asked(spec, sources, returns, _leaves(leaves, returned, call.values), reached[0], tensors)
+
+
+def _result(compiled: Any, called: Called, args: Any, kwargs: Any, probe: Probe) -> Any:
+    """What the compiled model returns, with or without inference mode: Dynamo guards it, and hides it while it compiles."""
+    failed: Exception | None = None
+    for inference in (False, True):
+        try:
+            with called.context(inference), torch.compiler.set_stance("fail_on_recompile"), probing(probe):
+                return compiled(*args, **kwargs)
+        except RuntimeError as error:
+            failed = failed or error
+    raise CannotSave(
+        f"Dynamo would compile the model anew, for its code looks at something that has changed: {failed}"
+    ) from failed
 
 
 def weights_of(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:

@@ -49,7 +49,6 @@ class Called:
     """Classes of arguments that are none of these."""
     conditions: Conditions
     grad: bool
-    inference: bool
     files: frozenset[str]
     """Source files of all code that was traced."""
 
@@ -68,10 +67,10 @@ class Called:
         return tuple(args), kwargs
 
     @contextmanager
-    def context(self) -> Iterator[None]:
-        """Modes as they were."""
+    def context(self, inference: bool) -> Iterator[None]:
+        """Modes as they were; `inference`: inference mode is on."""
         with (
-            torch.inference_mode(self.inference),
+            torch.inference_mode(inference),
             torch.set_grad_enabled(self.grad),
             compat.autocast(self.conditions.autocast),
         ):
@@ -96,7 +95,6 @@ def called() -> Called | None:
         unknown,
         current_conditions(),
         torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
         dynamo.traced_files(),
     )
 
