@@ -16,9 +16,7 @@ from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, tracing
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hero_fx.passes.compat import argument_name, no_autocast
 
@@ -126,12 +124,10 @@ def frame_call() -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     values: Mapping[str, Any] = frame.f_locals
     arguments = inspect.getargs(frame.f_code)  # named ones of either kind, then *args, then **kwargs
     positional = frame.f_code.co_argcount if arguments.varargs else frame.f_code.co_posonlyargcount
-    if not values.keys() >= {*filter(None, (*arguments.args, arguments.varargs, arguments.varkw))}:
-        return None
     args = tuple(values[name] for name in arguments.args[:positional])
     kwargs = {name: values[name] for name in arguments.args[positional:]}
-    more = () if arguments.varargs is None else values[arguments.varargs]
-    return (*args, *more), kwargs | ({} if arguments.varkw is None else values[arguments.varkw])
+    more, named = values.get(arguments.varargs or "", ()), values.get(arguments.varkw or "", {})
+    return (*args, *more), {**kwargs, **named}
 
 
 def traced_files() -> frozenset[str]:

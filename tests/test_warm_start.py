@@ -1,15 +1,11 @@
-"""`hero_fx.save` and `hero_fx.load`: step graphs compiled ahead of time run as those compiled live, or refuse."""
+"""`hero_fx.save` and `hero_fx.load`: step graphs compiled ahead of time run as those compiled live."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,114 +17,29 @@ from torch._dynamo.utils import counters
 import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
-from hero_fx.warm import load as loading
-from hero_fx.warm import save as saving
 
 from .support import toys
-from .support.toys import CHANNELS, GRID, WIDTH, latents, torch_compile
+from .support.toys import CHANNELS, GRID, latents, torch_compile
+from .support.warm import STEPS, Saved, lanes, packages_in_memory, run, save_two_sizes, text, told
 
 ROOT = Path(__file__).parents[1]
-STEPS = 7
-
-
-class Processor:
-    """As diffusers' attention processors: no module."""
-
-    heads = 1
-
-    def __init__(self) -> None:
-        self.heads = 2
-
-
-class Told(nn.Module):
-    """A toy with arguments that are no tensors, a text, a table of its own, and results by name."""
-
-    def __init__(self, layers: int = 2) -> None:
-        super().__init__()
-        self.inner = toys.toy(layers)
-        self.read = nn.Linear(WIDTH, CHANNELS)
-        self.gains, self.processor = {"a": [1.0]}, Processor()
-        self.table = torch.linspace(0, 1, CHANNELS)  # neither parameter nor buffer
-        self.eval().requires_grad_(False)
-
-    def forward(
-        self, latents: Tensor, timestep: Tensor, text: tuple[Tensor, ...], gain: float = 1.0, return_dict: bool = True
-    ) -> Any:
-        said = sum(self.read(part).mean(dim=1, keepdim=True) for part in text)
-        noise = self.inner(latents + said + self.table, timestep) * gain
-        return {"noise": noise, "gain": gain, "given": latents} if return_dict else (noise,)
-
-
-def told(layers: int = 2) -> Told:
-    torch.manual_seed(0)
-    return Told(layers)
-
-
-def text(seed: int = 5, batch: int = 2) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, length, WIDTH, generator=generator) for length in (3, 5))
-
-
-@dataclass
-class Packages:
-    """In place of AOTInductor, which takes ten seconds a graph: packages that name step graphs kept here."""
-
-    graphs: dict[str, Any]
-
-    def compile(self, gm: Any, inputs: list[Tensor], path: Path, **_: Any) -> None:
-        name = f"graph {len(self.graphs)}"
-        self.graphs[name] = gm
-        path.write_text(name)
-
-    def load(self, path: Path) -> Callable[..., list[Tensor]]:
-        gm = self.graphs[path.read_text()]
-        return lambda *inputs: list(gm(*inputs))
 
 
 @pytest.fixture(scope="module")
-def packages() -> Iterator[None]:
-    kept = Packages({})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "compile_package", kept.compile)
-        patch.setattr(loading, "load_package", kept.load)
-        yield
-
-
-def lanes(call: Callable[..., Any], batch: int = 2, steps: int = STEPS, seed: int = 3, **more: Any) -> list[Tensor]:
-    """A closed loop with guidance, the model called once for each branch: every output."""
-    x, outputs = latents(batch, seed), []
-    texts = text(batch=batch), text(6, batch=batch)
-    with torch.no_grad():
-        for time in toys.times(steps, batch):
-            cond, uncond = (call(x, time, text=own, **more)["noise"] for own in texts)
-            outputs += [cond, uncond]
-            x = x - (uncond + 2 * (cond - uncond)) / steps
-    return outputs
-
-
-@dataclass
-class Saved:
-    path: Path
-    live: dict[int, list[Tensor]]
-    """By batch size, what the live compile gave."""
-    stats: hero_fx.Stats
-
-
-@pytest.fixture(scope="module")
-def saved(packages: None, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Two batch sizes of a model in one file."""
-    torch._dynamo.reset()
-    backend = hero_fx.backend(grid=GRID, num_steps=STEPS, inner="eager")
-    compiled = torch_compile(told(), backend, fullgraph=True)
-    live = {batch: lanes(compiled, batch) for batch in (2, 1)}
-    path = tmp_path_factory.mktemp("warm") / "model.hero"
-    hero_fx.save(compiled, path)
-    return Saved(path, live, backend.stats())
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    with packages_in_memory():
+        yield save_two_sizes(tmp_path_factory.mktemp("warm") / "model.hero")
 
 
 @pytest.fixture
 def loaded(saved: Saved) -> hero_fx.Loaded:
     return hero_fx.load(saved.path, told())
+
+
+@pytest.fixture
+def packages() -> Iterator[None]:
+    with packages_in_memory():
+        yield
 
 
 def test_each_resolution_runs_as_it_did_live(saved: Saved, loaded: hero_fx.Loaded) -> None:
@@ -216,40 +127,6 @@ def test_a_plan_goes_along(packages: None, tmp_path: Path) -> None:
         toys.loop(loaded, latents(), toys.times(3))
 
 
-def run(call: Callable[..., Any], **changes: Any) -> Any:
-    """One call as it was saved, but for `changes`."""
-    with torch.no_grad():
-        return call(**{"latents": latents(), "timestep": toys.times(1)[0], "text": text(), **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "shown"),
-    [
-        ({"latents": latents(3)}, r"latents f32\[3, 30, 6\]"),
-        ({"latents": latents().double()}, r"latents f64\[2, 30, 6\]"),
-        ({"gain": 2.0}, r"gain=2\.0"),
-        ({"gain": 1}, "gain=1,"),
-        ({"gain": torch.ones(())}, r"gain f32\[\]"),
-        ({"return_dict": False}, "return_dict=False"),
-        ({"text": text()[:1]}, r"text\[0\] f32\[2, 3, 16\], gain"),
-        ({"text": list(text())}, r"text\[0\]"),
-        ({"text": (text()[0], None)}, r"text\[1\]=None"),
-    ],
-)  # fmt: skip
-def test_another_call_is_refused(loaded: hero_fx.Loaded, changes: dict[str, Any], shown: str) -> None:
-    with pytest.raises(ValueError, match=r"no step graphs are saved for this call[\s\S]*but for") as error:
-        run(loaded, **changes)
-    this, _, others = str(error.value).partition("but for")
-    assert re.search(shown, this)
-    assert others.count("latents f32") == 2
-    assert run(loaded)["noise"].shape == (2, 30, 6)
-
-
-def test_a_missing_argument_is_the_models_error(loaded: hero_fx.Loaded) -> None:
-    with pytest.raises(TypeError, match="missing a required argument: 'timestep'"), torch.no_grad():
-        loaded(latents(), text=text())
-
-
 def test_one_tensor_twice_is_another_call(packages: None, tmp_path: Path) -> None:
     torch._dynamo.reset()
     one = text()[1]
@@ -265,142 +142,6 @@ def test_one_tensor_twice_is_another_call(packages: None, tmp_path: Path) -> Non
 def test_strides_are_no_other_call(saved: Saved, loaded: hero_fx.Loaded) -> None:
     turned = latents().transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(run(loaded, latents=turned)["noise"], run(loaded)["noise"])
-
-
-def change_attribute(model: Told) -> None:
-    model.inner.scale = 2.0
-
-
-def change_list(model: Told) -> None:
-    model.gains["a"][0] = 2.0
-
-
-def change_processor(model: Told) -> None:
-    model.processor.heads = 3
-
-
-def train(model: Told) -> None:
-    model.train()
-
-
-def replace_layer(model: Told) -> None:
-    model.inner.blocks[0] = toys.Block()
-
-
-def hook(model: Told) -> None:
-    model.inner.first.register_forward_hook(lambda *_: None)
-
-
-def more_layers(model: Told) -> None:
-    model.inner.blocks.append(toys.Block())
-
-
-def cast(model: Told) -> None:
-    model.double()
-
-
-def other_table(model: Told) -> None:
-    model.table = model.table + 1
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (change_attribute, r"inner\.scale is 2\.0 here and 1\.0 in the file"),
-        (change_list, r"the model\.gains is builtins\.dict\('a': builtins\.list\(2\.0\)\) here"),
-        (change_processor, r"the model\.processor is .*Processor\(heads=3\) here"),
-        (train, "the model.training is True here and False in the file"),
-        (hook, "_forward_hooks"),
-        (more_layers, r"inner\.blocks\.2 is .*Block here and missing in the file"),
-        (cast, r"inner\.first\.weight is torch\.float64 \[16, 6\].* here and torch\.float32"),
-        (other_table, "the model.table is tensor torch.float32"),
-    ],
-)  # fmt: skip
-def test_another_model_is_refused(saved: Saved, change: Callable[[Told], None], reason: str) -> None:
-    model = told()
-    change(model)
-    with pytest.raises(ValueError, match=rf"cannot be loaded: .*{reason}.*Save it anew"):
-        hero_fx.load(saved.path, model)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [change_attribute, change_list, change_processor, train, replace_layer, hook, more_layers, cast, other_table],
-)
-def test_a_model_that_changes_after_loading_is_refused(loaded: hero_fx.Loaded, change: Callable[[Told], None]) -> None:
-    run(loaded)
-    change(loaded._orig_mod)
-    with pytest.raises(ValueError, match=r"the model has changed since it was loaded|is torch\.float64"):
-        run(loaded)
-
-
-def test_conditions_count(loaded: hero_fx.Loaded) -> None:
-    with pytest.raises(ValueError, match="comes with autocast to bf16 on cpu"), torch.autocast("cpu", torch.bfloat16):
-        run(loaded)
-    x, said = latents(), text()
-    try:
-        torch.set_default_dtype(torch.float64)
-        with pytest.raises(ValueError, match="default dtype f64"):
-            run(loaded, latents=x, text=said)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    loaded.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"torch\.no_grad\(\)"):
-        loaded(latents(), toys.times(1)[0], text())
-
-
-def edited(path: Path, to: Path, edit: Callable[[Any], None]) -> Path:
-    """A copy of a file with other metadata."""
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(to, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            if name == "metadata.json":
-                known = json.loads(content)
-                edit(known)
-                content = json.dumps(known).encode()
-            new.writestr(name, content)
-    return to
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("torch", "2.12.0", r"torch is '2\.13.*' here and '2\.12\.0' in the file"),
-        ("hero_fx", "0.0.9", r"hero_fx is .* '0\.0\.9' in the file"),
-        ("python", "3.9", "python is"),
-        ("device", "cuda", "device is 'cpu' here and 'cuda' in the file"),
-        ("machine", "riscv64", "machine is"),
-        ("instructions", {"is": "frozenset", "of": ["avx1024", "sse0"]}, "lacks the instructions avx1024, sse0"),
-    ],
-)  # fmt: skip
-def test_another_place_is_refused(saved: Saved, tmp_path: Path, name: str, value: Any, reason: str) -> None:
-    def edit(known: dict[str, Any]) -> None:
-        known["environment"]["of"][name] = value
-        known["archive"] = "never looked at"
-
-    with pytest.raises(ValueError, match=rf"cannot be loaded: .*{reason}"):
-        hero_fx.load(edited(saved.path, tmp_path / "other.hero", edit), told())
-
-
-def test_other_source_code_is_refused(saved: Saved, tmp_path: Path) -> None:
-    def edit(known: dict[str, Any]) -> None:
-        sources = known["archive"]["of"]["sources"]["of"]
-        assert {name for name, _ in sources} >= {__name__, toys.__name__}
-        sources[:] = [[name, "other" if name == toys.__name__ else digest] for name, digest in sources]
-
-    with pytest.raises(ValueError, match=rf"the source code of {toys.__name__} is not what it was"):
-        hero_fx.load(edited(saved.path, tmp_path / "other.hero", edit), told())
-
-
-def test_files_that_are_none(saved: Saved, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such file; hero_fx\.save"):
-        hero_fx.load(tmp_path / "x.hero", told())
-    (tmp_path / "x.hero").write_bytes(saved.path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged"):
-        hero_fx.load(tmp_path / "x.hero", told())
-    later = edited(saved.path, tmp_path / "y.hero", lambda known: known.update(version=99))
-    with pytest.raises(ValueError, match=r"of version 99, and this hero_fx reads"):
-        hero_fx.load(later, told())
 
 
 class Noting(toys.ToyDiT):
