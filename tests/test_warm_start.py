@@ -192,6 +192,18 @@ def test_under_inference_mode_and_compiled_in_place(packages: None, tmp_path: Pa
         assert torch.equal(loaded(latents(), toys.times(1)[0]), live)
 
 
+def test_under_autocast(packages: None, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    compiled, _ = toys.compiled()
+    with torch.autocast("cpu", torch.bfloat16):
+        live = toys.loop(compiled, latents(), toys.times(4))
+        hero_fx.save(compiled, tmp_path / "x.hero")
+        loaded = hero_fx.load(tmp_path / "x.hero", toys.toy())
+        assert all(map(torch.equal, toys.loop(loaded, latents(), toys.times(4)), live))
+    with pytest.raises(ValueError, match=r"is saved for autocast to bf16 on cpu.*comes with no autocast"):
+        toys.loop(loaded, latents(), toys.times(1))
+
+
 def test_a_graph_that_no_call_reaches_is_left_out(packages: None, tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = toys.toy()
