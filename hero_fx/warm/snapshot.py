@@ -57,10 +57,11 @@ class Watched:
     def __init__(self, model: nn.Module) -> None:
         self._held: list[tuple[Any, Any, Any, str]] = []
         self._sizes: list[tuple[Any, int, str]] = []
-        self._modules: list[tuple[nn.Module, int, str]] = []
+        self._modules: list[tuple[dict[str, Any], int, int, str]] = []
         for name, module in model.named_modules():
             path = name or "the model"
-            self._modules.append((module, _count(module), path))
+            own = vars(module)
+            self._modules.append((own, len(own), _count(own), path))
             self._hold(module._modules, path, 0)
             for attribute, value in _attributes(module):
                 self._held.append((vars(module), attribute, value, path))
@@ -83,14 +84,20 @@ class Watched:
     def changes(self) -> list[str]:
         """What changed since; empty as a rule."""
         found = [path for container, size, path in self._sizes if len(container) != size]
-        found += [path for module, size, path in self._modules if _count(module) != size]
-        if found:
+        found += [path for own, size, count, path in self._modules if len(own) != size and _count(own) != count]
+        if found or self._is_as_it_was():
             return found
         return [
             f"{path}.{key}"
             for container, key, value, path in self._held
             if _get(container, key) is not value and not _equal(_get(container, key), value)
         ]
+
+    def _is_as_it_was(self) -> bool:
+        try:
+            return all(container[key] is value for container, key, value, _ in self._held)
+        except (KeyError, IndexError):
+            return False
 
 
 def _get(container: Any, key: Any) -> Any:
@@ -108,8 +115,7 @@ def _equal(now: Any, then: Any) -> bool:
     return type(now) is type(then) and isinstance(then, _PLAIN) and bool(now == then)
 
 
-def _count(module: nn.Module) -> int:
-    own = vars(module)
+def _count(own: Mapping[str, Any]) -> int:
     return len(own) - sum(name in own for name in _IGNORED)
 
 
