@@ -12,6 +12,8 @@ from hero_fx.runtime.calling import Calling, Session, calling, reset, session
 from hero_fx.runtime.timestep import AmbiguousCall
 from hero_fx.verification.trial import Check
 from hero_fx.verification.verify import Verification, verify
+from hero_fx.warm.load import Loaded, load
+from hero_fx.warm.save import save
 
 from .backends import Backend, backend
 from .calibration import Calibration, calibrate
@@ -40,6 +42,7 @@ __all__ = [
     "Explanation",
     "Fingerprint",
     "Flops",
+    "Loaded",
     "OverBudget",
     "Plan",
     "Policy",
@@ -56,9 +59,11 @@ __all__ = [
     "flops",
     "graph_counts_diff",
     "graph_diff",
+    "load",
     "op_count",
     "render",
     "reset",
+    "save",
     "session",
     "stability",
     "step_kinds",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec
@@ -15,12 +13,11 @@ from torch import fx
 from hero_fx.passes import compat
 from hero_fx.passes.normalize.subclasses import Unwrapped, unwrap
 from hero_fx.passes.pipeline import PassError
-from hero_fx.runtime.budget import Budget
 from hero_fx.runtime.diffusers_context import entered, listen
 from hero_fx.runtime.inputs import graph_inputs
 from hero_fx.runtime.planned import planned_for
-from hero_fx.runtime.stepper import Stepper
-from hero_fx.runtime.watch import Watch
+from hero_fx.runtime.stepper import CompiledStep, Stepper
+from hero_fx.warm.called import called
 
 from . import dynamo
 from .build import build_steps, find_structure, normalized
@@ -35,6 +32,7 @@ from .policy import Forecast, Policy
 from .stack import warn
 from .stats import Stats
 from .step_graphs import StepGraphs
+from .steppers import Steppers
 
 __all__ = ["Backend", "Stats", "backend", "hero_fx"]
 
@@ -50,11 +48,8 @@ class Backend:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._compiled: list[weakref.ref[Stepper]] = []
-        self._counts: Counter[str] = Counter()
-        self._watch = Watch()
+        self._steppers = Steppers(config.max_state_bytes)
         self._warned = False
-        self._budget = Budget(config.max_state_bytes)
         listen()
 
     def __repr__(self) -> str:
@@ -142,9 +137,7 @@ class Backend:
     @property
     def steppers(self) -> list[Stepper]:
         """What was compiled and is still in use, oldest first: code that Dynamo dropped is gone, and its state with it."""
-        alive = [(ref, ref()) for ref in self._compiled]
-        self._compiled = [ref for ref, stepper in alive if stepper is not None]
-        return [stepper for _, stepper in alive if stepper is not None]
+        return self._steppers.alive
 
     @property
     def graphs(self) -> list[StepGraphs]:
@@ -153,28 +146,18 @@ class Backend:
 
     def stats(self) -> Stats:
         """Counts of steps and calls over all that this backend ever compiled; graphs and state are what there is now."""
-        steppers, counts = self.steppers, self._counts
-        by_session: dict[str, int] = {}
-        for stepper in steppers:
-            for name, held in stepper.store.sessions.items():
-                by_session[name] = by_session.get(name, 0) + held
-        return Stats(
-            graphs=len(steppers),
-            full_steps=counts["full_steps"],
-            cached_steps=counts["cached_steps"],
-            full_calls=counts["full_calls"],
-            cached_calls=counts["cached_calls"],
-            refused_calls=counts["refused_calls"],
-            state_bytes=sum(s.store.nbytes for s in steppers),
-            evictions=self._budget.evictions,
-            sessions=len(by_session),
-            bytes_by_session=by_session,
-        )
+        return self._steppers.stats()
 
     def reset(self) -> None:
         """Forgets the trajectories of everything this backend compiled and frees their state; compiled code stays."""
         for stepper in self.steppers:
             stepper.store.drop()
+
+    def load(self, full: CompiledStep, cached: Sequence[CompiledStep], **parts: Any) -> Stepper:
+        """A stepper over steps that were compiled before, as `hero_fx.load` reads them; `parts` are arguments of `Stepper`."""
+        policy = self.config.make_policy()
+        assert policy is not None
+        return self._steppers.make(self.config, policy, full, cached, **parts)
 
     def _steps(self, plain: Unwrapped, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
         gm, inputs = plain.gm, plain.inputs
@@ -216,25 +199,19 @@ class Backend:
         steps: StepGraphs,
         timestep: int,
     ) -> Stepper:
-        stepper = Stepper(
-            full=compile_step(gm, steps.full, config),
-            cached=[compile_step(gm, cached, config) for cached in steps.cached],
-            policy=policy,
-            schedule=config.schedule_of,
+        stepper = self._steppers.make(
+            config,
+            policy,
+            compile_step(gm, steps.full, config),
+            [compile_step(gm, cached, config) for cached in steps.cached],
             state=steps.state,
             sampler=steps.sampler,
             inputs=graph_inputs(steps, timestep),
             graphs=steps,
             context=entered(dynamo.frame_module()),
-            strict=config.strict,
-            counts=self._counts,
-            watch=self._watch,
             again=dynamo.recompile_reason(),
-            planned=planned_for(config),
-            budget=self._budget,
+            called=called(),
         )
-        self._compiled.append(weakref.ref(stepper))
-        self._watch.add(stepper)
         self._warn_of_limit(len(self.steppers))
         return stepper
 

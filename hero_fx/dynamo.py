@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -15,9 +16,7 @@ from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
 from torch._guards import CompileContext, TracingContext, tracing
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hero_fx.passes.compat import argument_name, no_autocast
 
@@ -26,6 +25,7 @@ __all__ = ["Compiled"]
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+T = TypeVar("T")
 
 
 def is_control_flow(error: Exception) -> bool:
@@ -116,6 +116,25 @@ def frame_module() -> torch.nn.Module | None:
     return next((v for v in candidates if isinstance(v, torch.nn.Module)), None)
 
 
+def frame_call() -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of the call that Dynamo is compiling right now, positional ones and named ones, with its `self`."""
+    frame = _root_frame()
+    if frame is None:
+        return None
+    values: Mapping[str, Any] = frame.f_locals
+    arguments = inspect.getargs(frame.f_code)  # named ones of either kind, then *args, then **kwargs
+    positional = frame.f_code.co_argcount if arguments.varargs else frame.f_code.co_posonlyargcount
+    args = tuple(values[name] for name in arguments.args[:positional])
+    kwargs = {name: values[name] for name in arguments.args[positional:]}
+    more, named = values.get(arguments.varargs or "", ()), values.get(arguments.varkw or "", {})
+    return (*args, *more), {**kwargs, **named}
+
+
+def traced_files() -> frozenset[str]:
+    """The source files of all functions that the present trace went through."""
+    return frozenset(code.co_filename for code in TracingContext.get_traced_code() or ())
+
+
 def frame_module_name() -> str:
     """The Python module, such as `diffusers.hooks.hooks`, whose code Dynamo is compiling right now; empty if none."""
     frame = _root_frame()
@@ -203,17 +222,22 @@ def compile_with_inductor(
 ) -> Compiled:
     """Inductor's inference compilation of `gm` for fake `inputs` of `mode`; takes the same inputs, real, in order."""
 
-    def compiled(**more: Any) -> Compiled:
+    def compiled(more: Mapping[str, Any]) -> Compiled:
         with _own_tracing_context(mode), torch.no_grad():
             return inductor(compile_mode, {**(options or {}), **more}, dynamic=False)(gm, list(inputs))
 
+    return around_fusion_defect(compiled)
+
+
+def around_fusion_defect(compiled: Callable[[Mapping[str, Any]], T]) -> T:
+    """What `compiled` gives with no further options of Inductor, or else with those that go around its defect."""
     try:
-        return compiled()
+        return compiled({})
     except Exception as error:
         if not _is_fusion_defect(error):
             raise
         log.warning("Inductor failed to fuse loops of a step (%s), which is then compiled without fusion", error)
-        return compiled(max_fusion_size=1)
+        return compiled({"max_fusion_size": 1})
 
 
 def _is_fusion_defect(error: Exception) -> bool:
@@ -239,6 +263,9 @@ def backend_of(model: object, kind: type) -> Any:
     `torch.compile(module)` keeps it in the module's `dynamo_ctx`, `torch.compile(function)` in the closure of what it
     returns, and `module.compile()` in that of `_compiled_call_impl` (2.11 to 2.15).
     """
+    own = getattr(model, "backend", None)
+    if isinstance(own, kind):  # what `hero_fx.load` returns has it
+        return own
     callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     wrapper: Any = getattr(model, "_compiled_call_impl", None) or model
     if callback is None and getattr(wrapper, "__closure__", None):

@@ -19,7 +19,7 @@ from .config import Config
 from .plan import Fingerprint, Plan
 from .stack import warn
 
-__all__ = ["check_fingerprint", "fingerprint_of"]
+__all__ = ["check_fingerprint", "fingerprint_of", "model_config"]
 
 
 def fingerprint_of(
@@ -33,14 +33,14 @@ def fingerprint_of(
     ]
     return Fingerprint(
         name=type(module).__name__ if module is not None else "",
-        config=_config(module),
+        config=model_config(module),
         depth=structure.depth,
         width=structure.streams[0].width if structure.streams else 0,
         outputs=tuple(sizes),
     )
 
 
-def _config(module: torch.nn.Module | None) -> dict[str, Any]:
+def model_config(module: torch.nn.Module | None) -> dict[str, Any]:
     """What a diffusers (or transformers) model says it was made with; values that JSON does not hold are left out."""
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):

@@ -43,11 +43,11 @@ class Fingerprint:
     outputs: tuple[tuple[int, ...], ...] = ()
     """Channels that each forecast output and its frames have: sizes of the axes that coefficients are given for."""
 
-    def differences(self, other: Fingerprint) -> list[str]:
+    def differences(self, other: Fingerprint, where: str = "the plan") -> list[str]:
         """What differs in another model, one phrase each: `num_layers is 16 here and 12 in the plan`."""
         mine, theirs = self._flat(), other._flat()
         return [
-            f"{name} is {theirs.get(name)!r} here and {mine.get(name)!r} in the plan"
+            f"{name} is {theirs.get(name)!r} here and {mine.get(name)!r} in {where}"
             for name in dict.fromkeys((*mine, *theirs))
             if mine.get(name) != theirs.get(name)
         ]

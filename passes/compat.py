@@ -27,13 +27,22 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     "DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
     "OperatorBase", "TorchDispatchMode", "count_flops", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
-    "tree_flatten", "tree_map", "tree_unflatten",
+    "tree_flatten", "tree_map", "tree_unflatten", "treespec_dumps", "treespec_loads",
 ]  # fmt: skip
 
 
@@ -224,6 +233,12 @@ def is_model_input(node: fx.Node) -> bool:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists, dicts and what else registers with pytree (diffusers' outputs do)."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def leaf_names(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the leaves of arguments are: `latents`, `rotary[0]`, `options['scale']`."""
+    paths, _ = tree_flatten_with_path(dict(arguments))
+    return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, _ in paths)
 
 
 def with_tensors(value: Any, new: Mapping[int, torch.Tensor]) -> Any:

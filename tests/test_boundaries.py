@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 ROOT = Path(__file__).parents[1]
-MAY_BE_PRIVATE = {"passes/compat.py", "hero_fx/dynamo.py"}
+MAY_BE_PRIVATE = {"passes/compat.py", "hero_fx/dynamo.py", "hero_fx/warm/package.py"}
 
 _NODE = fx.Graph().placeholder("x")
 PRIVATE_ATTRIBUTES = {"_dynamo_source"} | {

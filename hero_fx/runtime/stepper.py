@@ -19,6 +19,8 @@ from hero_fx.schedule import Schedule
 from hero_fx.selection import PatchSampler
 from hero_fx.stack import warn
 from hero_fx.step_graphs import StateSpec, StepGraphs
+from hero_fx.warm.called import Called
+from hero_fx.warm.probe import current_probe
 
 from .budget import Budget, OverBudget
 from .calling import current_calling, current_session
@@ -74,9 +76,11 @@ class Stepper:
         again: str | None = None,
         planned: Planned | None = None,
         budget: Budget | None = None,
+        called: Called | None = None,
     ) -> None:
         """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
-        steps are counted; `watch`: over all graphs of the backend; `again`: why the model was compiled once more."""
+        steps are counted; `watch`: over all graphs of the backend; `again`: why the model was compiled once more; `called`:
+        the call that it was compiled for."""
         self.full = full
         self.cached = tuple(cached)
         self.policy = policy
@@ -84,6 +88,7 @@ class Stepper:
         self.graphs = graphs
         self.strict = strict
         self.again = again
+        self.called = called
         self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
@@ -110,6 +115,9 @@ class Stepper:
         return self.planned is not None and self.planned.phases > 1
 
     def __call__(self, *inputs: Any) -> Any:
+        probe = current_probe()
+        if probe is not None:
+            return probe(self, inputs)
         model = self.weights.model(inputs)
         try:
             session = current_session()

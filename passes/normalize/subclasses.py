@@ -16,15 +16,15 @@ from torch import fx
 
 from hero_fx.passes.compat import copy_origin, copy_source, is_traceable_wrapper_subclass
 
-__all__ = ["Unwrapped", "unwrap"]
+__all__ = ["Unwrapped", "parts_of", "unwrap"]
 
 
-def _parts(value: Any) -> list[torch.Tensor]:
+def parts_of(value: Any) -> list[torch.Tensor]:
     """The plain tensors that a tensor is made of; itself, if it is one."""
     if not is_traceable_wrapper_subclass(value):
         return [value]
     names, _ = value.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(value, name))]
+    return [part for name in names for part in parts_of(getattr(value, name))]
 
 
 class _Rebuild(torch.nn.Module):
@@ -36,7 +36,7 @@ class _Rebuild(torch.nn.Module):
         inner = [(name, getattr(example, name)) for name in names]
         self.kind: Any = type(example)
         self.size, self.stride = example.size(), example.stride()
-        self.counts = [(name, len(_parts(value))) for name, value in inner]
+        self.counts = [(name, len(parts_of(value))) for name, value in inner]
         self.nested = torch.nn.ModuleDict(
             {name: _Rebuild(value) for name, value in inner if is_traceable_wrapper_subclass(value)}
         )
@@ -63,7 +63,7 @@ class Unwrapped:
         """`run`, which takes plain inputs, as a function of the inputs that Dynamo has."""
         if not self.kinds:
             return run
-        return lambda *inputs: run(*(part for value in inputs for part in _parts(value)))
+        return lambda *inputs: run(*(part for value in inputs for part in parts_of(value)))
 
 
 def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
@@ -91,7 +91,7 @@ def unwrap(gm: fx.GraphModule, inputs: Sequence[Any]) -> Unwrapped:
     rebuilds: list[tuple[fx.Node, str, list[fx.Node]]] = []
     for node in gm.graph.find_nodes(op="placeholder"):
         value = next(values)
-        parts = _parts(value)
+        parts = parts_of(value)
         plain += parts
         if not is_traceable_wrapper_subclass(value):
             env[node] = graph.node_copy(node)
