@@ -1,0 +1,285 @@
+"""The fidelity bench, shortened, on the model of moving shapes: does what holds on the world model hold on another family?
+
+    python examples/shapes/fidelity.py --cache FOLDER [--results examples/shapes/results] [--clips 32] [--intervals 2,3,4,6]
+
+Methods at equal numbers of full steps, calibrated plans fitted to four training clips, and as rivals plain sampling and other
+solvers with as many evaluations as HERO's FLOPs allow. Relative L2 on final latents, against full compute and against
+converged sampling from the same noise, over held-out clips. What is sampled is kept in `--cache`, so a run can be cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hero_fx
+from _fidelity_report import Row, figures, mark
+from _fidelity_run import Cost, Switch, digest, own_timestep
+from _fidelity_settings import HERO, PLAN, Setting, full, methods
+from _metrics import relative_l2
+from hero_fx import passes
+from shapes.clips import HELD_OUT, TRAINING, make_clips
+from shapes.model import SHIFT
+from shapes.pipeline import STEPS, WEIGHTS, ShapesPipeline
+
+METHODS = (HERO, "HERO reuse", "TaylorSeer 1")
+SOLVERS = {"heun": "Heun", "unipc": "UniPC", "dpm++": "DPM-Solver++ 2M"}
+"""Names of `Setting.solver`, and what people call them."""
+
+
+def solver(name: str) -> Any:
+    """A scheduler of diffusers of second order, for the noise levels of this model."""
+    if name == "heun":
+        return FlowMatchHeunDiscreteScheduler(shift=SHIFT)
+    kind = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}[name]
+    return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=2)
+
+
+class Runner:
+    """Samples held-out clips under settings, from one trace of the model."""
+
+    def __init__(self, weights: Path, cache: Path, batch: int, search: int, num_steps: int = STEPS) -> None:
+        """`search`: schedules that a calibration may try."""
+        self.weights, self.cache, self.batch, self.search, self.num_steps = weights, cache, batch, search, num_steps
+        cache.mkdir(parents=True, exist_ok=True)
+        self.pipeline = ShapesPipeline.from_pretrained(weights)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._usual = self.pipeline.scheduler
+        code = [f for package in (hero_fx, passes) for f in sorted(Path(package.__path__[0]).rglob("*.py"))]
+        self.code, self.known = digest(code), digest(sorted(weights.rglob("*.safetensors")))
+        self.switch = Switch()
+        self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
+        # A view of the scheduler's table of timesteps: Dynamo would compile anew for every length of the table.
+        self.pipeline.transformer.register_forward_pre_hook(own_timestep, with_kwargs=True)
+        self._plans: dict[int, hero_fx.Plan] = {}
+
+    def sample(self, setting: Setting, clips: int) -> Tensor:
+        """Latents [clips, 16, 4, 8, 8]; clip i starts from noise i."""
+        path = self.cache / f"{self._key(setting, clips)}.pt"
+        if path.exists():
+            kept: Tensor = torch.load(path, weights_only=True)
+            return kept
+        self.switch.backend = self._backend(setting)
+        batches = [range(start, min(start + self.batch, clips)) for start in range(0, clips, self.batch)]
+        latents = torch.cat([self._denoise(setting, numbers) for numbers in tqdm(batches, desc=setting.name)])
+        torch.save(latents, path)
+        return latents
+
+    def cost(self, setting: Setting) -> Cost:
+        """Counted from the graphs, per clip: both calls of each step."""
+        if self.switch.traced is None:
+            self.switch.backend = None
+            self._denoise(Setting("one step", steps=1), range(self.batch))
+        traced, backend = self.switch.traced, self._backend(setting)
+        assert traced is not None
+        if backend is None:
+            each, steps = hero_fx.flops(traced.normal), evaluations(setting, self.num_steps)
+            return Cost(steps, steps, 2 * each.gemm * steps // self.batch, 2 * each.total * steps // self.batch, 0)
+        rewritten, policy = self.switch.rewritten(backend, traced), backend.config.make_policy()
+        assert policy is not None
+        fulls = hero_fx.step_kinds(backend.config, policy, self.num_steps).count(None)
+        sums = hero_fx.trajectory_flops(rewritten, backend.config, self.num_steps)
+        each = (2 * n // self.batch for n in (sums.gemm, sums.total, rewritten.state_bytes))
+        return Cost(self.num_steps, fulls, *each)
+
+    def plan(self, full_steps: int) -> hero_fx.Plan:
+        """The calibrated plan with so many full steps, fitted to training clips; kept in the cache."""
+        path = self.cache / f"plan-{self.known}-{self.num_steps}-{full_steps}-{self.search}.safetensors"
+        if full_steps not in self._plans and path.exists():
+            self._plans[full_steps] = hero_fx.Plan.load(path)
+        if full_steps not in self._plans:
+            found = calibrated(self.weights, self.num_steps, full_steps, self.search, path.with_suffix(""))
+            found.plan.save(path)
+            found.plot(path.with_suffix(".png"))
+            self._plans[full_steps] = found.plan
+        return self._plans[full_steps]
+
+    def _backend(self, setting: Setting) -> hero_fx.Backend | None:
+        if setting.plan is not None:
+            return hero_fx.backend(plan=self.plan(setting.plan), inner="eager")
+        if setting.options is None:
+            return None
+        return hero_fx.backend(**{"num_steps": self.num_steps, **setting.options, "inner": "eager"})
+
+    def _denoise(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
+        self.pipeline.scheduler = self._usual if setting.solver is None else solver(setting.solver)
+        steps = self.num_steps if setting.steps is None else setting.steps
+        return denoise(self.pipeline, HELD_OUT, numbers, steps)
+
+    def _key(self, setting: Setting, clips: int) -> str:
+        code = "" if setting.options is None and setting.plan is None else self.code
+        of = [self.known, code, self.num_steps, self.search, setting.key, clips, self.batch]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
+
+
+def denoise(pipeline: ShapesPipeline, first: int, numbers: Sequence[int], steps: int) -> Tensor:
+    """Latents of clips `first + i`, each from noise i."""
+    text = make_clips([first + i for i in numbers]).text
+    generators = [torch.Generator().manual_seed(i) for i in numbers]
+    latents: Tensor = pipeline(text, num_inference_steps=steps, generator=generators, output_type="latent").latents
+    return latents
+
+
+def evaluations(setting: Setting, num_steps: int) -> int:
+    """Of the model, in a trajectory that caches nothing: Heun's method takes two a step, but one at the last."""
+    steps = num_steps if setting.steps is None else setting.steps
+    return 2 * steps - 1 if setting.solver == "heun" else steps
+
+
+def calibrated(weights: Path, num_steps: int, full_steps: int, search: int, folder: Path) -> hero_fx.Calibration:
+    """Fits a plan to training clips."""
+    pipeline = ShapesPipeline.from_pretrained(weights)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(model: Any, i: int) -> Tensor:
+        pipeline.transformer = model
+        return denoise(pipeline, TRAINING, [i], num_steps)
+
+    return hero_fx.calibrate(
+        pipeline.transformer, run, num_steps=num_steps, budget=full_steps, scenes=4, holdout=2, search=search,
+        by=("frames",), folder=folder, inner="eager",
+    )  # fmt: skip
+
+
+class Bench:
+    """Held-out clips, and what they are compared with."""
+
+    def __init__(self, runner: Runner, clips: int, converged: int) -> None:
+        self.runner, self.clips = runner, clips
+        self.full = runner.sample(full(), clips)
+        self.converged = runner.sample(Setting("converged", steps=converged), clips)
+        self.plain = runner.cost(full())
+
+    def row(self, setting: Setting) -> Row:
+        """Samples and measures: latents and decoded clips, against full compute and converged sampling."""
+        latents, decode, values = self.runner.sample(setting, self.clips), self.runner.pipeline.vae.decode, {}
+        for name, reference in (("l2", self.full), ("converged", self.converged)):
+            if setting == full() and name == "l2":
+                continue
+            values[name] = relative_l2(latents.numpy(), reference.numpy())
+            values[f"video_{name}"] = relative_l2(decode(latents).numpy(), decode(reference).numpy())
+        return Row(setting, self.runner.cost(setting), values)
+
+    def main(self, intervals: Sequence[int]) -> list[dict[str, Any]]:
+        """A row per setting; at each N compared with HERO."""
+        result = [figures(self.row(full()), self.plain)]
+        for interval in intervals:
+            settings = [s for s in methods(interval) if s.name.split(", N=")[0] in METHODS]
+            hero = next(s for s in settings if s.name.split(", N=")[0] == HERO)
+            cost = self.runner.cost(hero)
+            settings.append(Setting(f"{PLAN}, N={interval}", plan=cost.full_steps))
+            fewer = round(cost.total * self.plain.steps / self.plain.total)
+            settings += rivals(fewer)
+            rows = [self.row(setting) for setting in settings]
+            base = next(row for row in rows if row.setting is hero)
+            known = {row["name"] for row in result}
+            result += [figures(row, self.plain, base) for row in rows if row.setting.name not in known]
+        return result
+
+
+def rivals(evaluations: int) -> list[Setting]:
+    """Plain sampling and other solvers with so many evaluations; Heun's method with one less where that is even."""
+    found = [Setting(f"plain, {evaluations} steps", steps=evaluations)]
+    for name, title in SOLVERS.items():
+        steps = (evaluations + 1) // 2 if name == "heun" else evaluations
+        found.append(Setting(f"{title}, {steps} steps", steps=steps, solver=name))
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Distances in thousandths, with half of their 95 % intervals, and costs."""
+    lines = []
+    for row in rows:
+        cells = [row["name"], row["full_steps"]]
+        for metric in ("l2", "video_l2", "converged", "video_converged"):
+            of = row["metrics"].get(metric)
+            cells.append(
+                "" if of is None else f"{1e3 * of['mean']:.1f} ± {500 * (of['high'] - of['low']):.1f}{mark(metric, of)}"
+            )
+        lines.append([*cells, f"{row['speed_total']:.2f}", f"{row['state_mb']:.2f}"])
+    heads = ["method", "full steps or evaluations", "latents to full, ‰", "clips to full, ‰", "latents to converged, ‰"]
+    heads += ["clips to converged, ‰", "speed by FLOPs", "state, MB per clip"]
+    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Distances of the latents against speed-up by FLOPs, a line per method over N."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    names = dict.fromkeys(row["name"].split(", ")[0] for row in rows[1:])
+    for axis, (metric, of) in zip(
+        figure.subplots(1, 2), (("l2", "full compute"), ("converged", "converged sampling")), strict=True
+    ):
+        for name in names:
+            points = sorted((r for r in rows[1:] if r["name"].split(", ")[0] == name), key=lambda r: r["speed_total"])
+            style = "o--" if name in ("plain", *SOLVERS.values()) else "o-"
+            axis.plot(
+                [p["speed_total"] for p in points],
+                [p["metrics"][metric]["mean"] for p in points],
+                style,
+                ms=3,
+                label=name,
+            )
+        if metric in rows[0]["metrics"]:
+            axis.axhline(rows[0]["metrics"][metric]["mean"], color="grey", lw=0.8, ls=":", label="full compute")
+        axis.set(xlabel="speed-up by FLOPs, attention's in", ylabel=f"relative L2 to {of}", yscale="log")
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def sheet(bench: Bench, settings: Sequence[Setting], path: Path, clips: int = 3) -> None:
+    """Every second frame of the first clips: what was made from the same words, and under each setting."""
+    from matplotlib.image import imsave
+
+    decode = bench.runner.pipeline.vae.decode
+    made = [make_clips(range(HELD_OUT, HELD_OUT + clips)).video]
+    made += [decode(bench.runner.sample(setting, bench.clips)[:clips]) for setting in settings]
+    rows = [torch.cat([video[i, :, f] for f in range(0, 8, 2)], dim=2) for i in range(clips) for video in made]
+    image = torch.cat(rows, dim=1).movedim(0, 2).repeat_interleave(3, 0).repeat_interleave(3, 1)
+    imsave(path, image.numpy())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs, writes and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what was sampled, and for plans")
+    parser.add_argument("--results", type=Path, help="folder for JSON, table and pictures")
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
+    parser.add_argument("--converged", type=int, default=150, help="steps of converged sampling")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--intervals", type=lambda text: [int(n) for n in text.split(",")], default=[2, 3, 4, 6])
+    options = parser.parse_args(argv)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
+        bench = Bench(
+            Runner(options.weights, options.cache, options.batch, options.search, options.steps),
+            options.clips, options.converged,
+        )  # fmt: skip
+        rows = bench.main(options.intervals)
+        if options.results is not None:
+            options.results.mkdir(parents=True, exist_ok=True)
+            found = {"clips": options.clips, "converged": options.converged, "search": options.search, "rows": rows}
+            (options.results / "fidelity.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+            plot(rows, options.results / "fidelity.png")
+            sheet(bench, [full()], options.results / "clips.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
