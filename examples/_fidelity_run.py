@@ -35,7 +35,7 @@ from world.pipeline import GUIDANCE, STEPS, WorldModelPipeline
 from world.render import render
 from world.scenes import HELD_OUT, sample_scenes
 
-__all__ = ["Cost", "Runner", "Switch", "Truth", "digest", "own_timestep"]
+__all__ = ["Cost", "Runner", "Switch", "Truth", "digest"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Runner:
         self.switch = Switch()
         self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
         # The pipeline passes a view of its table of timesteps, and Dynamo would compile anew for every length of the table.
-        self.pipeline.transformer.register_forward_pre_hook(own_timestep, with_kwargs=True)
+        self.pipeline.transformer.register_forward_pre_hook(_own_timestep, with_kwargs=True)
         self._traced: dict[str, hero_fx.StepGraphs] = {}
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ class Runner:
         recorder = Recorder(features=features, inner="eager")
         compiled = self.pipeline.transformer
         self.pipeline.transformer = torch.compile(compiled._orig_mod, backend=recorder, fullgraph=True)
-        self.pipeline.transformer.register_forward_pre_hook(own_timestep, with_kwargs=True)
+        self.pipeline.transformer.register_forward_pre_hook(_own_timestep, with_kwargs=True)
         try:
             self._denoise(task, range(scenes), Setting("full compute"))
         finally:
@@ -319,8 +319,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))
 
 
-def own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A hook: the timestep is no view of the scheduler's table."""
+def _own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "timestep": kwargs["timestep"].clone()}
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hero_fx
 from _fidelity_report import Row, figures, mark
-from _fidelity_run import Cost, Switch, digest, own_timestep
+from _fidelity_run import Cost, Switch, digest
 from _fidelity_settings import HERO, PLAN, Setting, full, methods
 from _metrics import relative_l2
 from hero_fx import passes
@@ -51,9 +51,9 @@ def solver(name: str) -> Any:
 class Runner:
     """Samples held-out clips under settings, from one trace of the model."""
 
-    def __init__(self, weights: Path, cache: Path, batch: int, search: int, num_steps: int = STEPS) -> None:
-        """`search`: schedules that a calibration may try."""
-        self.weights, self.cache, self.batch, self.search, self.num_steps = weights, cache, batch, search, num_steps
+    def __init__(self, weights: Path, cache: Path, clips: int, search: int, num_steps: int = STEPS) -> None:
+        """`clips`: how many, which go in one batch. `search`: schedules that a calibration may try."""
+        self.weights, self.cache, self.clips, self.search, self.num_steps = weights, cache, clips, search, num_steps
         cache.mkdir(parents=True, exist_ok=True)
         self.pipeline = ShapesPipeline.from_pretrained(weights)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -62,37 +62,36 @@ class Runner:
         self.code, self.known = digest(code), digest(sorted(weights.rglob("*.safetensors")))
         self.switch = Switch()
         self.pipeline.transformer = torch.compile(self.pipeline.transformer, backend=self.switch, fullgraph=True)
-        # A view of the scheduler's table of timesteps: Dynamo would compile anew for every length of the table.
-        self.pipeline.transformer.register_forward_pre_hook(own_timestep, with_kwargs=True)
+        self.pipeline.transformer.register_forward_pre_hook(float_timestep, with_kwargs=True)
         self._plans: dict[int, hero_fx.Plan] = {}
 
-    def sample(self, setting: Setting, clips: int) -> Tensor:
+    def sample(self, setting: Setting) -> Tensor:
         """Latents [clips, 16, 4, 8, 8]; clip i starts from noise i."""
-        path = self.cache / f"{self._key(setting, clips)}.pt"
+        path = self.cache / f"{self._key(setting)}.pt"
         if path.exists():
             kept: Tensor = torch.load(path, weights_only=True)
             return kept
         self.switch.backend = self._backend(setting)
-        batches = [range(start, min(start + self.batch, clips)) for start in range(0, clips, self.batch)]
-        latents = torch.cat([self._denoise(setting, numbers) for numbers in tqdm(batches, desc=setting.name)])
-        torch.save(latents, path)
+        latents = self._denoise(setting)
+        torch.save(latents, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
         return latents
 
     def cost(self, setting: Setting) -> Cost:
         """Counted from the graphs, per clip: both calls of each step."""
         if self.switch.traced is None:
             self.switch.backend = None
-            self._denoise(Setting("one step", steps=1), range(self.batch))
+            self._denoise(Setting("one step", steps=1))
         traced, backend = self.switch.traced, self._backend(setting)
         assert traced is not None
         if backend is None:
             each, steps = hero_fx.flops(traced.normal), evaluations(setting, self.num_steps)
-            return Cost(steps, steps, 2 * each.gemm * steps // self.batch, 2 * each.total * steps // self.batch, 0)
+            return Cost(steps, steps, 2 * each.gemm * steps // self.clips, 2 * each.total * steps // self.clips, 0)
         rewritten, policy = self.switch.rewritten(backend, traced), backend.config.make_policy()
         assert policy is not None
         fulls = hero_fx.step_kinds(backend.config, policy, self.num_steps).count(None)
         sums = hero_fx.trajectory_flops(rewritten, backend.config, self.num_steps)
-        each = (2 * n // self.batch for n in (sums.gemm, sums.total, rewritten.state_bytes))
+        each = (2 * n // self.clips for n in (sums.gemm, sums.total, rewritten.state_bytes))
         return Cost(self.num_steps, fulls, *each)
 
     def plan(self, full_steps: int) -> hero_fx.Plan:
@@ -114,15 +113,20 @@ class Runner:
             return None
         return hero_fx.backend(**{"num_steps": self.num_steps, **setting.options, "inner": "eager"})
 
-    def _denoise(self, setting: Setting, numbers: Sequence[int]) -> Tensor:
+    def _denoise(self, setting: Setting) -> Tensor:
         self.pipeline.scheduler = self._usual if setting.solver is None else solver(setting.solver)
         steps = self.num_steps if setting.steps is None else setting.steps
-        return denoise(self.pipeline, HELD_OUT, numbers, steps)
+        return denoise(self.pipeline, HELD_OUT, range(self.clips), steps)
 
-    def _key(self, setting: Setting, clips: int) -> str:
+    def _key(self, setting: Setting) -> str:
         code = "" if setting.options is None and setting.plan is None else self.code
-        of = [self.known, code, self.num_steps, self.search, setting.key, clips, self.batch]
+        of = [self.known, code, self.num_steps, self.search, setting.key, self.clips]
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
+
+
+def float_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook: one graph for all solvers, whose timesteps are views of tables of all lengths, and of UniPC integers."""
+    return args, {**kwargs, "timestep": kwargs["timestep"].clone().float()}
 
 
 def denoise(pipeline: ShapesPipeline, first: int, numbers: Sequence[int], steps: int) -> Tensor:
@@ -157,15 +161,15 @@ def calibrated(weights: Path, num_steps: int, full_steps: int, search: int, fold
 class Bench:
     """Held-out clips, and what they are compared with."""
 
-    def __init__(self, runner: Runner, clips: int, converged: int) -> None:
-        self.runner, self.clips = runner, clips
-        self.full = runner.sample(full(), clips)
-        self.converged = runner.sample(Setting("converged", steps=converged), clips)
+    def __init__(self, runner: Runner, converged: int) -> None:
+        self.runner = runner
+        self.full = runner.sample(full())
+        self.converged = runner.sample(Setting("converged", steps=converged))
         self.plain = runner.cost(full())
 
     def row(self, setting: Setting) -> Row:
         """Samples and measures: latents and decoded clips, against full compute and converged sampling."""
-        latents, decode, values = self.runner.sample(setting, self.clips), self.runner.pipeline.vae.decode, {}
+        latents, decode, values = self.runner.sample(setting), self.runner.pipeline.vae.decode, {}
         for name, reference in (("l2", self.full), ("converged", self.converged)):
             if setting == full() and name == "l2":
                 continue
@@ -173,20 +177,24 @@ class Bench:
             values[f"video_{name}"] = relative_l2(decode(latents).numpy(), decode(reference).numpy())
         return Row(setting, self.runner.cost(setting), values)
 
+    def settings(self, interval: int) -> list[Setting]:
+        """HERO, what stands beside it, and rivals with as many evaluations as its FLOPs allow."""
+        found = {s.name.split(", N=")[0]: s for s in methods(interval)}
+        cost = self.runner.cost(found[HERO])
+        plan = Setting(f"{PLAN}, N={interval}", plan=cost.full_steps)
+        return [
+            *(found[name] for name in METHODS),
+            plan,
+            *rivals(round(cost.total * self.plain.steps / self.plain.total)),
+        ]
+
     def main(self, intervals: Sequence[int]) -> list[dict[str, Any]]:
         """A row per setting; at each N compared with HERO."""
         result = [figures(self.row(full()), self.plain)]
         for interval in intervals:
-            settings = [s for s in methods(interval) if s.name.split(", N=")[0] in METHODS]
-            hero = next(s for s in settings if s.name.split(", N=")[0] == HERO)
-            cost = self.runner.cost(hero)
-            settings.append(Setting(f"{PLAN}, N={interval}", plan=cost.full_steps))
-            fewer = round(cost.total * self.plain.steps / self.plain.total)
-            settings += rivals(fewer)
-            rows = [self.row(setting) for setting in settings]
-            base = next(row for row in rows if row.setting is hero)
+            hero, *rows = [self.row(s) for s in tqdm(self.settings(interval), desc=f"N={interval}")]
             known = {row["name"] for row in result}
-            result += [figures(row, self.plain, base) for row in rows if row.setting.name not in known]
+            result += [figures(row, self.plain, hero) for row in (hero, *rows) if row.setting.name not in known]
         return result
 
 
@@ -247,7 +255,7 @@ def sheet(bench: Bench, settings: Sequence[Setting], path: Path, clips: int = 3)
 
     decode = bench.runner.pipeline.vae.decode
     made = [make_clips(range(HELD_OUT, HELD_OUT + clips)).video]
-    made += [decode(bench.runner.sample(setting, bench.clips)[:clips]) for setting in settings]
+    made += [decode(bench.runner.sample(setting)[:clips]) for setting in settings]
     rows = [torch.cat([video[i, :, f] for f in range(0, 8, 2)], dim=2) for i in range(clips) for video in made]
     image = torch.cat(rows, dim=1).movedim(0, 2).repeat_interleave(3, 0).repeat_interleave(3, 1)
     imsave(path, image.numpy())
@@ -260,24 +268,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for what was sampled, and for plans")
     parser.add_argument("--results", type=Path, help="folder for JSON, table and pictures")
     parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
     parser.add_argument("--converged", type=int, default=150, help="steps of converged sampling")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--intervals", type=lambda text: [int(n) for n in text.split(",")], default=[2, 3, 4, 6])
     options = parser.parse_args(argv)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-        bench = Bench(
-            Runner(options.weights, options.cache, options.batch, options.search, options.steps),
-            options.clips, options.converged,
-        )  # fmt: skip
+        runner = Runner(options.weights, options.cache, options.clips, options.search, options.steps)
+        bench = Bench(runner, options.converged)
         rows = bench.main(options.intervals)
         if options.results is not None:
             options.results.mkdir(parents=True, exist_ok=True)
             found = {"clips": options.clips, "converged": options.converged, "search": options.search, "rows": rows}
             (options.results / "fidelity.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
             plot(rows, options.results / "fidelity.png")
-            sheet(bench, [full()], options.results / "clips.png")
+            hero, _, _, plan, *_ = bench.settings(options.intervals[-1])
+            sheet(bench, [full(), hero, plan], options.results / "clips.png")
     print(table(rows))
 
 
