@@ -2,7 +2,7 @@
 
     python examples/shapes/train.py --run RUN --export examples/shapes/weights
 
-Each step draws fresh clips by number, so that none comes twice. The first step of all fits the autoencoder to training clips.
+Each step draws fresh clips by number, so that none comes twice. A new run first fits the autoencoder to training clips.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import _training
-from shapes.autoencoder import fit_autoencoder
+from shapes.autoencoder import PatchAutoencoder, fit_autoencoder
 from shapes.clips import TRAINING, make_clips, no_text
 from shapes.model import SHIFT, shapes_scheduler, shapes_transformer
 from shapes.pipeline import ShapesPipeline
@@ -34,7 +34,11 @@ class Training(_training.Training):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options, lambda: shapes_transformer(options.layers, options.heads), "blocks")
-        self.vae = fit_autoencoder().to(self.device)
+        # Fitted once: on another machine components of nearly equal variance may come out in another order.
+        fitted = options.run / "vae"
+        if not fitted.exists():
+            fit_autoencoder().save_pretrained(fitted)
+        self.vae = PatchAutoencoder.from_pretrained(fitted).to(self.device)
 
     def losses(self) -> dict[str, Tensor]:
         """Squared error of the velocity on this step's clips."""
@@ -77,7 +81,7 @@ class Training(_training.Training):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _training.add_options(parser, steps=2500, decay=800, rate=4e-3, layers=6)
+    _training.add_options(parser, steps=600, decay=300, rate=4e-3, layers=6)
     options = parser.parse_args(argv)
     _training.check_options(parser, options)
     return options
