@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def pipeline() -> Iterator[Any]:
     """The shipped one."""
-    loaded = pipelines.ShapesPipeline.from_pretrained(pipelines.WEIGHTS)
-    loaded.set_progress_bar_config(disable=True)
     torch._dynamo.reset()
-    yield loaded
+    yield quiet(pipelines.ShapesPipeline.from_pretrained(pipelines.WEIGHTS))
     torch._dynamo.reset()
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def sample(pipeline: Any, numbers: list[int], steps: int = STEPS) -> Tensor:
@@ -115,8 +119,10 @@ def colour(video: Tensor) -> int:
 
 
 def test_the_two_calls_of_a_step_are_told_apart_and_follow_a_plan(pipeline: Any, tmp_path: Path) -> None:
-    """A small plan, saved and loaded, gives what the reference's equations give for each call."""
-    plain = pipeline.transformer
+    """A small plan, saved and loaded, gives what the reference's equations give for each call; on the first two layers."""
+    plain = deepcopy(pipeline.transformer)
+    plain.blocks = plain.blocks[:2]
+    pipeline = quiet(pipelines.ShapesPipeline(plain, pipeline.scheduler, pipeline.vae))
 
     def run(model: Any, i: int) -> Tensor:
         pipeline.transformer = model
