@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hero_fx
-from _fidelity_report import Row, figures, mark
+from _fidelity_report import Row, figures
 from _fidelity_run import Cost, Switch, digest
 from _fidelity_settings import HERO, PLAN, Setting, full, methods
 from _metrics import relative_l2
@@ -34,10 +33,9 @@ from hero_fx import passes
 from shapes.clips import HELD_OUT, TRAINING, make_clips
 from shapes.model import SHIFT
 from shapes.pipeline import STEPS, WEIGHTS, ShapesPipeline
+from shapes.report import SOLVERS, paired, plot, table
 
 METHODS = (HERO, "HERO reuse", "TaylorSeer 1")
-SOLVERS = {"heun": "Heun", "unipc": "UniPC", "dpm++": "DPM-Solver++ 2M"}
-"""Names of `Setting.solver`, and what people call them."""
 
 
 def solver(name: str) -> Any:
@@ -190,12 +188,20 @@ class Bench:
 
     def main(self, intervals: Sequence[int]) -> list[dict[str, Any]]:
         """A row per setting; at each N compared with HERO."""
-        result = [figures(self.row(full()), self.plain)]
+        result = [told(self.row(full()), self.plain)]
         for interval in intervals:
             hero, *rows = [self.row(s) for s in tqdm(self.settings(interval), desc=f"N={interval}")]
             known = {row["name"] for row in result}
-            result += [figures(row, self.plain, hero) for row in (hero, *rows) if row.setting.name not in known]
+            result += [told(row, self.plain, hero) for row in (hero, *rows) if row.setting.name not in known]
         return result
+
+
+def told(row: Row, plain: Cost, hero: Row | None = None) -> dict[str, Any]:
+    """Figures, and the distances of the latents clip by clip."""
+    values = {
+        name: [round(float(v), 6) for v in row.values[name]] for name in ("l2", "converged") if name in row.values
+    }
+    return {**figures(row, plain, hero), "values": values}
 
 
 def rivals(evaluations: int) -> list[Setting]:
@@ -205,48 +211,6 @@ def rivals(evaluations: int) -> list[Setting]:
         steps = (evaluations + 1) // 2 if name == "heun" else evaluations
         found.append(Setting(f"{title}, {steps} steps", steps=steps, solver=name))
     return found
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Distances in thousandths, with half of their 95 % intervals, and costs."""
-    lines = []
-    for row in rows:
-        cells = [row["name"], row["full_steps"]]
-        for metric in ("l2", "video_l2", "converged", "video_converged"):
-            of = row["metrics"].get(metric)
-            cells.append(
-                "" if of is None else f"{1e3 * of['mean']:.1f} ± {500 * (of['high'] - of['low']):.1f}{mark(metric, of)}"
-            )
-        lines.append([*cells, f"{row['speed_total']:.2f}", f"{row['state_mb']:.2f}"])
-    heads = ["method", "full steps or evaluations", "latents to full, ‰", "clips to full, ‰", "latents to converged, ‰"]
-    heads += ["clips to converged, ‰", "speed by FLOPs", "state, MB per clip"]
-    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Distances of the latents against speed-up by FLOPs, a line per method over N."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    names = dict.fromkeys(row["name"].split(", ")[0] for row in rows[1:])
-    for axis, (metric, of) in zip(
-        figure.subplots(1, 2), (("l2", "full compute"), ("converged", "converged sampling")), strict=True
-    ):
-        for name in names:
-            points = sorted((r for r in rows[1:] if r["name"].split(", ")[0] == name), key=lambda r: r["speed_total"])
-            style = "o--" if name in ("plain", *SOLVERS.values()) else "o-"
-            axis.plot(
-                [p["speed_total"] for p in points],
-                [p["metrics"][metric]["mean"] for p in points],
-                style,
-                ms=3,
-                label=name,
-            )
-        if metric in rows[0]["metrics"]:
-            axis.axhline(rows[0]["metrics"][metric]["mean"], color="grey", lw=0.8, ls=":", label="full compute")
-        axis.set(xlabel="speed-up by FLOPs, attention's in", ylabel=f"relative L2 to {of}", yscale="log")
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def sheet(bench: Bench, settings: Sequence[Setting], path: Path, clips: int = 3) -> None:
@@ -268,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for what was sampled, and for plans")
     parser.add_argument("--results", type=Path, help="folder for JSON, table and pictures")
     parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
-    parser.add_argument("--converged", type=int, default=150, help="steps of converged sampling")
+    parser.add_argument("--search", type=int, default=30, help="schedules that a calibration may try")
+    parser.add_argument("--converged", type=int, default=100, help="steps of converged sampling")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--intervals", type=lambda text: [int(n) for n in text.split(",")], default=[2, 3, 4, 6])
     options = parser.parse_args(argv)
@@ -284,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             plot(rows, options.results / "fidelity.png")
             hero, _, _, plan, *_ = bench.settings(options.intervals[-1])
             sheet(bench, [full(), hero, plan], options.results / "clips.png")
-    print(table(rows))
+    print(table(rows), paired(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
