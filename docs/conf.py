@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 project = "hero_fx"
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "examples/world/*.md", "examples/world/weights/*.md"]
+include_patterns = [
+    "*.md",
+    "docs/**",
+    *(f"examples/{model}/{page}" for model in ("world", "shapes") for page in ("*.md", "weights/*.md")),
+]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "hero_fx"

@@ -35,7 +35,7 @@ from world.pipeline import GUIDANCE, STEPS, WorldModelPipeline
 from world.render import render
 from world.scenes import HELD_OUT, sample_scenes
 
-__all__ = ["Cost", "Runner", "Switch", "Truth"]
+__all__ = ["Cost", "Runner", "Switch", "Truth", "digest"]
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class Runner:
         self._exact = ExactSteps.from_config(self._usual.config)
         self.depth = int(self.pipeline.transformer.config.num_layers)
         self.batch, self.cache = batch, cache
-        self.weights = _digest(sorted(weights.rglob("*.safetensors")))
-        self.code = _digest(
+        self.weights = digest(sorted(weights.rglob("*.safetensors")))
+        self.code = digest(
             [f for package in (hero_fx, passes) for f in sorted(Path(package.__path__[0]).rglob("*.py"))]
         )
         self.switch = Switch()
@@ -323,7 +323,7 @@ def _own_timestep(module: object, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, {**kwargs, "timestep": kwargs["timestep"].clone()}
 
 
-def _digest(paths: Sequence[Path]) -> str:
+def digest(paths: Sequence[Path]) -> str:
     """A hash of the contents of files."""
     digest = hashlib.sha256()
     for path in paths:

@@ -23,8 +23,8 @@ import torch
 import hero_fx
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for folder in (".", "docs", "docs/api", "examples/world", "examples/world/weights")
-               for page in (ROOT / folder).glob("*.md"))  # fmt: skip
+MODELS = [f"examples/{model}{folder}" for model in ("world", "shapes") for folder in ("", "/weights")]
+PAGES = sorted(page for folder in (".", "docs", "docs/api", *MODELS) for page in (ROOT / folder).glob("*.md"))
 README = ROOT / "README.md"
 OUTPUTS = ("text", "diff")
 BUILT = ("{eval-rst}", "{include}", "{toctree}")
@@ -146,7 +146,7 @@ def test_examples_have_the_types_that_they_say(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text("\n".join(lines) + "\n")
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\ncheck_untyped_defs = true\nwarn_unreachable = true\nignore_missing_imports = true\n"
-        "[mypy-torch.*,diffusers.*,numpy.*]\nfollow_imports = skip\n[mypy-hero_fx.*,world.*]\nfollow_imports = silent\n"
+        "[mypy-torch.*,diffusers.*,numpy.*]\nfollow_imports = skip\n[mypy-hero_fx.*,world.*,shapes.*]\nfollow_imports = silent\n"
     )
     folders = os.pathsep.join(str(ROOT / folder) for folder in (".", "docs", "examples"))
     result = subprocess.run(
