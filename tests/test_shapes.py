@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hero_fx
 
-from .reference import forecast_trajectory
+from .reference_forecast import forecast_trajectory
 from .support.examples import package
 
 autoencoder, clips, pipelines, train = (package(f"shapes.{n}") for n in ("autoencoder", "clips", "pipeline", "train"))

@@ -17,6 +17,8 @@ from torch._dynamo.utils import counters
 import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
+from hero_fx.warm import save as saving
+from hero_fx.warm.package import compile_package
 
 from .support import toys
 from .support.toys import CHANNELS, GRID, latents, torch_compile
@@ -235,8 +237,9 @@ torch.save(outputs, sys.argv[2])
 """
 
 
-def test_a_fresh_process_needs_no_compiler(tmp_path: Path) -> None:
+def test_a_fresh_process_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With AOTInductor itself: an empty cache, and nothing on the path."""
+    monkeypatch.setattr(saving, "compile_package", compile_package)  # whatever other tests hold in memory
     torch._dynamo.reset()
     compiled, backend = toys.compiled(num_steps=4)
     live = toys.loop(compiled, latents(1), toys.times(4, 1))
