@@ -189,6 +189,10 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / path.partition("::")[0]).exists() or path.startswith("build/"), f"{path} does not exist"
     if program == "python":
         script = (ROOT / rest[0]).read_text()
+        shared = {
+            ROOT / "examples" / f"{name}.py" for name in re.findall(r"^(?:import|from) (_\w+)", script, re.MULTILINE)
+        }
+        script += "".join(path.read_text() for path in shared if path.is_file())
         for option in (word for word in rest[1:] if word.startswith("--")):
             assert f'"{option}"' in script, f"{rest[0]} has no option {option}"
 
