@@ -213,6 +213,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for row in rows:
         name = row["name"].split(", ")[0]
         lines.get(name, lines["fewer steps"] if row["name"].startswith("plain") else []).append(row)
+    lines = {name: points for name, points in lines.items() if points}  # each gets a colour
     for axis, metric in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         axis.set_visible(any(metric in row["metrics"] for row in rows))
         for number, (name, points) in enumerate(lines.items()):

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 import hero_fx
 from _fidelity_settings import Setting
 
@@ -17,11 +19,23 @@ SOLVERS = {"dpm++": "DPM-Solver++ 2M", "unipc": "UniPC"}
 
 
 def solver(name: str, usual: Any) -> Any:
-    """A scheduler of diffusers for the same noise levels and prediction as `usual`, of second order."""
+    """A scheduler of diffusers for the same noise levels and prediction as `usual`, of second order.
+
+    CogVideoX shifts its noise levels, which other schedulers of diffusers do not know: they get the shifted ones as betas. The
+    last level, where nothing but noise is left, is theirs for it, 2^-24.
+    """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+    kept = usual.alphas_cumprod.double().clamp(min=2**-24)
+    betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
     kinds = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-    return kinds[name].from_config(usual.config, solver_order=2, timestep_spacing="trailing")
+    return kinds[name].from_config(
+        usual.config,
+        solver_order=2,
+        timestep_spacing="trailing",
+        trained_betas=betas.tolist(),
+        rescale_betas_zero_snr=False,
+    )
 
 
 def even(steps: int, interval: int) -> tuple[bool, ...]:

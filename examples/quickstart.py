@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{system.name}: compiling ...", flush=True)
         print(f"{system.name}: first call took {run(pipe, system, clips, task, 1)[0]:.0f} s", flush=True)
     for system in arguments.rounds * systems:
-        hero_fx.reset()
+        if system.backend is not None:
+            system.backend.reset()
         with tqdm(total=steps, desc=system.name) as bar:
             system.seconds.append(run(pipe, system, clips, task, steps, bar))
     print("\n" + report(systems, clips, steps))

@@ -311,6 +311,16 @@ def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(bench: Any, w
     assert min(seen) >= TRAINING
 
 
+@pytest.mark.parametrize("name", ["dpm++", "unipc"])
+def test_solvers_have_the_noise_levels_of_the_model(bench: Any, name: str) -> None:
+    from world.model import world_scheduler
+
+    usual = world_scheduler()
+    theirs = sys.modules["_fidelity_rivals"].solver(name, usual)
+    torch.testing.assert_close(theirs.alphas_cumprod, usual.alphas_cumprod.float(), atol=1e-6, rtol=1e-3)
+    assert theirs.config.prediction_type == usual.config.prediction_type
+
+
 def test_schedules_of_rivals(bench: Any) -> None:
     rivals = sys.modules["_fidelity_rivals"]
     for steps, full in ((30, 10), (30, 28), (50, 2), (7, 7), (9, 1)):

@@ -52,6 +52,8 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {cells[0]: cells[1:] for cells in (re.split(" {2,}", line.strip()) for line in out.splitlines())}
     assert rows["torch.compile"] == ["HERO", "plan"]  # the head
     assert rows["full + cached steps"] == ["6 + 0", "5 + 1", "4 + 2"]  # HERO: 0 1 2 4 5 are full
+    assert rows["feature state, MB"][0] == "0.0"
+    assert all(float(cell) > 0 for cell in rows["feature state, MB"][1:])
     for name in ("rgb", "disparity", "raymap"):
         plain, hero, planned = map(float, rows[f"{name}: relative L2 to full compute"])
         assert plain == 0
