@@ -19,7 +19,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 
+import hero_fx
+from serve.answers import refused_for
 from serve.load import ask, measure, same
 from serve.messages import png
 from tests.support.tiny import randomized
@@ -152,6 +156,23 @@ def test_what_is_refused_has_a_status_and_a_reason(server: str) -> None:
     with_client(server, test)
 
 
+@pytest.mark.parametrize(
+    ("failure", "status", "reason"),
+    [
+        (RayTaskError("denoise", "", hero_fx.OverBudget("no room")).as_instanceof_cause(), 503, "OverBudget: no room"),
+        (RayTaskError("denoise", "", ValueError("wrong")).as_instanceof_cause(), 500, "ValueError: wrong"),
+        (ActorDiedError(), 503, "the replica that ran this request has died"),
+        (BackPressureError(2, 2), 503, "the queue is full"),
+    ],
+)
+def test_failures_have_a_status_and_a_reason(failure: Exception, status: int, reason: str) -> None:
+    refused = refused_for(failure)
+    assert refused is not None
+    assert refused.status == status
+    assert reason in str(refused)
+    assert (refused.retry_after is None) == (status == 500)
+
+
 def test_a_client_that_goes_away_frees_its_session(server: str) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         before, other = await totals(client), await ask(client, body(5))
@@ -162,6 +183,28 @@ def test_a_client_that_goes_away_frees_its_session(server: str) -> None:
             assert (await totals(client))["live"] == 1
         after = await until(client, nothing_is_left)
         assert after["cancelled"] == before["cancelled"] + 1
+
+    with_client(server, test)
+
+
+def test_a_client_may_go_away_while_it_waits(server: str) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        begun = asyncio.Semaphore(0)
+
+        async def long(seed: int) -> None:
+            async with client.stream("POST", "/trajectories", json=body(seed, LONG)) as reply:
+                lines = reply.aiter_lines()
+                await anext(lines)
+                begun.release()
+                async for _ in lines:
+                    pass
+
+        running = [asyncio.create_task(long(seed)) for seed in range(REPLICAS * LIVE)]
+        for _ in running:
+            await begun.acquire()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.post("/trajectories", json=body(9, LONG)), 0.1)
+        await asyncio.gather(*running)
 
     with_client(server, test)
 

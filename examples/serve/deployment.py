@@ -3,7 +3,6 @@
 # `serve.ingress` copies the routes by value as they stand there: what they use is imported, and annotations are no strings
 # (no `from __future__ import annotations`), for names that come later in this module are not found in the copy.
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -136,6 +135,6 @@ def application(settings: Settings, *, replicas: int = 1, threads: int = 1, queu
         ray_actor_options={"num_cpus": threads},
         graceful_shutdown_timeout_s=2,
         health_check_period_s=2,
-    ).bind(dataclasses.replace(settings))
+    ).bind(settings)
     most = replicas * settings.live + queued
     return Front.options(max_ongoing_requests=2 * most + 16, ray_actor_options={"num_cpus": 0}).bind(world)
