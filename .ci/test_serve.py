@@ -151,7 +151,7 @@ def test_what_is_refused_has_a_status_and_a_reason(server: str) -> None:
         assert answers["400"] >= 1
         metrics = (await client.get("/metrics")).text
         assert 'world_answers_total{status="413"} ' in metrics
-        assert metrics.count('hero_fx_cached_steps_total{{replica="') == REPLICAS
+        assert metrics.count('hero_fx_cached_steps_total{replica="') == REPLICAS
 
     with_client(server, test)
 
