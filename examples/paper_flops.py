@@ -70,8 +70,8 @@ def rows() -> list[Row]:
     return table
 
 
-def aether() -> CogVideoXTransformer3DModel:
-    """The full-size transformer on the meta device, in float32."""
+def aether(dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The full-size transformer on the meta device."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(
             num_attention_heads=48,
@@ -88,12 +88,12 @@ def aether() -> CogVideoXTransformer3DModel:
             max_text_seq_length=226,
             use_rotary_positional_embeddings=True,
         )
-    return model.eval().requires_grad_(False)
+    return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
 
 
 def capture(batch: int, dtype: torch.dtype = torch.float32) -> hero_fx.StepGraphs:
     """The full-size transformer, traced."""
-    model = aether().to(dtype)
+    model = aether(dtype)
     with torch.device("meta"):
         inputs = {
             "hidden_states": torch.empty(batch, 11, 96, 60, 90, dtype=dtype),

@@ -115,7 +115,7 @@ def measure(name: str, traced: hero_fx.StepGraphs) -> dict[str, float]:
 
 def report(tasks: Iterable[str]) -> dict[str, Any]:
     """Bytes of the weights, and by task and system those of `measure`, or of the plain model."""
-    weights = nbytes_of(aether().to(torch.bfloat16))
+    weights = nbytes_of(aether(torch.bfloat16))
     found: dict[str, Any] = {"weights": weights, **other_parts(), "tasks": {}}
     tasks = list(tasks)
     with tqdm(total=len(tasks) * (2 + len(SYSTEMS)), leave=False) as bar:

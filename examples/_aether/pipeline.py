@@ -145,8 +145,8 @@ class AetherPipeline(CogVideoXImageToVideoPipeline):  # type: ignore[misc]
 
     def _encode(self, frames: NDArray[Any], generator: torch.Generator | None) -> Tensor:
         """Latents [1, T, 16, h, w] of frames [F, H, W, 3]."""
-        pixels = torch.from_numpy(np.asarray(frames)).to(self._execution_device, self.vae.dtype)
-        posterior = self.vae.encode(2 * pixels.permute(3, 0, 1, 2)[None] - 1).latent_dist
+        pixels = 2 * torch.from_numpy(np.asarray(frames, np.float32)).permute(3, 0, 1, 2)[None] - 1
+        posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
         factor = self.vae_scaling_factor_image
         if self.vae.config.invert_scale_latents:  # what CogVideoX's image conditions were trained with
             factor = 1 / factor
