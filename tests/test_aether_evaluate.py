@@ -178,7 +178,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, *arguments: str) -> None:
     options = (
-        "--pipeline ours --device cpu --dtype float32 --steps 6 --inner aot_eager --camera-metrics own --frame-stride 1"
+        "--pipeline ours --device cpu --dtype float32 --steps 6 --inner eager --camera-metrics own --frame-stride 1"
     )
     places = {"--weights": "AetherV1", "--base": "CogVideoX-5b-I2V", "--sintel": "sintel", "--realestate": "realestate"}
     given = [x for name, place in places.items() for x in (name, str(folder / place))]
