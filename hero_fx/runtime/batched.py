@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from .state import Trajectory
 from .stepper import CODE, Stepper
 from .steps import BatchedStep, Placed
 from .timestep import AmbiguousCall
+from .tracker import Call
 from .weights import Model
 
 __all__ = ["BatchStepper", "NotBatched"]
@@ -152,28 +153,28 @@ class BatchStepper:
 
     def _run(self, stepper: Stepper, model: Model, batch: Batch, rows: Rows) -> list[Sequence[Tensor]]:
         """The outputs of each request."""
-        placed: dict[int, tuple[Trajectory, Placed]] = {}
-        trajectories: list[Trajectory] = []
+        calls = batch.calls
+        found: dict[int, tuple[Trajectory, Call]] = {}
+        # In the order of their names, so that two batches never wait for each other.
+        order = sorted(range(len(calls)), key=lambda i: str(calls[i].session))
         with ExitStack() as stack:
             try:
-                evidence = _evidence(stepper, batch.calls, rows)
-                # In the order of their names, so that two batches never wait for each other.
-                for i in sorted(range(len(batch.calls)), key=lambda i: str(batch.calls[i].session)):
-                    session = str(batch.calls[i].session)
-                    trajectory, call = stepper.place(session, model, evidence[i])
-                    stack.callback(stepper.release, trajectory)
-                    trajectories.append(trajectory)
-                    placed[i] = trajectory, stepper.prepare(trajectory, call, session, model, evidence[i])
+                evidence = _evidence(stepper, calls, rows)
+                for i in order:
+                    found[i] = stepper.place(str(calls[i].session), model, evidence[i])
+                    stack.callback(stepper.release, found[i][0])
+                # Once all are running, so that none is evicted to make room for another.
+                placed = {i: stepper.prepare(*found[i], str(calls[i].session), model, evidence[i]) for i in order}
             except (AmbiguousCall, ValueError, OverBudget) as error:
-                _forget(trajectories)
+                _forget(found.values())
                 raise _Refused(error) from error
             except BaseException:
-                _forget(trajectories)
+                _forget(found.values())
                 raise
             try:
-                return self._compute(stepper, batch, [placed[i][1] for i in range(len(batch.calls))], rows)
+                return self._compute(stepper, batch, [placed[i] for i in range(len(calls))], rows)
             except BaseException:
-                _forget(trajectories)  # state may be half written
+                _forget(found.values())  # state may be half written
                 raise
 
     def _compute(self, stepper: Stepper, batch: Batch, placed: Sequence[Placed], rows: Rows) -> list[Sequence[Tensor]]:
@@ -207,8 +208,9 @@ class _Refused(Exception):
         self.error = error
 
 
-def _forget(trajectories: Sequence[Trajectory]) -> None:
-    for trajectory in trajectories:
+def _forget(found: Iterable[tuple[Trajectory, Call]]) -> None:
+    """The trajectories of calls that failed start anew."""
+    for trajectory, _ in found:
         trajectory.tracker.reset()
 
 
