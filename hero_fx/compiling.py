@@ -77,8 +77,10 @@ def compile_batched(config: Config, stepper: Stepper, kind: int | None, own: Seq
             f"hero_fx.batch: the model has an op that cannot run for several requests at once ({_first_line(error)}): call the "
             "model once for each request"
         ) from error
+    with torch.inference_mode(False):  # the first call that needs it may be in it
+        step = compile_step(None, mapped, config)
     return BatchedStep(
-        compile_step(None, mapped, config),
+        step,
         read=frozenset(
             slot for node, slot in slots.items() if isinstance(slot, StateSlot) and not _only_overwritten(node)
         ),
