@@ -187,7 +187,7 @@ class Tracker:
                 lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt" or past.fulls == 0
             )
             fulls, since, gap = past.fulls, place.step - past.full_at, past.gap
-            past.called, past.marks = place.step, evidence.marks
+            past.called, past.marks = place.step, past.marks if evidence.batched else evidence.marks
             if full:
                 gap = since if fulls else 0  # to a full step whose features are still there
                 past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
