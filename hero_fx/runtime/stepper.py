@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from hero_fx.warm.probe import current_probe
 from .budget import Budget, OverBudget
 from .calling import current_calling, current_session
 from .diffusers_context import Heard, heard
-from .evidence import Evidence, Roles, current_owner, marks
+from .evidence import Evidence, current_owner, marks
 from .filling import Selections, scalar_value
 from .inputs import Inputs
 from .planned import Planned
@@ -49,10 +49,13 @@ class CompiledStep:
     device: torch.device
 
 
-def _tracker(schedule: Callable[[int | None], Schedule], planned: Planned | None, roles: Roles, before: int) -> Tracker:
+def _tracker(
+    schedule: Callable[[int | None], Schedule], planned: Planned | None, inputs: Inputs, before: int
+) -> Tracker:
     """A tracker, after `before` trajectories."""
     chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
-    return Tracker(chosen, roles=roles, strict=planned is not None, trajectory=before)
+    strict = planned is not None
+    return Tracker(chosen, roles=inputs.roles, strict=strict, trajectory=before, shared=inputs.shared)
 
 
 class Stepper:
@@ -89,7 +92,7 @@ class Stepper:
         self.strict = strict
         self.again = again
         self.called = called
-        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
+        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -105,7 +108,7 @@ class Stepper:
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs.roles)
+        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs)
         self.store.forgets = not self._phased
         self.store.drop()
 
@@ -178,6 +181,14 @@ class Stepper:
             step_index = step_index if word.step_index is None else word.step_index
         with self._lock:
             timestep = self.reader.read(inputs[self.inputs.timestep], self.inputs.batch)
+        if self.inputs.shared:
+            timestep = replace(timestep, table=None)
+            if name is None:
+                raise AmbiguousCall(
+                    "several processes run this model together and must all take a call for the same lane, which each would "
+                    "tell by its own memory: name it with hero_fx.calling(lane=..., step_index=...) around each call, or with "
+                    "diffusers' cache_context(name)"
+                )
         return Evidence(
             timestep=timestep,
             marks=marks([inputs[p] for p in self.inputs.values]),
