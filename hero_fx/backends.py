@@ -34,6 +34,7 @@ from .flops import too_much_outside
 from .plan import Plan
 from .policy import Forecast, Policy
 from .program import read
+from .ranks import check_options, check_refreshed
 from .stack import warn
 from .stats import Stats
 from .step_graphs import StepGraphs
@@ -196,7 +197,10 @@ class Backend:
         timestep = find_timestep(normal, config.timestep)
         if config.plan is not None:
             check_fingerprint(config, normal, structure)
-        return build_steps(normal, structure, policy, config, records), timestep
+        check_options(normal, structure, policy, config)
+        steps = build_steps(normal, structure, policy, config, records)
+        check_refreshed(steps)
+        return steps, timestep
 
     def _compile(
         self,

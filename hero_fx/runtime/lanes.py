@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .evidence import Evidence, Mark, Roles
 from .timestep import AmbiguousCall
 
-__all__ = ["Lane", "Lanes"]
+__all__ = ["Lane", "Lanes", "by_memory_alone"]
 
 log = logging.getLogger(__name__)
 
@@ -207,3 +207,12 @@ class Lanes:
             "are of different requests, wrap each in hero_fx.session(...); if they are steps of one loop, "
             "name them with the model's cache_context(name, step_index=...) or hero_fx.calling(step_index=...)."
         )
+
+
+def by_memory_alone(evidence: Evidence) -> AmbiguousCall:
+    """What is said of a call that nothing but its memory tells apart, where several processes must decide alike."""
+    return AmbiguousCall(
+        f"the conditioning of the call at timestep {evidence.timestep} lies in other memory than before. That may be so in one "
+        "process and not in another, and all that run this model together must decide alike: call hero_fx.reset() in each "
+        "where a trajectory starts before another has ended, or say steps with hero_fx.calling(lane=..., step_index=...)"
+    )

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from .batch import current_batch, only_call
 from .budget import Budget, OverBudget
 from .calling import current_session
 from .diffusers_context import Heard, heard
-from .evidence import Evidence, Roles, current_owner, marks
+from .evidence import Evidence, current_owner, marks
 from .filling import Selections, scalar_value
 from .inputs import Inputs
 from .planned import Planned
@@ -41,10 +42,13 @@ __all__ = ["CODE", "CompiledStep", "Stepper"]
 log = logging.getLogger(__name__)
 
 
-def _tracker(schedule: Callable[[int | None], Schedule], planned: Planned | None, roles: Roles, before: int) -> Tracker:
+def _tracker(
+    schedule: Callable[[int | None], Schedule], planned: Planned | None, inputs: Inputs, before: int
+) -> Tracker:
     """A tracker, after `before` trajectories."""
     chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
-    return Tracker(chosen, roles=roles, strict=planned is not None, trajectory=before)
+    strict = planned is not None
+    return Tracker(chosen, roles=inputs.roles, strict=strict, trajectory=before, shared=inputs.shared)
 
 
 CODE = (
@@ -92,7 +96,7 @@ class Stepper:
         self.program = program
         self.batched: dict[tuple[int | None, tuple[bool, ...], int], BatchedStep] = {}
         """Step graphs for several requests: by kind (None is full), which inputs have rows of their own, and how many."""
-        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
+        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -108,7 +112,7 @@ class Stepper:
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs.roles)
+        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs)
         self.store.forgets = not self._phased
         self.store.drop()
 
@@ -187,6 +191,12 @@ class Stepper:
             told, num_steps = word.lane is not None, word.num_steps
             name = name if word.lane is None else word.lane
             step_index = step_index if word.step_index is None else word.step_index
+        if self.inputs.shared and name is None:
+            raise AmbiguousCall(
+                "several processes run this model together and must all take a call for the same lane, which each would "
+                "tell by its own memory: name it with hero_fx.calling(lane=..., step_index=...) around each call, or with "
+                "diffusers' cache_context(name)"
+            )
         return Evidence(
             timestep=self.read(inputs[self.inputs.timestep]),
             marks=marks([inputs[p] for p in self.inputs.values]),
@@ -198,9 +208,10 @@ class Stepper:
         )
 
     def read(self, timestep: torch.Tensor) -> Timestep:
-        """The timestep of a call."""
+        """The timestep of a call. Where several processes must agree, its place in a table in memory tells nothing."""
         with self._lock:
-            return self.reader.read(timestep, self.inputs.batch)
+            found = self.reader.read(timestep, self.inputs.batch)
+        return replace(found, table=None) if self.inputs.shared else found
 
     def prepare(self, trajectory: Trajectory, call: Call, session: str, model: Model, evidence: Evidence) -> Placed:
         """All that the step graph of a placed call needs.
