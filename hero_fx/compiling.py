@@ -58,13 +58,14 @@ def compile_batched(config: Config, stepper: Stepper, kind: int | None, own: Seq
         count: requests.
 
     Raises:
-        NotBatched: several processes run the model together, it writes to its inputs or buffers, or an op of it cannot run for each request by itself.
+        NotBatched: several processes run the model together, it writes to its inputs or buffers, or an op
+            of it cannot run for each request by itself.
     """
     assert stepper.graphs is not None
     if stepper.inputs.shared:
         raise NotBatched(
-            "hero_fx.batch: several processes run the model together, and no exchange between them is mapped over requests: call "
-            "the model once for each request"
+            "hero_fx.batch: several processes run the model together, and no exchange between them is mapped over requests: "
+            "call the model once for each request"
         )
     gm = stepper.graphs.full if kind is None else stepper.graphs.cached[kind]
     memory = Memory(gm.graph)

@@ -98,7 +98,7 @@ def plan() -> Plan:
 
 
 def backend(name: str) -> hero_fx.Backend:
-    more = {"plan": plan()} if name == "forecast" else {}
+    more: dict[str, Any] = {"plan": plan()} if name == "forecast" else {}
     return hero_fx.backend(**POLICIES.get(name, SCHEDULE), **more)
 
 
@@ -150,11 +150,11 @@ def refusals(model: Any, seen: Seen) -> None:
         call = torch.compile(model, backend=hero_fx.backend(inner="eager", **options), fullgraph=True)
         seen.errors[name] = message(lambda call=call: trajectory(call))  # type: ignore[misc]
     torch._dynamo.reset()
-    call = torch.compile(model, backend=backend("fora"), fullgraph=True)
+    fora: Any = torch.compile(model, backend=backend("fora"), fullgraph=True)
     with torch.no_grad():
-        seen.errors["no names"] = message(lambda: call(**inputs(), timestep=torch.tensor([9.0, 9.0])))
+        seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
         # As most pipelines of diffusers do: names alone.
-        seen.outputs["names alone"] = trajectory(call, named=model.cache_context)
+        seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
         trajectory(call, named=model.cache_context, steps=range(3))
         seen.errors["cut short"] = message(lambda: trajectory(call, named=model.cache_context, steps=range(5, 7)))
     seen.errors["save"] = message(lambda: hero_fx.save(call, "never.hero"))

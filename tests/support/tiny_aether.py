@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
@@ -28,7 +29,7 @@ def save_tiny_aether(folder: Path) -> tuple[Path, Path]:
         max_text_seq_length=TOKENS, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     randomized(transformer).save_pretrained(weights / "transformer")
-    autoencoder = AutoencoderKLCogVideoX(
+    autoencoder: Any = AutoencoderKLCogVideoX(
         block_out_channels=(4, 4, 4, 4), down_block_types=("CogVideoXDownBlock3D",) * 4, layers_per_block=1,
         up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2, latent_channels=16, temporal_compression_ratio=4,
         scaling_factor=0.7, invert_scale_latents=True,
@@ -37,10 +38,11 @@ def save_tiny_aether(folder: Path) -> tuple[Path, Path]:
     encoder = T5EncoderModel(T5Config(vocab_size=4, d_model=TEXT, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     encoder.save_pretrained(base / "text_encoder")
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(base / "tokenizer")
-    scheduler = CogVideoXDPMScheduler(
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(
+        base / "tokenizer"
+    )
+    scheduler: Any = CogVideoXDPMScheduler(
         prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=True,
         snr_shift_scale=1.0, set_alpha_to_one=True,
     )  # fmt: skip
