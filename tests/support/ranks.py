@@ -155,9 +155,9 @@ def refusals(model: Any, seen: Seen) -> None:
         seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
         # As most pipelines of diffusers do: names alone.
         seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
-        trajectory(call, named=model.cache_context, steps=range(3))
-        seen.errors["cut short"] = message(lambda: trajectory(call, named=model.cache_context, steps=range(5, 7)))
-    seen.errors["save"] = message(lambda: hero_fx.save(call, "never.hero"))
+        trajectory(fora, named=model.cache_context, steps=range(3))
+        seen.errors["cut short"] = message(lambda: trajectory(fora, named=model.cache_context, steps=range(5, 7)))
+    seen.errors["save"] = message(lambda: hero_fx.save(fora, "never.hero"))
     seen.errors["calibrate"] = message(
         lambda: hero_fx.calibrate(
             model, lambda model, scene: trajectory(model)[-1], num_steps=STEPS, budget=2.0, inner="eager"
