@@ -22,6 +22,7 @@ from hero_fx.backends import Backend
 from hero_fx.compiling import compile_step
 from hero_fx.config import Config
 from hero_fx.passes.compat import argument_name, lazy_code
+from hero_fx.passes.slots import StateSlot, slot_of, slots_of
 from hero_fx.policy import Policy
 from hero_fx.report import Explanation
 from hero_fx.runtime.stepper import CompiledStep, Stepper
@@ -69,7 +70,9 @@ class Found:
         assert isinstance(policy, Policy)
         with torch.no_grad(), lazy_code():  # as in Dynamo
             steps = backend.rewrite(self.steps)
+            read = {slot for gm in steps.cached for _, slot in slots_of(gm) if isinstance(slot, StateSlot)}
             whole = next((gm for gm in kept if expressions(steps.full) <= expressions(gm)), steps.full)
+            assert whole is steps.full or read <= written(steps.full), "a step that records more would hide it"
             steps = replace(steps, full=whole)
 
             def once(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> CompiledStep:
@@ -114,6 +117,12 @@ def expressions(gm: fx.GraphModule) -> Counter[int]:
         source = node.meta.get("slot", node.name) if node.op == "placeholder" else of((node.args, node.kwargs))
         known[node] = hash((node.op, str(node.target) if node.op != "placeholder" else "", repr(source)))
     return Counter(known.values())
+
+
+def written(gm: fx.GraphModule) -> set[Any]:
+    """The state that a full step writes."""
+    writes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {slot for node in writes if (slot := slot_of(node.args[0])) is not None}
 
 
 def _backend(sample: Any, **options: Any) -> Backend:
