@@ -7,7 +7,7 @@ SSIM and the Sim(3) alignment are scikit-image's, angles and the bootstrap scipy
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,19 +43,35 @@ def ssim(ours: Array, reference: Array, span: Array | float) -> Array:
     return np.array(result)
 
 
-def depth_errors(ours: Array, truth: Array) -> dict[str, Array]:
+def depth_errors(
+    ours: Array, truth: Array, align: Literal["median", "least_absolute"] = "median", farthest: float | None = None
+) -> dict[str, Array]:
     """Abs Rel and the shares of pixels with max(d / t, t / d) below 1.25 and 1.25^2.
 
-    After the usual median alignment, one scale per clip: depth is multiplied by median(truth / ours).
+    After the usual alignment, one scale per clip: depth is multiplied by median(truth / ours), or by the factor that makes the
+    sum of |scale ours - truth| least. `farthest`: what depth is clipped to after that.
     """
     axes = tuple(range(1, ours.ndim))
-    aligned = ours * np.median(truth / ours, axis=axes, keepdims=True)
+    aligned = ours * (np.median(truth / ours, axis=axes, keepdims=True) if align == "median" else _scale(ours, truth))
+    if farthest is not None:
+        aligned = np.minimum(aligned, farthest)
     ratio = np.maximum(aligned / truth, truth / aligned)
     return {
         "abs_rel": (np.abs(aligned - truth) / truth).mean(axis=axes),
         "delta_1": (ratio < 1.25).mean(axis=axes),
         "delta_2": (ratio < 1.25**2).mean(axis=axes),
     }
+
+
+def _scale(ours: Array, truth: Array) -> Array:
+    """What makes each clip's sum of |scale ours - truth| least: the median of truth / ours, weighted by ours."""
+    weights = ours.reshape(len(ours), -1)
+    ratios = truth.reshape(weights.shape) / weights
+    order = ratios.argsort(axis=1)
+    mass = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    middle = (mass < mass[:, -1:] / 2).sum(axis=1, keepdims=True)
+    found = np.take_along_axis(ratios, np.take_along_axis(order, middle, axis=1), axis=1)
+    return found.reshape(-1, *[1] * (ours.ndim - 1))
 
 
 def align(positions: Array, truth: Array) -> tuple[float, Array, Array]:

@@ -1,6 +1,7 @@
 """Eager, plain torch.compile and the caching policies side by side: seconds, FLOPs, state and host overhead.
 
     python examples/benchmark.py [--preset small|aether] [--systems eager,inductor,hero] [--rounds 5] [--json]
+    python examples/benchmark.py --requests 4        # requests at steps of their own, in turn and in one call
 
 All systems run one Aether-shaped model with random weights, in one process and in turn: a round takes one full and one
 cached step of every system, so that a machine that slows down slows all of them. Each compiled model is driven as any
@@ -30,6 +31,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+import _benchmark_batch
 import hero_fx
 from _model import CONDITION, LATENT, Setting, rotary, world_model
 from hero_fx.passes.emit import value_of
@@ -290,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--requests", type=int, help="2 or more: measures hero_fx.batch")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
@@ -300,10 +303,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--systems: {', '.join(unknown)} is unknown; choose from {', '.join(SYSTEMS)}")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: at least 1")
+    if arguments.requests is not None and arguments.requests < 2:
+        parser.error(f"--requests {arguments.requests}: at least 2")
     if preset.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--preset {arguments.preset} needs a CUDA device, and torch finds none; on a CPU: --preset small")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.requests is not None:
+        with torch.no_grad():
+            seconds = _benchmark_batch.throughput(preset, arguments.requests, arguments.rounds, arguments.inner)
+        print(json.dumps(seconds, indent=1) if arguments.json else _benchmark_batch.table(seconds))
+        return
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         bench = Bench(preset, names, arguments.rounds, arguments.inner)
         bench.run()

@@ -70,8 +70,8 @@ def rows() -> list[Row]:
     return table
 
 
-def capture(batch: int) -> hero_fx.StepGraphs:
-    """The full-size transformer on the meta device, traced."""
+def aether(dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The full-size transformer on the meta device."""
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(
             num_attention_heads=48,
@@ -88,13 +88,19 @@ def capture(batch: int) -> hero_fx.StepGraphs:
             max_text_seq_length=226,
             use_rotary_positional_embeddings=True,
         )
+    return torch.nn.Module.to(model, dtype).eval().requires_grad_(False)
+
+
+def capture(batch: int, dtype: torch.dtype = torch.float32) -> hero_fx.StepGraphs:
+    """The full-size transformer, traced."""
+    model = aether(dtype)
+    with torch.device("meta"):
         inputs = {
-            "hidden_states": torch.empty(batch, 11, 96, 60, 90),
-            "encoder_hidden_states": torch.empty(batch, 226, 4096),
+            "hidden_states": torch.empty(batch, 11, 96, 60, 90, dtype=dtype),
+            "encoder_hidden_states": torch.empty(batch, 226, 4096, dtype=dtype),
             "timestep": torch.empty(batch, dtype=torch.int64),
             "image_rotary_emb": (torch.empty(14850, 64), torch.empty(14850, 64)),
         }
-    model.eval().requires_grad_(False)
     return hero_fx.trace(model, **inputs, return_dict=False, backend=hero_fx.backend("fora"))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import hero_fx
 from _quickstart_pictures import animate, picture
+from _systems import System, compiled_with, plain_system
 from world.calibrate import PLANS
 from world.evaluate import errors
 from world.latents import MODALITIES
@@ -33,31 +34,6 @@ from world.model import TASKS
 from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
 from world.render import Clips, render
 from world.scenes import HELD_OUT, sample_scenes
-
-
-@dataclass
-class System:
-    """A compiled transformer, and what its runs took and gave."""
-
-    name: str
-    transformer: Any
-    backend: hero_fx.Backend | None = None
-    """None for plain torch.compile."""
-    seconds: list[list[float]] = field(default_factory=list)
-    """Of each step of each run."""
-    output: Any = None
-
-    def total(self) -> float:
-        """Seconds per trajectory, the median over runs."""
-        return median(map(sum, self.seconds))
-
-    def kinds(self, num_steps: int) -> tuple[int | None, ...]:
-        """By step: which kind of cached step it is; None for a full one."""
-        if self.backend is None:
-            return (None,) * num_steps
-        policy = self.backend.config.make_policy()
-        assert policy is not None
-        return hero_fx.step_kinds(self.backend.config, policy, num_steps)
 
 
 def run(pipe: WorldModelPipeline, system: System, clips: Clips, task: str, steps: int, bar: Any = None) -> list[float]:
@@ -79,20 +55,16 @@ def run(pipe: WorldModelPipeline, system: System, clips: Clips, task: str, steps
 def column(system: System, plain: System, graphs: hero_fx.StepGraphs, clips: Clips, num_steps: int) -> dict[str, str]:
     """The table's column for one way of running the model; `graphs`: of any backend, whose `normal` is the model itself."""
     kinds = system.kinds(num_steps)
-    times = [(s, kind) for of_run in system.seconds for s, kind in zip(of_run, kinds, strict=True)]
-    full_s = median(s for s, kind in times if kind is None)
-    cached = [s for s, kind in times if kind is not None]
-    by_medians = kinds.count(None) * full_s + (num_steps - kinds.count(None)) * (median(cached) if cached else 0)
+    full_s, cached_s = system.by_kind(num_steps)
+    by_medians = kinds.count(None) * full_s + (num_steps - kinds.count(None)) * (cached_s or 0)
     plain_s = median(s for of_run in plain.seconds for s in of_run)
     whole = hero_fx.flops(graphs.normal) * num_steps
-    spent, state = whole, 0
-    if system.backend is not None:
-        spent = hero_fx.trajectory_flops(system.backend.graphs[-1], system.backend.config, num_steps)
-        state = system.backend.stats().state_bytes
+    spent = system.flops(num_steps, graphs.normal)
+    state = 0 if system.backend is None else system.backend.stats().state_bytes
     found = {
         "full + cached steps": f"{kinds.count(None)} + {num_steps - kinds.count(None)}",
         "seconds per full step (median)": f"{full_s:.3f}",
-        "seconds per cached step (median)": f"{median(cached):.3f}" if cached else "",
+        "seconds per cached step (median)": "" if cached_s is None else f"{cached_s:.3f}",
         "seconds per trajectory (median)": f"{system.total():.1f}",
         "speed-up of the trajectory": f"{plain.total() / system.total():.2f}",
         "speed-up by the medians of steps": f"{num_steps * plain_s / by_medians:.2f}",
@@ -119,18 +91,14 @@ def report(systems: Sequence[System], clips: Clips, num_steps: int) -> str:
 def compiled(model: Any, arguments: argparse.Namespace, task: str, steps: int) -> tuple[System, ...]:
     """The model compiled in every way that is compared."""
 
-    def with_backend(name: str, **options: Any) -> System:
-        backend = hero_fx.backend(inner=arguments.inner, **options)
-        return System(name, torch.compile(model, backend=backend, fullgraph=True), backend)
-
-    plain = System("torch.compile", torch.compile(model, backend=arguments.inner, fullgraph=True))
-    hero = with_backend("HERO", interval=arguments.interval, num_steps=steps)
+    model_of = partial(compiled_with, model, inner=arguments.inner)
+    full, hero = plain_system(model, arguments.inner), model_of("HERO", interval=arguments.interval, num_steps=steps)
     shipped = arguments.weights == WEIGHTS and steps == STEPS[task]
     path = arguments.plan or (PLANS / f"{task}.safetensors" if shipped else None)
     if path is None:
         print(f"no plan: the shipped ones are for the shipped weights and {STEPS[task]} steps; see --plan")
-        return plain, hero
-    return plain, hero, with_backend("plan", plan=path)
+        return full, hero
+    return full, hero, model_of("plan", plan=path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hero_fx.passes.render import graph_counts_diff, graph_diff, op_count, render
+from hero_fx.runtime.batch import Batch, batch
+from hero_fx.runtime.batched import NotBatched
 from hero_fx.runtime.budget import OverBudget
 from hero_fx.runtime.calling import Calling, Session, calling, reset, session
 from hero_fx.runtime.timestep import AmbiguousCall
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AmbiguousCall",
     "Backend",
+    "Batch",
     "Calibration",
     "Calling",
     "Check",
@@ -43,6 +46,7 @@ __all__ = [
     "Fingerprint",
     "Flops",
     "Loaded",
+    "NotBatched",
     "OverBudget",
     "Plan",
     "Policy",
@@ -53,6 +57,7 @@ __all__ = [
     "UnsupportedModel",
     "Verification",
     "backend",
+    "batch",
     "calibrate",
     "calling",
     "explain",

@@ -6,13 +6,17 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ParamSpec
 
+import torch
 from torch import fx
 
 from hero_fx.passes import compat
 from hero_fx.passes.normalize.subclasses import Unwrapped, unwrap
 from hero_fx.passes.pipeline import PassError
+from hero_fx.runtime.batch import Batch, current_batch
+from hero_fx.runtime.batched import BatchStepper
 from hero_fx.runtime.diffusers_context import entered, listen
 from hero_fx.runtime.inputs import graph_inputs
 from hero_fx.runtime.planned import planned_for
@@ -22,13 +26,15 @@ from hero_fx.warm.called import called
 from . import dynamo
 from .build import build_steps, find_structure, normalized
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure
-from .compiling import compile_plain, compile_step
+from .compiling import compile_batched, compile_plain, compile_step
 from .config import Config
 from .find_timestep import find_timestep
 from .fingerprint import check_fingerprint
 from .flops import too_much_outside
 from .plan import Plan
 from .policy import Forecast, Policy
+from .program import read
+from .ranks import check_options, check_refreshed
 from .stack import warn
 from .stats import Stats
 from .step_graphs import StepGraphs
@@ -72,8 +78,11 @@ class Backend:
         policy = config.make_policy()
         if policy is None:
             return compile_plain(gm, inputs, config)
+        batch = current_batch()
         try:
             plain = unwrap(gm, inputs)
+            if batch is not None and len(batch.calls) > 1:
+                return plain.call(self._batched(plain, config, batch))
             steps, timestep = self._steps(plain, config, policy)
             stepper = self._compile(plain.gm, plain.inputs, config, policy, steps, timestep)
         except Exception as error:
@@ -188,7 +197,10 @@ class Backend:
         timestep = find_timestep(normal, config.timestep)
         if config.plan is not None:
             check_fingerprint(config, normal, structure)
-        return build_steps(normal, structure, policy, config, records), timestep
+        check_options(normal, structure, policy, config)
+        steps = build_steps(normal, structure, policy, config, records)
+        check_refreshed(steps)
+        return steps, timestep
 
     def _compile(
         self,
@@ -211,8 +223,18 @@ class Backend:
             context=entered(dynamo.frame_module()),
             again=dynamo.recompile_reason(),
             called=called(),
+            program=read(gm),
         )
         self._warn_of_limit(len(self.steppers))
+        return stepper
+
+    def _batched(self, plain: Unwrapped, config: Config, batch: Batch) -> BatchStepper:
+        """What runs a Dynamo graph of several requests: the step graphs of one, once they are needed."""
+        check_call(plain.gm, plain.inputs)
+        check_graph(plain.gm)
+        stepper = BatchStepper(read(plain.gm), lambda: self.steppers, partial(compile_batched, config))
+        tensors = [value for value in plain.inputs if isinstance(value, torch.Tensor)]
+        stepper.find([tuple(map(compat.size_now, tensor.shape)) for tensor in tensors], batch.calls)
         return stepper
 
     def _warn_of_limit(self, graphs: int) -> None:

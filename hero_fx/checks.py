@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,12 +39,13 @@ def as_ours(error: Exception) -> Exception:
 
 
 def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Refuses training, autograd, and models that another cache works on."""
+    """Refuses training, autograd, ring attention, sharded blocks, and models that another cache works on."""
     module = dynamo.frame_module()
     for running in (module, *modules_within()):
         cache = cache_in_the_way(running)
         if cache is not None:
             raise UnsupportedModel(cache)
+        _check_parallel(running)
     if (module is not None and module.training) or _has_live_dropout(gm):
         raise UnsupportedModel(
             "the model is in training mode (model.training=True), but hero_fx is for inference: call model.eval() first"
@@ -59,6 +61,27 @@ def check_call(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         raise UnsupportedModel(
             f"torch._dynamo.mark_dynamic was called for {where}, but token counts are part of a step graph: every "
             "resolution compiles once and owns its state; leave mark_dynamic out, or use torch._dynamo.maybe_mark_dynamic"
+        )
+
+
+def _check_parallel(module: torch.nn.Module | None) -> None:
+    """Refuses diffusers' ring attention, and FSDP2 of parts of a model."""
+    parallel: Any = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    degree = getattr(parallel, "ring_degree", None) or 1
+    if degree > 1:
+        raise UnsupportedModel(
+            f"ring attention (ring_degree={degree}) attends to the keys of one process after the other and joins the results "
+            "by their log-sum-exp, so no attention of the graph sees the keys of all tokens: use Ulysses, "
+            f"diffusers.ContextParallelConfig(ulysses_degree={degree})"
+        )
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nobody asked for it, nothing is sharded
+    if module is None or fsdp is None:
+        return
+    sharded = [name for name, part in module.named_modules() if name and isinstance(part, fsdp.FSDPModule)]
+    if sharded:
+        raise UnsupportedModel(
+            f"fully_shard was called for {len(sharded)} parts of the model (the first is {sharded[0]}), and each brings its "
+            "weights in by hooks that break the graph: call fully_shard for the transformer as a whole, and for no part of it"
         )
 
 

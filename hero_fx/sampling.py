@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from math import prod
 
+from hero_fx.passes.analysis.grid import shard_of
 from hero_fx.passes.analysis.structure import Structure
 from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh, StepPlan
 
@@ -20,12 +21,16 @@ log = logging.getLogger(__name__)
 def token_grid(structure: Structure, config: Config) -> tuple[int, int, int] | None:
     """(frames, height, width) of the image tokens: as the options say, or as the graph shows it; None where it does not.
 
+    Where ranks share the tokens, those of one rank: the options may say the grid of all.
+
     Raises:
         ValueError: the options' grid does not hold the model's image tokens.
     """
     if config.grid is None:
         return structure.grid
     frames, height, width = config.grid
+    if frames * height * width == structure.image_tokens * structure.ranks > structure.image_tokens:
+        return shard_of((frames, height, width), structure.ranks)
     if frames * height * width != structure.image_tokens:
         raise ValueError(
             f"grid={config.grid} holds {frames * height * width} tokens but the model has {structure.image_tokens} image "

@@ -27,6 +27,8 @@ class Stats:
     """Bytes of feature state held now, over all sessions and lanes."""
     sessions: int
     """Sessions that are known."""
+    batched_graphs: int = 0
+    """Step graphs that were compiled for several requests (`hero_fx.batch`)."""
     evictions: int = 0
     """Times that a session's state was freed to make room for another's (`max_state_bytes`)."""
     bytes_by_session: Mapping[str, int] = field(default_factory=dict)

@@ -70,6 +70,7 @@ class Steppers:
             cached_calls=counts["cached_calls"],
             refused_calls=counts["refused_calls"],
             state_bytes=sum(s.store.nbytes for s in steppers),
+            batched_graphs=sum(len(stepper.batched) for stepper in steppers),
             evictions=self._budget.evictions,
             sessions=len(by_session),
             bytes_by_session=by_session,

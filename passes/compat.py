@@ -108,7 +108,6 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 # What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
 enter_autocast: Callable[..., Any] = _enter_autocast
 exit_autocast: Callable[..., None] = _exit_autocast
-
 # What tracing raises where the graph goes by the values of tensors.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
@@ -200,6 +199,24 @@ def argument_name(node: fx.Node) -> str:
                 return value
         source = getattr(source, "base", None)
     return node.name
+
+
+def source_name(node: fx.Node) -> str:
+    """Where a Dynamo graph input comes from, such as `L['kwargs']['timestep']`."""
+    source = getattr(node.meta.get("grapharg"), "source", None) or getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", node.name)
+    return str(name() if callable(name) else name)  # a method in some versions
+
+
+def size_of(value: int | torch.SymInt) -> Any:
+    """A size as an int, or as sympy's expression where it is symbolic."""
+    expression = value.node.expr if isinstance(value, torch.SymInt) else value
+    return int(expression) if getattr(expression, "is_number", True) else expression
+
+
+def size_now(value: int | torch.SymInt) -> int:
+    """A size as it is in the call that is traced; no guard keeps it."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
 
 
 def copy_source(old: fx.Node | None, new: fx.Node) -> None:

@@ -16,19 +16,19 @@ from torch import fx
 from .compat import HigherOrderOperator, OpOverload, schema_of
 
 __all__ = [
-    "CASTS", "LOOKUPS", "MATMULS", "POINTWISE", "PRODUCTS", "PROJECTIONS", "RESHAPES", "SAME_VALUES", "SHAPE_ONLY",
-    "SILENT_VIEWS", "SPLITS", "UNIT_AXES", "argument", "arguments_of", "dim_of", "first_input", "has_side_effect",
-    "int_argument", "ints_argument", "is_functional", "is_in_place", "is_operator", "node_argument", "nodes_argument",
-    "nodes_in", "out_of_place", "overloads", "with_arguments", "writes",
+    "CASTS", "COLLECTIVES", "EXCHANGES", "LOOKUPS", "MATMULS", "POINTWISE", "PRODUCTS", "PROJECTIONS", "RESHAPES",
+    "SAME_VALUES", "SHAPE_ONLY", "SILENT_VIEWS", "SPLITS", "UNIT_AXES", "WAITS", "argument", "arguments_of", "dim_of",
+    "first_input", "has_side_effect", "int_argument", "ints_argument", "is_functional", "is_in_place", "is_operator",
+    "node_argument", "nodes_argument", "nodes_in", "out_of_place", "overloads", "with_arguments", "writes",
 ]  # fmt: skip
 
 aten = torch.ops.aten
 Ops = frozenset[Any]
 
 
-def overloads(*names: str) -> Ops:
-    """The overloads of these aten ops that write to none of their arguments; an op that this torch lacks has none."""
-    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
+def overloads(*names: str, of: Any = aten) -> Ops:
+    """The overloads of these ops (of aten) that write to none of their arguments; an op that this torch lacks has none."""
+    packets = [getattr(of, name) for name in names if hasattr(of, name)]
     found = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
     return frozenset(op for op in found if not schema_of(op).is_mutable)
 
@@ -60,6 +60,18 @@ MATMULS = PROJECTIONS | PRODUCTS | overloads("mm", "addmm")
 LOOKUPS = overloads("embedding", "index", "index_select", "gather")
 """Take rows of a table by an index."""
 
+EXCHANGES = overloads("all_to_all_single", of=torch.ops._c10d_functional)
+"""Send a part of axis 0 to each rank, and give what the ranks sent, side by side."""
+
+WAITS = overloads("wait_tensor", of=torch.ops._c10d_functional)
+"""Give the values of their argument, the result of a collective, once it is there."""
+
+COLLECTIVES = EXCHANGES | overloads(
+    "all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_reduce", "all_reduce_coalesced", "broadcast",
+    "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", of=torch.ops._c10d_functional,
+)  # fmt: skip
+"""Wait for the other processes of a group to call the same."""
+
 SHAPE_ONLY = overloads(
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"
 )
@@ -68,7 +80,7 @@ SHAPE_ONLY = overloads(
 SILENT_VIEWS = overloads(
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "type_as", "meshgrid", "broadcast_tensors",
     "einsum", "_unsafe_view",
-)  # fmt: skip
+) | WAITS  # fmt: skip
 """May return an argument, or a view of it, although their schemas do not say so."""
 
 POINTWISE = SAME_VALUES | overloads(

@@ -17,6 +17,8 @@ os.environ.setdefault(
     "TORCHINDUCTOR_COMPILE_THREADS", "1"
 )  # a pool of processes takes longer to start than tests compile
 
+torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
+
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
 # be rendered after each pass.
 _internal.trace_log = logging.Logger("trace-off")
@@ -43,9 +45,11 @@ def _model_of(item: pytest.Item) -> str:
     return str(parameters.get("name", ""))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tiny tensors: threads only get in each other's way."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread again after each test: examples set as many as they are told, and all tests behind them would wait for each
+    other's."""
+    yield
     torch.set_num_threads(1)
 
 

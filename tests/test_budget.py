@@ -129,7 +129,7 @@ class Held:
     """Something that holds state."""
 
     def __init__(self) -> None:
-        self.used, self.nbytes, self.lock = 0, 0, threading.RLock()
+        self.used, self.nbytes, self.running, self.lock = 0, 0, 0, threading.RLock()
 
     def evict(self) -> None:
         self.nbytes = 0

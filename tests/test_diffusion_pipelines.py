@@ -9,7 +9,7 @@ import pytest
 import hero_fx
 
 from .support import tiny, toys
-from .support.diffusion_pipelines import PIPELINES, STEPS, Variants, latents_of
+from .support.diffusion_pipelines import PIPELINES, STEPS, Variants, latents_of, modular_wan
 from .support.tiny import worst
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -68,3 +68,14 @@ def test_two_experts() -> None:
     assert 1 < steps < STEPS - 1
     assert exact.stats().full_calls == RUNS * case.lanes * sum(fulls)
     assert exact.stats().cached_calls == RUNS * case.lanes * (STEPS - sum(fulls))
+
+
+def test_modular_pipeline() -> None:
+    """Blocks in place of a pipeline."""
+    pipe, call = modular_wan()
+    plain = pipe(**call)
+    exact = hero_fx.backend(**ALL)
+    pipe.update_components(transformer=toys.torch_compile(pipe.transformer, backend=exact, fullgraph=True))
+    for _ in range(RUNS):
+        assert worst([pipe(**call)], [plain]) < 1e-4
+    assert (exact.stats().full_calls, exact.stats().cached_calls) == (RUNS * 2 * FULLS, RUNS * 2 * CACHED)

@@ -189,10 +189,10 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / path.partition("::")[0]).exists() or path.startswith("build/"), f"{path} does not exist"
     if program == "python":
         script = (ROOT / rest[0]).read_text()
-        shared = {
-            ROOT / "examples" / f"{name}.py" for name in re.findall(r"^(?:import|from) (_\w+)", script, re.MULTILINE)
-        }
-        script += "".join(path.read_text() for path in shared if path.is_file())
+        for name in set(re.findall(r"^(?:import|from) (_\w+)", script, re.MULTILINE)):
+            shared = ROOT / "examples" / f"{name}.py"
+            files = [shared] if shared.is_file() else sorted((ROOT / "examples" / name).glob("*.py"))
+            script += "".join(path.read_text() for path in files)
         for option in (word for word in rest[1:] if word.startswith("--")):
             assert f'"{option}"' in script, f"{rest[0]} has no option {option}"
 

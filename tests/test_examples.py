@@ -60,6 +60,14 @@ def test_benchmark_as_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert " .. " in lines[-1]
 
 
+def test_benchmark_of_requests_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark("--requests", "3", "--json")
+    seconds = json.loads(capsys.readouterr().out)
+    assert list(seconds) == ["inductor, in turn", "inductor, together", "hero, in turn", "hero, together"]
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in seconds.values())
+    assert "over" in example("_benchmark_batch").table(seconds)
+
+
 def test_benchmark_takes_in_turn_and_counts_no_first_round() -> None:
     module = example("benchmark")
     bench = module.Bench(module.PRESETS["tiny"], ["eager", "fora"], 2, "eager")
@@ -105,6 +113,7 @@ def test_benchmark_options_of_every_system_are_allowed() -> None:
     [
         ("--systems hero,nero", "--systems: nero is unknown; choose from eager, inductor, hero,"),
         ("--rounds 0", "--rounds 0: at least 1"),
+        ("--requests 1", "--requests 1: at least 2"),
         ("--preset aether", "--preset aether needs a CUDA device"),
     ],
 )

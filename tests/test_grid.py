@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hero_fx.passes.analysis.branches import find_branches
-from hero_fx.passes.analysis.grid import find_grid
+from hero_fx.passes.analysis.grid import find_grid, shard_of
 
 from .support.layers import D, Part, norm
 from .support.tracing import normal_form, trace
@@ -78,3 +78,12 @@ def test_grid_of_patches_that_are_packed_without_a_batch() -> None:
 
 def test_no_grid_of_no_tokens() -> None:
     assert find_grid(trace(lambda x: x + 1, torch.ones(2)), 0) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "ranks", "own"),
+    [((4, 3, 5), 2, (2, 3, 5)), ((1, 6, 5), 3, (1, 2, 5)), ((3, 4, 5), 2, None), ((1, 3, 4), 2, None)],
+    ids=["frames", "rows", "no whole frames", "no whole rows"],
+)
+def test_the_part_of_one_rank(grid: tuple[int, int, int], ranks: int, own: tuple[int, int, int] | None) -> None:
+    assert shard_of(grid, ranks) == own

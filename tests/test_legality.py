@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ TOLERANCE = 2e-5
 
 def check(model: small.Small, **options: Any) -> None:
     """Full steps are the model's; the collapsed form is the literal one; a constant trajectory stays what it is."""
-    literal, collapsed = (run(hero(model, form=form, **options)) for form in ("literal", "collapsed"))
+    traced = small.traced(model)
+    literal, collapsed = (run(traced.by(small.backend(form=form, **options))) for form in ("literal", "collapsed"))
     worst = small.error(collapsed, literal)
     assert worst < TOLERANCE
     x, eager = small.start(), copy.deepcopy(model)
@@ -45,14 +47,12 @@ def many_ffns(block: Block, x: Tensor, time: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_each_of_many_branches_of_a_layer_has_its_own_state(inner: str) -> None:
+def test_each_of_many_branches_of_a_layer_has_its_own_state() -> None:
     model = small.small(many_ffns, many_ffns, clock=0.0)
-    theirs = run(model, constant=True)
-    for policy in ("fora", "taylorseer", "hero"):
-        worst = small.error(run(hero(model, policy, inner=inner), constant=True), theirs)
-        assert worst < TOLERANCE, policy
-        torch._dynamo.reset()
+    theirs, traced = run(model, constant=True), small.traced(model)
+    for policy, inner in product(("fora", "taylorseer", "hero"), ("eager", "aot_eager")):
+        worst = small.error(run(traced.by(small.backend(policy, inner=inner)), constant=True), theirs)
+        assert worst < TOLERANCE, (policy, inner)
 
 
 def slice_written(block: Block, x: Tensor, time: Tensor) -> Tensor:
@@ -108,23 +108,22 @@ def a_view(x: Tensor, more: list[Tensor]) -> Any:
     return {"x": x, "more": [more[0][:, 1:].transpose(0, 1), more[0]], "again": more[0]}
 
 
-ENDS: dict[str, small.End] = {"tuple": both, "view": a_view, "alone": lambda x, more: more[-1]}
+def alone(x: Tensor, more: list[Tensor]) -> Any:
+    return more[-1]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("policy", ["fora", "fora behind the gate", "hero", "reuse"])
-def test_what_a_call_returned_stays(policy: str, inner: str) -> None:
-    for end, form in (("tuple", "collapsed"), ("view", "literal"), ("alone", "collapsed")):
-        model = small.small(shown, shown, end=ENDS[end])
-        compiled = hero(model, inner=inner, form=form, policy=policy)
+@pytest.mark.parametrize(("end", "form"), [(both, "collapsed"), (a_view, "literal"), (alone, "collapsed")])
+def test_what_a_call_returned_stays(end: small.End, form: str) -> None:
+    traced = small.traced(small.small(shown, shown, end=end))
+    for policy, inner in product(("fora", "fora behind the gate", "hero", "reuse"), ("eager", "aot_eager")):
+        compiled = traced.by(small.backend(inner=inner, form=form, policy=policy))
         returned, copies = [], []
         with torch.no_grad():
             for number, t in enumerate((*small.TIMES, *small.TIMES)):
                 returned.append(compiled(small.start(number), t.expand(small.BATCH)))
                 copies.append(small.tensors(returned[-1]))
         for output, copied in zip(returned, copies, strict=True):
-            assert all(map(torch.equal, small.tensors(output), copied))
-        torch._dynamo.reset()
+            assert all(map(torch.equal, small.tensors(output), copied)), (policy, inner)
 
 
 class Aliases(torch.nn.Module):

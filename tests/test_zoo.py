@@ -4,22 +4,28 @@ and what AOTAutograd makes of the step graphs."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import hero_fx
+from hero_fx import backends
 from hero_fx.backends import Backend
-from hero_fx.passes.compat import argument_name
+from hero_fx.compiling import compile_step
+from hero_fx.config import Config
+from hero_fx.passes.compat import argument_name, lazy_code
+from hero_fx.passes.slots import StateSlot, slot_of, slots_of
 from hero_fx.policy import Policy
 from hero_fx.report import Explanation
-from hero_fx.runtime.stepper import Stepper
+from hero_fx.runtime.stepper import CompiledStep, Stepper
 from hero_fx.step_graphs import StepGraphs
 
 from .support.examples import example
@@ -51,16 +57,33 @@ class Found:
     gm: Any
     inputs: list[Any]
     steps: StepGraphs
+    fulls: dict[fx.GraphModule, CompiledStep] = field(default_factory=dict)
+    """Full steps that went through AOTAutograd."""
 
     def stepper(self, **options: Any) -> tuple[Stepper, StepGraphs]:
-        """What a backend with other options makes of the traced model."""
+        """What a backend with other options makes of the traced model.
+
+        AOTAutograd gets no full step that is a part of one it had before: that one runs in its place, and records more.
+        """
         backend = _backend(self.sample, **options)
-        policy = backend.config.make_policy()
+        policy, kept = backend.config.make_policy(), self.fulls if backend.config.inner == "aot_eager" else {}
         assert isinstance(policy, Policy)
-        with torch.no_grad():
+        with torch.no_grad(), lazy_code():  # as in Dynamo
             steps = backend.rewrite(self.steps)
+            read = {slot for gm in steps.cached for _, slot in slots_of(gm) if isinstance(slot, StateSlot)}
+            whole = next((gm for gm in kept if expressions(steps.full) <= expressions(gm)), steps.full)
+            assert whole is steps.full or read <= written(steps.full), "a step that records more would hide it"
+            steps = replace(steps, full=whole)
+
+            def once(source: fx.GraphModule, gm: fx.GraphModule, config: Config) -> CompiledStep:
+                compiled = kept[gm] if gm in kept else compile_step(source, gm, config)
+                if gm is whole:
+                    kept[gm] = compiled
+                return compiled
+
             timestep = _position(self.gm, self.sample.time)
-            return backend._compile(self.gm, self.inputs, backend.config, policy, steps, timestep), steps
+            with patch.object(backends, "compile_step", once):
+                return backend._compile(self.gm, self.inputs, backend.config, policy, steps, timestep), steps
 
     @cached_property
     def plain(self) -> list[Tensor]:
@@ -77,6 +100,29 @@ class Found:
         with torch.no_grad():
             result = run(*values)
         return result[0]  # type: ignore[no-any-return]
+
+
+def expressions(gm: fx.GraphModule) -> Counter[int]:
+    """What a graph computes and writes: each node with all that it is computed from, down to the inputs."""
+    known: dict[fx.Node, int] = {}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", known[value])
+        if isinstance(value, dict):
+            return {name: of(item) for name, item in value.items()}
+        return [of(item) for item in value] if isinstance(value, tuple | list) else value
+
+    for node in gm.graph.nodes:
+        source = node.meta.get("slot", node.name) if node.op == "placeholder" else of((node.args, node.kwargs))
+        known[node] = hash((node.op, str(node.target) if node.op != "placeholder" else "", repr(source)))
+    return Counter(known.values())
+
+
+def written(gm: fx.GraphModule) -> set[Any]:
+    """The state that a full step writes."""
+    writes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {slot for node in writes if (slot := slot_of(node.args[0])) is not None}
 
 
 def _backend(sample: Any, **options: Any) -> Backend:

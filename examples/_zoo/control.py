@@ -49,7 +49,7 @@ class _Sana(_OneOutput, diffusers.SanaControlNetModel):  # type: ignore[misc]
 def _flux() -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, inputs)"""
     return (
-        {"patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
+        {"patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
          "num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": [4, 4, 8], "pooled_projection_dim": 12,
          "guidance_embeds": True},
         {"hidden_states": normal(BATCH, TOKENS, 8), "timestep": shares(), "guidance": torch.tensor([3.5] * BATCH),
@@ -63,7 +63,7 @@ def flux_controlled() -> Sample:
     options, inputs = _flux()
     samples = {
         "controlnet_block_samples": [normal(BATCH, TOKENS, 32)],
-        "controlnet_single_block_samples": [normal(BATCH, TOKENS, 32) for _ in range(2)],
+        "controlnet_single_block_samples": [normal(BATCH, TOKENS, 32)],
     }
     return Sample(diffusers.FluxTransformer2DModel(**options), inputs | samples, grid=GRID)
 

@@ -57,11 +57,12 @@ def consisid() -> Sample:
             text_embed_dim=24, num_layers=2, sample_width=WIDTH, sample_height=HEIGHT, sample_frames=9,
             max_text_seq_length=TEXT, use_rotary_positional_embeddings=True, is_train_face=True,
             cross_attn_interval=2, cross_attn_dim_head=8, cross_attn_num_heads=2, LFE_id_dim=6, LFE_vit_dim=10,
-            LFE_depth=5, LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=32,
+            LFE_depth=2, LFE_num_scale=2, LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=3,
+            LFE_output_dim=32,
         ),
         {"hidden_states": normal(BATCH, FRAMES, 4, HEIGHT, WIDTH), "timestep": steps(),
          "encoder_hidden_states": normal(BATCH, TEXT, 24), "image_rotary_emb": rotary(prod(GRID), 16),
-         "id_cond": normal(BATCH, 6), "id_vit_hidden": [normal(BATCH, 4, 10) for _ in range(5)]},
+         "id_cond": normal(BATCH, 6), "id_vit_hidden": [normal(BATCH, 4, 10) for _ in range(2)]},
     )  # fmt: skip
 
 

@@ -44,25 +44,25 @@ def flux2() -> Sample:
 @entry
 def chroma() -> Sample:
     return _flux_like(
-        "ChromaTransformer2DModel", pooled=False, approximator_num_channels=8, approximator_hidden_dim=16,
+        "ChromaTransformer2DModel", pooled=False, num_single_layers=1, approximator_num_channels=8, approximator_hidden_dim=16,
         approximator_layers=2,
     )  # fmt: skip
 
 
 @entry
 def bria() -> Sample:
-    built = _flux_like("BriaTransformer2DModel", pooled=False, pooled_projection_dim=None)
+    built = _flux_like("BriaTransformer2DModel", pooled=False, pooled_projection_dim=None, num_single_layers=1)
     return Sample(built.model, built.inputs | {"timestep": steps().float()}, grid=built.grid)
 
 
 @entry
 def ovis_image() -> Sample:
-    return _flux_like("OvisImageTransformer2DModel", pooled=False, out_channels=8)
+    return _flux_like("OvisImageTransformer2DModel", pooled=False, out_channels=8, num_single_layers=1)
 
 
 @entry
 def longcat_image() -> Sample:
-    return _flux_like("LongCatImageTransformer2DModel", pooled=False)
+    return _flux_like("LongCatImageTransformer2DModel", pooled=False, num_single_layers=1)
 
 
 @entry
@@ -161,7 +161,7 @@ def motif_video() -> Sample:
     return Sample(
         diffusers.MotifVideoTransformer3DModel(
             in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1,
-            num_single_layers=3, num_decoder_layers=1, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
+            num_single_layers=2, num_decoder_layers=1, mlp_ratio=2.0, text_embed_dim=20, image_embed_dim=14,
             rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True,
         ),
         {"hidden_states": normal(BATCH, 9, FRAMES, HEIGHT, WIDTH), "timestep": steps(),

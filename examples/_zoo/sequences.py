@@ -35,7 +35,7 @@ def ace_step() -> Sample:
     """A window of keys around each query in every second layer; patches cut out of an odd number of frames."""
     return Sample(
         diffusers.AceStepTransformer1DModel(
-            hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, in_channels=14, audio_acoustic_hidden_dim=6, sliding_window=5, encoder_hidden_size=20,
         ),
         {"hidden_states": normal(BATCH, 2 * LENGTH - 1, 6), "timestep": shares(), "timestep_r": 0.9 * shares(),
@@ -130,7 +130,7 @@ def proteina() -> Sample:
     tokens = 11
     return Sample(
         diffusers.RFD4ProteinaTransformer(
-            nlayers=4, token_dim=32, nheads=2, dim_cond=12, pair_repr_dim=10, latent_dim=5, token_type_emb_dim=6,
+            nlayers=3, token_dim=32, nheads=2, dim_cond=12, pair_repr_dim=10, latent_dim=5, token_type_emb_dim=6,
             t_emb_dim=16, seq_sep_dim=8, xt_pair_dist_dim=9, tri_mult_c=7, num_sequence_classes=13, **features,
         ),
         {"bb_ca": normal(BATCH, tokens, 3), "local_latents": normal(BATCH, tokens, 5), "bb_ca_time": shares(),

@@ -170,7 +170,7 @@ def krea2() -> Sample:
             in_channels=8, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
             intermediate_size=40, timestep_embed_dim=12, text_hidden_dim=20, num_text_layers=3,
             text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=24,
-            num_layerwise_text_blocks=1, num_refiner_text_blocks=2, axes_dims_rope=(4, 6, 6),
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
         ),
         {"hidden_states": normal(BATCH, 24, 8), "timestep": shares(),
          "encoder_hidden_states": normal(BATCH, TEXT, 3, 20), "encoder_attention_mask": mask().bool(),

@@ -49,7 +49,7 @@ def wan_per_token() -> Sample:
 @entry
 def wan_vace() -> Sample:
     """A second stack of layers on a control video, added to the first stack between its layers."""
-    model = _wan("WanVACETransformer3DModel", num_layers=3, vace_layers=[0, 2], vace_in_channels=6)
+    model = _wan("WanVACETransformer3DModel", num_layers=2, vace_layers=[0, 1], vace_in_channels=6)
     control = {
         "control_hidden_states": normal(BATCH, 6, FRAMES, HEIGHT, WIDTH),
         "control_hidden_states_scale": torch.ones(2),
@@ -62,7 +62,7 @@ def wan_animate() -> Sample:
     """A face adapter after every second layer: the tokens of each frame attend to those of that frame's face."""
     model = _wan(
         "WanAnimateTransformer3DModel", in_channels=12, latent_channels=4, image_dim=14, added_kv_proj_dim=24,
-        num_layers=4, motion_encoder_channel_sizes={"4": 6, "8": 5}, motion_encoder_size=8, motion_style_dim=10,
+        num_layers=2, motion_encoder_channel_sizes={"4": 6, "8": 5}, motion_encoder_size=8, motion_style_dim=10,
         motion_dim=3, motion_encoder_dim=9, face_encoder_hidden_dim=11, face_encoder_num_heads=2,
         inject_face_latents_blocks=2, motion_encoder_batch_size=4,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from hero_fx.passes.normalize.subclasses import unwrap
 from hero_fx.passes.rewrite.forecast import OutputRule, arguments_of, outputs_of
 from hero_fx.passes.slots import FeatureSlot, StateSlot
 from hero_fx.plan import Fingerprint
+from hero_fx.ranks import check_alone
 from hero_fx.runtime.evidence import Evidence
 from hero_fx.runtime.timestep import TimestepReader
 from hero_fx.runtime.tracker import Tracker
@@ -108,6 +109,10 @@ class Recorder:
         dynamo.specialize(gm)
         check_graph(gm)
         normal, _ = normalized(gm, inputs)
+        check_alone(
+            normal,
+            "calibrate the model in one process, before enable_parallelism, and give all of them the plan's file",
+        )
         structure, config = find_structure(normal), self.options.config
         position = find_timestep(normal, config.timestep)
         self.rules = find_outputs(normal, position, self.latent)

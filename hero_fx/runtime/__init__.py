@@ -11,6 +11,7 @@
 `planned`             coefficients of a calibrated plan for that step
 `filling`             numbers of the call, selected tokens
 `inputs`              where all this is among the inputs of a graph
+`batch`, `batched`    calls of several requests: what is said of them, and what runs
 `stepper`             the callable that Dynamo gets: all of the above, in this order, then the step graph
 `watch`               notes, said once, where a trajectory seems to fall apart
 ====================  ==============================================================================================

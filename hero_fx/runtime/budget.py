@@ -26,6 +26,8 @@ class Holder(Protocol):
     used: int
     """Tick of its last call."""
     lock: threading.RLock
+    running: int
+    """Calls that run now."""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +88,7 @@ class Budget:
     def _free(self, nbytes: int, own: Holder, most: int) -> None:
         holders = [holder for store in list(self._stores) for holder in store.holders()]
         held = sum(holder.nbytes for holder in holders)
-        others = (holder for holder in holders if holder is not own and holder.nbytes)
+        others = (holder for holder in holders if holder is not own and holder.nbytes and not holder.running)
         for holder in sorted(others, key=lambda other: other.used):
             if held + nbytes <= most:
                 break

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from hero_fx.arguments import whole_number
 
+from .leaving import leave
 from .timestep import AmbiguousCall
 
 __all__ = ["Calling", "Session", "calling", "current_calling", "current_session", "reset", "session", "watch_state"]
@@ -203,6 +204,7 @@ class Calling:
     step_index: int | None
     num_steps: int | None
     _token: Token[Calling | None] | None = None
+    _spent: bool = False
     _seen: set[int] = field(default_factory=set)
 
     def __enter__(self) -> Calling:
@@ -212,8 +214,7 @@ class Calling:
                 f"hero_fx.calling is entered within hero_fx.calling(session={outer.session!r}, lane={outer.lane!r}): it is "
                 "for one call of the model and must not stay entered across a yield; leave the outer one first"
             )
-        if self._token is not None:
-            raise RuntimeError("this hero_fx.calling(...) was used before: make one for each call of the model")
+        self.spend()
         self._token = _CALLING.set(self)
         return self
 
@@ -221,14 +222,13 @@ class Calling:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._token is not None
-        try:
-            _CALLING.reset(self._token)
-        except ValueError:
-            if kind is None:
-                raise RuntimeError(
-                    "hero_fx.calling was left in another context than it was entered in: it must not stay entered across a "
-                    "yield or a change of threads; put it around the call of the model alone"
-                ) from None
+        leave("calling", _CALLING, self._token, failed=kind is not None)
+
+    def spend(self) -> None:
+        """Notes that it is entered, by itself or in a batch. Raises RuntimeError at the second time."""
+        if self._spent:
+            raise RuntimeError("this hero_fx.calling(...) was used before: make one for each call of the model")
+        self._spent = True
 
     def use(self, model: int) -> None:
         """Notes a call of a model. Raises RuntimeError at the second one."""

@@ -102,6 +102,8 @@ class Evidence:
     """The name is from `hero_fx.calling`: it is the lane, and comes once a step."""
     num_steps: int | None = None
     """Steps of the trajectory, where `hero_fx.calling` says it."""
+    batched: bool = False
+    """It is of a `hero_fx.batch`: its inputs lie in memory of the batch, which tells nothing."""
 
 
 class Owner:

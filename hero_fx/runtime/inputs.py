@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from hero_fx.find_timestep import is_table
+from hero_fx.passes.analysis.exchange import collectives
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import value_of
 from hero_fx.step_graphs import StepGraphs
@@ -32,6 +33,8 @@ class Inputs:
     """Sizes that the batch may have."""
     shapes: tuple[tuple[str, torch.Size], ...] = ()
     """Name and shape of what the caller passes."""
+    shared: bool = False
+    """Several processes run the graph together, and must all take a call for the same step."""
 
 
 def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
@@ -56,6 +59,7 @@ def graph_inputs(steps: StepGraphs, timestep: int) -> Inputs:
         roles=find_roles([value_of(node).shape for _, node in values], outputs, max(batch, default=1)),
         batch=batch,
         shapes=tuple((node.meta["argument"], value_of(node).shape) for i, node in tensors if i not in weights),
+        shared=bool(collectives(steps.normal)),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .evidence import Evidence, Mark, Roles
 from .timestep import AmbiguousCall
 
-__all__ = ["Lane", "Lanes"]
+__all__ = ["Lane", "Lanes", "by_memory_alone"]
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class Lanes:
 
     def saw(self, evidence: Evidence) -> None:
         """Remembers the conditioning of a call."""
+        if evidence.batched:
+            return
         self._seen.update((p, evidence.marks[p]) for p in self._roles.conditioning)
 
     def learn(self, lane: Lane, evidence: Evidence, step: int, *, sure: bool) -> bool:
@@ -101,6 +103,13 @@ class Lanes:
         if evidence.told:
             return {key: lane for key, lane in self._lanes.items() if key == evidence.name}
         named = {key: lane for key, lane in self._lanes.items() if lane.name == evidence.name}
+        if evidence.batched:
+            if len(named) > 1:
+                raise AmbiguousCall(
+                    f"a call of a batch has no lane, and the steps of its session had {len(named)} calls without one before: "
+                    "name each, hero_fx.calling(lane=...)"
+                )
+            return named
         if evidence.name is None:
             same = {key: lane.same(evidence) for key, lane in named.items()}
             fitting = {key: lane for key, lane in named.items() if lane.steady is None or lane.steady <= same[key]}
@@ -155,7 +164,7 @@ class Lanes:
     def _reappears(self, evidence: Evidence) -> bool:
         """Whether some conditioning was seen before, but is not a lane's last: then it is not made anew at each call, and
         neither are the calls in between of that lane."""
-        if evidence.name is not None:
+        if evidence.name is not None or evidence.batched:
             return False
         last = {(p, lane.marks[p]) for lane in self._lanes.values() for p in self._roles.conditioning}
         return any((p, evidence.marks[p]) in self._seen - last for p in self._roles.conditioning)
@@ -198,3 +207,12 @@ class Lanes:
             "are of different requests, wrap each in hero_fx.session(...); if they are steps of one loop, "
             "name them with the model's cache_context(name, step_index=...) or hero_fx.calling(step_index=...)."
         )
+
+
+def by_memory_alone(evidence: Evidence) -> AmbiguousCall:
+    """What is said of a call that nothing but its memory tells apart, where several processes must decide alike."""
+    return AmbiguousCall(
+        f"the conditioning of the call at timestep {evidence.timestep} lies in other memory than before. That may be so in one "
+        "process and not in another, and all that run this model together must decide alike: call hero_fx.reset() in each "
+        "where a trajectory starts before another has ended, or say steps with hero_fx.calling(lane=..., step_index=...)"
+    )

@@ -37,6 +37,8 @@ class Trajectory:
     lock: threading.RLock = field(default_factory=threading.RLock)
     used: int = 0
     """Tick of its last call."""
+    running: int = 0
+    """Calls that run now; of one batch there may be several."""
     owner: Owner | None = None
     """Where its calls come from; kept for the default session alone."""
     others: OrderedDict[Owner, Tracker] = field(default_factory=OrderedDict)

@@ -6,15 +6,15 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from hero_fx.dynamo import Compiled
 from hero_fx.passes.slots import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot
 from hero_fx.policy import Policy
+from hero_fx.program import Program
 from hero_fx.schedule import Schedule
 from hero_fx.selection import PatchSampler
 from hero_fx.stack import warn
@@ -22,37 +22,40 @@ from hero_fx.step_graphs import StateSpec, StepGraphs
 from hero_fx.warm.called import Called
 from hero_fx.warm.probe import current_probe
 
+from .batch import current_batch, only_call
 from .budget import Budget, OverBudget
-from .calling import current_calling, current_session
+from .calling import current_session
 from .diffusers_context import Heard, heard
-from .evidence import Evidence, Roles, current_owner, marks
+from .evidence import Evidence, current_owner, marks
 from .filling import Selections, scalar_value
 from .inputs import Inputs
 from .planned import Planned
 from .state import StateStore, Trajectory
+from .steps import BatchedStep, CompiledStep, Placed
 from .timestep import AmbiguousCall, Timestep, TimestepReader
 from .tracker import Call, Tracker
 from .watch import Watch
 from .weights import Model, Weights
 
-__all__ = ["CompiledStep", "Stepper"]
+__all__ = ["CODE", "CompiledStep", "Stepper"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class CompiledStep:
-    """A compiled step graph and what its extra inputs are."""
-
-    run: Compiled
-    slots: tuple[Slot, ...]
-    device: torch.device
-
-
-def _tracker(schedule: Callable[[int | None], Schedule], planned: Planned | None, roles: Roles, before: int) -> Tracker:
+def _tracker(
+    schedule: Callable[[int | None], Schedule], planned: Planned | None, inputs: Inputs, before: int
+) -> Tracker:
     """A tracker, after `before` trajectories."""
     chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
-    return Tracker(chosen, roles=roles, strict=planned is not None, trajectory=before)
+    strict = planned is not None
+    return Tracker(chosen, roles=inputs.roles, strict=strict, trajectory=before, shared=inputs.shared)
+
+
+CODE = (
+    "the model runs code that was compiled outside of hero_fx.batch(...) within one, or the other way round: hero_fx tells the "
+    "two apart by whether autocast keeps casts, which was changed here by torch.autocast(cache_enabled=...) or "
+    "torch.set_autocast_cache_enabled(...); leave it the same for all calls of the model"
+)
 
 
 class Stepper:
@@ -77,10 +80,11 @@ class Stepper:
         planned: Planned | None = None,
         budget: Budget | None = None,
         called: Called | None = None,
+        program: Program | None = None,
     ) -> None:
         """`context`: the cache context of the first call, if it was entered before anyone listened; `counts`: where calls and
         steps are counted; `watch`: over all graphs of the backend; `again`: why the model was compiled once more; `called`:
-        the call that it was compiled for."""
+        the call that it was compiled for; `program`: what the graph computes."""
         self.full = full
         self.cached = tuple(cached)
         self.policy = policy
@@ -89,7 +93,10 @@ class Stepper:
         self.strict = strict
         self.again = again
         self.called = called
-        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs.roles), budget)
+        self.program = program
+        self.batched: dict[tuple[int | None, tuple[bool, ...], int], BatchedStep] = {}
+        """Step graphs for several requests: by kind (None is full), which inputs have rows of their own, and how many."""
+        self.store = StateStore(state, partial(_tracker, schedule, planned, inputs), budget)
         self.weights = Weights(inputs.weights, self.store.drop_model)
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
@@ -105,7 +112,7 @@ class Stepper:
     def follow(self, schedule: Callable[[int | None], Schedule], planned: Planned | None) -> None:
         """Goes on by another schedule and plan for the same step graphs; all trajectories are forgotten."""
         self.planned = planned
-        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs.roles)
+        self.store.new_tracker = partial(_tracker, schedule, planned, self.inputs)
         self.store.forgets = not self._phased
         self.store.drop()
 
@@ -118,32 +125,34 @@ class Stepper:
         probe = current_probe()
         if probe is not None:
             return probe(self, inputs)
+        batch = current_batch()
+        if batch is not None and len(batch.calls) > 1:
+            raise RuntimeError(CODE)
         model = self.weights.model(inputs)
         try:
-            session = current_session()
+            said = only_call()
+            session = current_session() if said is None or said.session is None else said.session
             evidence = self._evidence(inputs, model)
-            trajectory, call = self._place(session, model, evidence)
+            trajectory, call = self.place(session, model, evidence)
         except (AmbiguousCall, ValueError) as error:
             if self.strict:
                 raise
-            return self._alone(inputs, error)
+            return self.alone(inputs, error)
         try:
-            if call.new_trajectory and self._watch is not None:
-                self._watch.starts(self, session, model, evidence)
-            return self._run(call, trajectory, inputs, evidence.timestep)
+            return self.step(self.prepare(trajectory, call, session, model, evidence), inputs)
         except OverBudget as error:
             trajectory.tracker.reset()
             if self.strict:
                 raise
-            return self._alone(inputs, error)
+            return self.alone(inputs, error)
         except BaseException:
             # The state may be half written, and a call that is made again must not pass for the step's next lane.
             trajectory.tracker.reset()
             raise
         finally:
-            trajectory.lock.release()
+            self.release(trajectory)
 
-    def _place(self, session: str, model: Model, evidence: Evidence) -> tuple[Trajectory, Call]:
+    def place(self, session: str, model: Model, evidence: Evidence) -> tuple[Trajectory, Call]:
         """The call in its trajectory, whose lock is then held. Calls of a named session wait for each other."""
         trajectory = self.store.trajectory(session, model)
         if not trajectory.lock.acquire(blocking=bool(session)):
@@ -151,6 +160,7 @@ class Stepper:
                 "two calls without a session overlap: they would share one trajectory. Enter hero_fx.session(...) in the "
                 "function that calls the model, or use hero_fx.calling(session=...) around each call"
             )
+        trajectory.running += 1
         try:
             if not session:
                 if self.planned is not None:
@@ -161,12 +171,17 @@ class Stepper:
                 return trajectory, trajectory.tracker.advance(evidence)
             return trajectory, trajectory.tracker.advance(evidence, partial(self._watch.finished, self, session, model))
         except BaseException:
-            trajectory.lock.release()
+            self.release(trajectory)
             raise
+
+    def release(self, trajectory: Trajectory) -> None:
+        """Ends a call that was placed."""
+        trajectory.running -= 1
+        trajectory.lock.release()
 
     def _evidence(self, inputs: Sequence[Any], model: Model) -> Evidence:
         """What a call is made of."""
-        said, word = heard(model.is_of), current_calling()
+        said, word = heard(model.is_of), only_call()
         if said is None:
             said, self._context = self._context, None
         name, step_index = (None, None) if said is None else (said.name, said.step_index)
@@ -176,39 +191,57 @@ class Stepper:
             told, num_steps = word.lane is not None, word.num_steps
             name = name if word.lane is None else word.lane
             step_index = step_index if word.step_index is None else word.step_index
-        with self._lock:
-            timestep = self.reader.read(inputs[self.inputs.timestep], self.inputs.batch)
+        if self.inputs.shared and name is None:
+            raise AmbiguousCall(
+                "several processes run this model together and must all take a call for the same lane, which each would "
+                "tell by its own memory: name it with hero_fx.calling(lane=..., step_index=...) around each call, or with "
+                "diffusers' cache_context(name)"
+            )
         return Evidence(
-            timestep=timestep,
+            timestep=self.read(inputs[self.inputs.timestep]),
             marks=marks([inputs[p] for p in self.inputs.values]),
             name=name,
             step_index=step_index,
             told=told,
             num_steps=num_steps,
+            batched=current_batch() is not None,
         )
 
-    def _run(self, call: Call, trajectory: Trajectory, inputs: Sequence[Any], timestep: Timestep) -> Any:
+    def read(self, timestep: torch.Tensor) -> Timestep:
+        """The timestep of a call. Where several processes must agree, its place in a table in memory tells nothing."""
+        with self._lock:
+            found = self.reader.read(timestep, self.inputs.batch)
+        return replace(found, table=None) if self.inputs.shared else found
+
+    def prepare(self, trajectory: Trajectory, call: Call, session: str, model: Model, evidence: Evidence) -> Placed:
+        """All that the step graph of a placed call needs.
+
+        Raises:
+            OverBudget: there is no room for its state.
+            RuntimeError: it is none that the plan was made for.
+        """
         if call.new_trajectory:
+            if self._watch is not None:
+                self._watch.starts(self, session, model, evidence)
             trajectory.patterns.clear()
         pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
         trajectory.patterns[call.lane] = pattern
         lane = list(trajectory.patterns).index(call.lane)
         if self.planned is not None:
-            self.planned.check(call, pattern, lane, timestep)
+            self.planned.check(call, pattern, lane, evidence.timestep)
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
         self._count(call, trajectory)
-        return self._step(call, lane, state, pattern, inputs)
+        return Placed(call, lane, state, pattern)
 
-    def _step(
-        self,
-        call: Call,
-        lane: int,
-        state: dict[StateSlot, torch.Tensor],
-        pattern: tuple[bool, ...],
-        inputs: Sequence[Any],
-    ) -> Any:
-        step = self.full if call.full else self.cached[self.policy.kind(call.since_full)]
-        return step.run(*inputs, *(self._fill(slot, call, lane, state, pattern, step.device) for slot in step.slots))
+    def kind(self, call: Call) -> int | None:
+        """Which of the cached step graphs a call runs; None for the full one."""
+        return None if call.full else self.policy.kind(call.since_full)
+
+    def step(self, placed: Placed, inputs: Sequence[Any]) -> Any:
+        """Runs the step graph of one call."""
+        kind = self.kind(placed.call)
+        step = self.full if kind is None else self.cached[kind]
+        return step.run(*inputs, *(self.fill(slot, placed, step.device) for slot in step.slots))
 
     def _count(self, call: Call, trajectory: Trajectory) -> None:
         """Counts the call, and its step: as cached where some call of it is."""
@@ -223,7 +256,7 @@ class Stepper:
                 self.counts["full_steps"] -= 1
                 self.counts["cached_steps"] += 1
 
-    def _alone(self, inputs: Sequence[Any], error: Exception) -> Any:
+    def alone(self, inputs: Sequence[Any], error: Exception) -> Any:
         """Computes a call in full, by itself: right whatever trajectory it is of."""
         message = f"hero_fx computes a call in full and caches nothing of it: {error}"
         with self._lock:
@@ -234,29 +267,21 @@ class Stepper:
             warn(message)
         else:
             log.info("%s", message)
-        call = Call(0, 0, True, 0, 0, 0, True, 0)
-        return self._step(call, 0, self.store.new_lane(), (True,), inputs)
+        return self.step(Placed(Call(0, 0, True, 0, 0, 0, True, 0), 0, self.store.new_lane(), (True,)), inputs)
 
-    def _fill(
-        self,
-        slot: Slot,
-        call: Call,
-        lane: int,
-        state: dict[StateSlot, torch.Tensor],
-        pattern: tuple[bool, ...],
-        device: torch.device,
-    ) -> torch.Tensor:
+    def fill(self, slot: Slot, placed: Placed, device: torch.device) -> torch.Tensor:
+        """What an extra input of a step graph is at a call."""
         match slot:
             case StateSlot():
-                return state[slot]
+                return placed.state[slot]
             case ScalarSlot():
-                return self._scalar(scalar_value(slot, call), device)
+                return self._scalar(scalar_value(slot, placed.call), device)
             case IndexSlot(layer):
                 assert self.selections is not None
-                return self.selections.at(pattern)[layer or 0]
+                return self.selections.at(placed.pattern)[layer or 0]
             case TableSlot():
                 assert self.planned is not None
-                return self.planned.weight(slot, call, lane, device)
+                return self.planned.weight(slot, placed.call, placed.lane, device)
 
     def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
         """A 0-d tensor on the device, made once per value: x and 1 / d take few values, so none is copied per call."""

@@ -33,7 +33,7 @@ from hero_fx.arguments import whole_number
 from hero_fx.schedule import Schedule
 
 from .evidence import Evidence, Roles
-from .lanes import Lanes
+from .lanes import Lanes, by_memory_alone
 from .seen import Seen, Undecided
 
 __all__ = ["Call", "Tracker"]
@@ -92,15 +92,18 @@ class Tracker:
         max_lanes: int = 8,
         trajectory: int = 0,
         strict: bool = False,
+        shared: bool = False,
     ) -> None:
         """`schedule` says which steps are full, as a function of what is seen where that tells it; `roles`: what the marks of
         a call are of; more than `max_lanes` lanes are taken for a mistake; `trajectory`: how many trajectories there were
-        before; `strict`: cached steps are for the schedule's full steps alone."""
+        before; `strict`: cached steps are for the schedule's full steps alone; `shared`: several processes must decide
+        alike, so nothing is decided by memory, which is each one's own."""
         whole_number("max_lanes", max_lanes, 1)
         self._schedules = schedule if callable(schedule) else lambda _: schedule
         self._roles = roles or Roles()
         self._max_lanes = max_lanes
         self._strict = strict
+        self._shared = shared
         self.trajectory = trajectory
         """Trajectories so far."""
         self._finished = 0  # before the present one
@@ -183,11 +186,14 @@ class Tracker:
         else:
             # Between two calls a lane can miss steps, full ones among them; its features are then too old.
             full = scheduled or any(map(schedule.is_full, range(past.called + 1, place.step)))
-            full |= (
-                lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt" or past.fulls == 0
-            )
+            full |= past.fulls == 0
+            if lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt":
+                if self._shared and not full:
+                    self.reset()  # the doubt is over at the lane's next step, but not what it was about
+                    raise by_memory_alone(evidence)
+                full = True
             fulls, since, gap = past.fulls, place.step - past.full_at, past.gap
-            past.called, past.marks = place.step, evidence.marks
+            past.called, past.marks = place.step, past.marks if evidence.batched else evidence.marks
             if full:
                 gap = since if fulls else 0  # to a full step whose features are still there
                 past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
@@ -251,6 +257,8 @@ class Tracker:
             return start
         lane = self._lanes.of_next_step(evidence)
         if lane is None:
+            if self._shared:
+                raise by_memory_alone(evidence)
             log.info("a trajectory starts at timestep %s: its conditioning is new", evidence.timestep)
             return start
         self._lanes.check_order(evidence, step)

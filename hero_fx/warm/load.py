@@ -16,7 +16,9 @@ from hero_fx.config import Config
 from hero_fx.other_caches import cache_in_the_way
 from hero_fx.passes import compat
 from hero_fx.passes.normalize.subclasses import parts_of
-from hero_fx.runtime.stepper import CompiledStep, Stepper
+from hero_fx.runtime.batch import current_batch
+from hero_fx.runtime.stepper import Stepper
+from hero_fx.runtime.steps import CompiledStep
 
 from .archive import Archive, Argument, Output, Reading, SavedGraph, SavedStep, Stored, Weight, read
 from .environment import Environment, changed_sources
@@ -226,6 +228,12 @@ class Loaded(nn.Module):
         changes = self._watched.changes()
         if changes:
             raise ValueError(f"the model has changed since it was loaded: {', '.join(changes[:5])}. {_ANEW_CALL}")
+        batch = current_batch()
+        if batch is not None and len(batch.calls) > 1:
+            raise ValueError(
+                "hero_fx.batch: a saved model has the step graphs of one request alone. Call it once for each, or compile the "
+                "model with torch.compile"
+            )
         call = bind(self._signature, args, kwargs)
         if torch.is_grad_enabled() and any(t.requires_grad for t in self._tensors(call)):
             raise ValueError(

@@ -100,6 +100,11 @@ def _ask_all(compiled: Any, model: nn.Module, backend: Backend) -> list[tuple[St
     found: list[tuple[Stepper, Called, Asked]] = []
     reasons: list[str] = []
     mine = [(s, s.called) for s in backend.steppers if s.called is not None and s.called.module() is model]
+    if any(stepper.inputs.shared for stepper, _ in mine):
+        raise CannotSave(
+            "several processes run this model together, and a file cannot hold their group: keep Inductor's cache directory "
+            "(TORCHINDUCTOR_CACHE_DIR) instead"
+        )
     for stepper, called in reversed(mine):
         try:
             answer = ask(compiled, model, stepper, called, f"{len(found)}/")

@@ -6,6 +6,7 @@ In the order in which they build on each other:
 `tokens`          the token axis of a tensor, as segments of token sources
 `rules`           how ops that compute carry that axis
 `moves`           how ops that move, cut or join it do
+`exchange`        how exchanges between processes do
 `follow`          the axis followed through a graph by these rules
 `memory`          which values share memory, and where the graph writes to it
 `residuals`       the residual adds `x + f(x)`, and what depends on what

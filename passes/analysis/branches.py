@@ -20,6 +20,7 @@ from hero_fx.passes.emit import value_of
 
 from .branch_names import Labels, LayerNumbers, module_path
 from .branch_tokens import below
+from .exchange import ranks_of
 from .grid import find_grid
 from .residuals import Ancestry, ResidualAdd, feature_of, is_product_of_values, residual_adds
 from .streams import find_image, find_outputs, find_streams
@@ -49,8 +50,14 @@ def find_branches(gm: fx.GraphModule) -> Structure:
     labels.check()
     image = find_image(graph, adds, streams)
     count = 0 if image is None else image.length
+    ranks = ranks_of(gm)
     return Structure(
-        tuple(branches), tuple(streams), image.source if image is not None else None, count, find_grid(gm, count)
+        branches=tuple(branches),
+        streams=tuple(streams),
+        image=None if image is None else image.source,
+        image_tokens=count,
+        grid=find_grid(gm, count, ranks),
+        ranks=ranks,
     )
 
 

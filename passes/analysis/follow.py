@@ -23,13 +23,14 @@ from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.ops import argument
 
+from .exchange import EXCHANGING
 from .moves import MOVING
 from .rules import COMPUTING, Rule
 from .tokens import Folded, Info, Lookup, NoRule, Segment, Source, Tokens, normal_dim, rank_of
 
 __all__ = ["RULES", "attends_within", "follow"]
 
-RULES: Mapping[Any, Rule] = {**COMPUTING, **MOVING}
+RULES: Mapping[Any, Rule] = {**COMPUTING, **MOVING, **EXCHANGING}
 """By overload; attention ops have a table of their own."""
 
 
@@ -94,7 +95,9 @@ def _attention(node: fx.Node, look: Lookup, whole: Collection[Source]) -> Info:
             raise NoRule(node, f"the token axis of its {name} is not where the op attends")
     if look(argument(node, op.mask or "")) is not None:
         raise NoRule(node, "its mask depends on the tokens themselves")
-    if tokens is None or (tokens.folded and not attends_within(node, look)) or not _alike(k, v):
+    of_ranks = tokens is not None and tokens.exchanged and tokens.inner == 1
+    merged = tokens is not None and tokens.folded and not of_ranks
+    if tokens is None or (merged and not attends_within(node, look)) or not _alike(k, v):
         raise NoRule(node, "queries without tokens, or keys and values with different ones")
     if not isinstance(value_of(node), (tuple, list)):
         return tokens
@@ -120,4 +123,6 @@ def _alike(k: Tokens | None, v: Tokens | None) -> bool:
     def plain(segment: Segment) -> Segment:
         return replace(segment, source=Source("", "outside")) if segment.source.is_outside else segment
 
-    return k.dim == v.dim and list(map(plain, k.segments)) == list(map(plain, v.segments))
+    return (k.dim, k.outer, k.inner) == (v.dim, v.outer, v.inner) and list(map(plain, k.segments)) == list(
+        map(plain, v.segments)
+    )

@@ -11,19 +11,22 @@ from torch import fx
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.ops import RESHAPES
 
-__all__ = ["find_grid"]
+__all__ = ["find_grid", "shard_of"]
 
 aten = torch.ops.aten
 Grid = tuple[int, int, int]
 
 
-def find_grid(gm: fx.GraphModule, tokens: int) -> Grid | None:
-    """(frames, height, width) whose product is `tokens`, where the graph shows it.
+def find_grid(gm: fx.GraphModule, tokens: int, ranks: int = 1) -> Grid | None:
+    """(frames, height, width) whose product is `tokens`, where the graph shows it; `ranks`: processes that have as many each.
 
     Read from what is found first of: a patch embedding (a convolution whose output [.., D, height, width] or
     [B, D, frames, height, width] holds the tokens); an unpatchify that splits the token axis of [B, tokens, D'] at the
     end; the mesh that positions are made of; a reshape that folds a grid into the token axis (a rotary table, or patches).
     """
+    if ranks > 1:
+        whole = find_grid(gm, tokens * ranks)
+        return whole and shard_of(whole, ranks)
     if tokens == 0:
         return None
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
@@ -31,6 +34,14 @@ def find_grid(gm: fx.GraphModule, tokens: int) -> Grid | None:
     shown = [*_of_convolutions(calls, tokens), *_of_unpatchify(reshapes, tokens), *_of_meshes(calls, tokens)]
     # A line of tokens is no grid: patches cut out one by one look like it.
     return next((g for g in [*shown, *_of_tables(reshapes, tokens)] if g.count(1) < 2), None)
+
+
+def shard_of(grid: Grid, ranks: int) -> Grid | None:
+    """The part of a grid that each of several ranks has, where that is a grid: whole frames, or whole rows of one frame."""
+    frames, height, width = grid
+    if frames % ranks == 0:
+        return frames // ranks, height, width
+    return (1, height // ranks, width) if frames == 1 and height % ranks == 0 else None
 
 
 def _of_convolutions(calls: list[fx.Node], tokens: int) -> Iterator[Grid]:

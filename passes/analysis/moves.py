@@ -39,7 +39,7 @@ def _reshape(node: fx.Node, look: Lookup) -> Tokens:
         ahead = prod(after[:dim])
         outer = front // ahead if ahead and front % ahead == 0 else 0
         if outer and size and size % (outer * tokens.length) == 0:
-            found = Tokens(dim, tokens.segments, outer, size // (outer * tokens.length))
+            found = Tokens(dim, tokens.segments, outer, size // (outer * tokens.length), tokens.exchanged)
             if not found.folded:
                 return found
             folded = folded or found

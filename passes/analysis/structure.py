@@ -63,6 +63,8 @@ class Structure:
     image_tokens: int
     grid: tuple[int, int, int] | None
     """(frames, height, width) of the image tokens, where the graph shows it."""
+    ranks: int = 1
+    """Processes that share the tokens; those of this one are counted here."""
 
     @property
     def depth(self) -> int:

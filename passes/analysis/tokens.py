@@ -73,6 +73,8 @@ class Tokens:
     """How many times the tokens follow each other along the axis (a batch in front of them is folded in)."""
     inner: int = 1
     """How many values each token has along the axis (frames behind them are folded in)."""
+    exchanged: bool = False
+    """Whether they are those of all ranks, of some of the heads."""
 
     @property
     def length(self) -> int:
@@ -102,7 +104,7 @@ class Tokens:
             start += segment.length
 
     def at(self, dim: int) -> Tokens:
-        return Tokens(dim, self.segments, self.outer, self.inner)
+        return Tokens(dim, self.segments, self.outer, self.inner, self.exchanged)
 
     def cut(self, start: int, stop: int) -> Tokens:
         """The tokens `start:stop` of this axis. Raises Folded if it holds more than tokens."""
@@ -115,7 +117,7 @@ class Tokens:
             low, high = max(start, first), min(stop, end)
             if low < high:
                 kept.append(Segment(segment.source, segment.start + low - first, segment.start + high - first))
-        return Tokens(self.dim, tuple(kept))
+        return Tokens(self.dim, tuple(kept), exchanged=self.exchanged)
 
     def __str__(self) -> str:
         fold = f"{self.outer} x " * (self.outer > 1), f" x {self.inner}" * (self.inner > 1)

@@ -88,6 +88,9 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
         traced = make_fx(run, pre_dispatch=True)(*fakes, *weights)
     _inputs_to_attributes(traced, held)
+    for node in traced.graph.nodes:
+        # Of Dynamo's nodes, whose graph is gone. AOTAutograd copies all that stands there for every node that it traces.
+        node.meta.pop("from_node", None)
     old_inputs, new_inputs = (graph.find_nodes(op="placeholder") for graph in (gm.graph, traced.graph))
     for old, new, fake in zip(old_inputs, new_inputs, fakes, strict=True):
         compat.rename(new, _readable(old.name))

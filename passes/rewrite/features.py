@@ -58,7 +58,7 @@ def key_slots(
         tokens: of its keys and values.
     """
     if strategy.keys == "all":
-        return [(KeySlot(branch.label, attention, part), 0, tokens.length, 1)]
+        return [(KeySlot(branch.label, attention, part), 0, tokens.size, 1)]
     slots: list[tuple[KeySlot, int, int, int]] = []
     names: list[str] = []
     for segment, start, stop in tokens.spans():

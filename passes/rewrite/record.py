@@ -117,7 +117,7 @@ class RecordFeatures:
                 for slot, start, stop, step in key_slots(branch, number, part, tokens, strategy):
                     with emitter.before(emitter.output):
                         piece = source
-                        if stop - start != tokens.length or step != 1:
+                        if stop - start != tokens.size or step != 1:
                             piece = emitter.call(aten.slice.Tensor, source, tokens.dim, start, stop, step)
                         state = emitter.state(slot, value_of(piece), self.state_dtype)
                         emitter.write_back(state, piece)

@@ -155,7 +155,7 @@ def _call(subset: Subset, node: fx.Node, operands: Mapping[int, fx.Node], keys: 
         query, key, _ = attended(node)
         for operand, dim, rows in ((query, -2, subset.rows), (key, -1, keys)):
             tokens, shape = subset.tokens(operand), value_of(mask).shape
-            if tokens is not None and rows is not None and shape[dim] == tokens.length != 1:
+            if tokens is not None and rows is not None and shape[dim] == tokens.size != 1:
                 mask = rows.gather(mask, tokens.at(len(shape) + dim))
                 assert mask is not None, "attention is emitted where some of its tokens are kept"
         changes[op.mask or ""] = mask

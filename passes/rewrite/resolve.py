@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -12,7 +12,7 @@ from hero_fx.passes.analysis.follow import follow
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.analysis.model_writes import attended, check_moved, check_recorded
 from hero_fx.passes.analysis.structure import Branch, Structure
-from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Source, Tokens
+from hero_fx.passes.analysis.tokens import Info, NoRule, Segment, Source, Tokens, normal_dim, rank_of
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import by_name, value_of
 from hero_fx.passes.ops import argument
@@ -96,6 +96,8 @@ class _Resolver:
             return
         if strategy.keys == "landmarks":
             _check_no_mask(tokens.body)
+        if strategy.keys not in ("all", "sampled"):
+            _check_one_by_one(self.nodes, branch, tokens)
         check_recorded(self.memory, [n for name in branch.attention for n in attended(self.nodes[name])])
         if strategy.unsampled == "gate":
             gates = [gate_of(self.nodes, self.structure, update) for update in branch.updates]
@@ -128,6 +130,8 @@ class _Resolver:
                 tokens, rank = infos.get(key), value_of(query).dim()
                 if not isinstance(tokens, Tokens) or rank != 4 or tokens.dim != op.dim + 4 or infos.get(query) is None:
                     continue
+                if tokens.folded:
+                    continue
                 for segment, start, stop in tokens.spans():
                     if segment.source.is_image:
                         return ScoredBy(name, start, stop)
@@ -154,6 +158,15 @@ def _check_batch_in_front(tokens: BranchTokens[fx.Node]) -> None:
 
 def _parts(info: Info) -> tuple[Tokens | None, ...]:
     return info if isinstance(info, tuple) else (info,)
+
+
+def _check_one_by_one(nodes: Mapping[str, fx.Node], branch: Branch, tokens: BranchTokens[fx.Node]) -> None:
+    """Raises NoRule where keys are of all ranks: the text among them, or landmarks, are no one slice."""
+    for name in branch.attention:
+        op, (_, key, _) = ATTENTION[nodes[name].target], attended(nodes[name])
+        info = tokens.infos.get(key)
+        if isinstance(info, Tokens) and info.folded and info.dim == normal_dim(op.dim, rank_of(key)):
+            raise NoRule(nodes[name], "it attends to tokens of several ranks; use keys='all' or 'sampled'")
 
 
 def _check_no_mask(body: Iterable[fx.Node]) -> None:

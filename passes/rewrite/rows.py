@@ -22,6 +22,7 @@ class RowMover:
         self.emitter = emitter
         self.kept = kept
         self._shifted: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._repeats: dict[tuple[fx.Node, Tokens], fx.Node] = {}
         self._gathered: dict[tuple[fx.Node, Tokens], fx.Node | None] = {}
 
     def gather(self, node: fx.Node, tokens: Tokens) -> fx.Node | None:
@@ -32,6 +33,9 @@ class RowMover:
         return self._gathered[key]
 
     def _gather(self, node: fx.Node, tokens: Tokens) -> fx.Node | None:
+        repeated = self._repeated(tokens)
+        if repeated is not None:
+            return self._take_rows(node, tokens.dim, repeated)
         if tokens.folded:
             gathered = self.gather(self._unfolded(node, tokens), Tokens(tokens.dim + 1, tokens.segments))
             return gathered and self._refolded(gathered, tokens)
@@ -54,6 +58,9 @@ class RowMover:
 
     def merge(self, base: fx.Node, tokens: Tokens, fresh: fx.Node) -> fx.Node:
         """`base` (all tokens) with the kept ones replaced by `fresh` (kept tokens only)."""
+        repeated = self._repeated(tokens)
+        if repeated is not None:
+            return self._put_rows(base, tokens.dim, repeated, fresh)
         if tokens.folded:
             own, new = (self._unfolded(n, tokens) for n in (base, fresh))
             return self._refolded(self.merge(own, Tokens(tokens.dim + 1, tokens.segments), new), tokens)
@@ -74,6 +81,23 @@ class RowMover:
                 base = call(aten.slice_scatter.default, base, piece, tokens.dim, start, stop)
             at += count
         return base
+
+    def _repeated(self, tokens: Tokens) -> fx.Node | None:
+        """Positions of the kept tokens of one source that follow each other several times; None for other axes."""
+        keep = self.kept.of(tokens.segments[0])
+        if (
+            tokens.outer == 1
+            or tokens.inner > 1
+            or len(tokens.segments) > 1
+            or not isinstance(keep, Rows)
+            or keep.per_batch
+        ):
+            return None
+        key = (keep.index, tokens.at(0))
+        if key not in self._repeats:
+            turns = [self._from(keep.index, turn * tokens.length) for turn in range(tokens.outer)]
+            self._repeats[key] = self.emitter.call(aten.cat.default, turns)
+        return self._repeats[key]
 
     def _unfolded(self, node: fx.Node, tokens: Tokens) -> fx.Node:
         """The tokens of a folded axis along an axis of their own."""

@@ -16,11 +16,13 @@ from hero_fx.passes.analysis.tokens import Tokens, rank_of
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.ops import (
+    EXCHANGES,
     RESHAPES,
     SPLITS,
     argument,
     dim_of,
     first_input,
+    ints_argument,
     node_argument,
     nodes_argument,
     overloads,
@@ -132,6 +134,14 @@ def _einsum(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
     return subset.emitter.call(node.target, argument(node, "equation"), new)
 
 
+def _exchange(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
+    """The kept tokens of all ranks: every rank keeps as many."""
+    source: fx.Node = subset.emitter.call(aten.contiguous.default, subset.env[first_input(node)])
+    ranks = len(ints_argument(node, "input_split_sizes"))
+    parts = [int(value_of(source).shape[0]) // ranks] * ranks
+    return subset.emitter.call(node.target, source, parts, parts, argument(node, "group_name"))
+
+
 def _along_tokens(subset: Subset, node: fx.Node) -> bool:
     """Whether a slice or split is one of the token axis."""
     source = first_input(node)
@@ -165,4 +175,5 @@ _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(overloads("slice_scatter"), _slice_scatter),
     **dict.fromkeys(overloads("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(overloads("einsum"), _einsum),
+    **dict.fromkeys(EXCHANGES, _exchange),
 }

@@ -21,7 +21,7 @@ from torch import fx
 
 from hero_fx.passes.analysis.memory import Memory
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.ops import CASTS
+from hero_fx.passes.ops import CASTS, nodes_argument
 from hero_fx.passes.slots import IndexSlot
 
 __all__ = ["ForwardGathers", "SinkScatters", "is_selection"]
@@ -30,7 +30,12 @@ aten = torch.ops.aten
 
 
 def is_selection(index: object) -> bool:
-    """True for the indices of a step's sampled tokens, also where they are counted from another start: none comes twice."""
+    """True for the indices of a step's sampled tokens: none comes twice.
+
+    They may be counted from another start, and follow each other from several (the tokens of several ranks).
+    """
+    if isinstance(index, fx.Node) and index.target is aten.cat.default:
+        return all(map(is_selection, nodes_argument(index, "tensors")))
     while isinstance(index, fx.Node) and index.target is aten.add.Tensor and isinstance(index.args[1], int):
         index = index.args[0]
     return isinstance(index, fx.Node) and isinstance(index.meta.get("slot"), IndexSlot)

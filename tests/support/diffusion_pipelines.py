@@ -19,7 +19,7 @@ from hero_fx.policy import Policy
 from .examples import example
 from .tiny import randomized
 
-__all__ = ["PIPELINES", "Case", "Variants", "latents_of"]
+__all__ = ["PIPELINES", "Case", "Variants", "latents_of", "modular_wan"]
 
 zoo = example("_zoo")
 
@@ -177,6 +177,18 @@ def wan_t2v() -> Case:
     pipe = _pipe("WanPipeline", transformer=_transformer("wan"), **_wan_parts())
     call = {**_embeds(18, negative=NEGATIVE), **_video()}
     return Case(pipe, call, lanes=2, graphs=2, decoded=(1, 9, 3, 32, 48))
+
+
+def modular_wan() -> tuple[Any, dict[str, Any]]:
+    """A modular pipeline, and a call of it: a guider calls the transformer twice a step, and names nothing."""
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+
+    pipe = WanCoreDenoiseStep().init_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    pipe.update_components(transformer=_transformer("wan"), scheduler=_wan_parts()["scheduler"], guider=guider)
+    latents = torch.randn(1, 4, 3, 8, 12, generator=torch.Generator().manual_seed(5))
+    return pipe, {**_embeds(18), "latents": latents, "num_inference_steps": STEPS, "output": "latents"}
 
 
 @_entry

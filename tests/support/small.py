@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import hero_fx
 
 from . import tiny, toys
+from .tracing import Traced
 
 BATCH, GRID, TOKENS, WIDTH = 2, (1, 2, 3), 6, 4
 TIMES = tiny.timesteps(6)  # full steps are 0, 2 and 4
@@ -118,10 +119,19 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def backend(policy: str = "hero", **options: Any) -> hero_fx.Backend:
+    """HERO with one of `POLICIES`, or with other options; full steps are `FULL`."""
+    return hero_fx.backend(**{"inner": "aot_eager", "warmup": 1, "cooldown": 0, **POLICIES[policy], **options})
+
+
 def hero(model: nn.Module, policy: str = "hero", **options: Any) -> Any:
     """A copy of the model, compiled with HERO; buffers that it writes to are its own."""
-    backend = hero_fx.backend(**{"inner": "aot_eager", "warmup": 1, "cooldown": 0, **POLICIES[policy], **options})
-    return toys.torch_compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    return toys.torch_compile(copy.deepcopy(model), backend=backend(policy, **options), fullgraph=True)
+
+
+def traced(model: nn.Module) -> Traced:
+    """A copy of the model, traced for several backends."""
+    return Traced(copy.deepcopy(model), start(), TIMES[0].expand(BATCH))
 
 
 def error(ours: Sequence[Any], theirs: Sequence[Any]) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from hero_fx import Backend
@@ -38,6 +37,8 @@ def cogvideox(
     *, layers: int = 4, rotary: bool = True, grid: tuple[int, int, int] = GRID, channels: int = CHANNELS
 ) -> Any:
     """A CogVideoX transformer whose image tokens lie on `grid`."""
+    from diffusers import CogVideoXTransformer3DModel  # takes seconds, and a process of its own may want a toy alone
+
     torch.manual_seed(0)
     frames, height, width = grid
     model: Any = CogVideoXTransformer3DModel(

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx import backends
 from hero_fx.build import normalized
-from hero_fx.passes.compat import new_fake_mode, to_fake
+from hero_fx.passes.compat import lazy_code, new_fake_mode, to_fake
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
 
 
@@ -58,9 +58,36 @@ class Shared:
         def once(gm: Any, inputs: Any, disabled: Sequence[str] = ()) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
             return normalized(gm, inputs, disabled) if disabled else self.normal
 
-        with torch.no_grad(), patch.object(backends, "normalized", once):
+        # As in Dynamo, code is written when it runs, and not once more after each rewrite.
+        with torch.no_grad(), lazy_code(), patch.object(backends, "normalized", once):
             run: Callable[..., Any] = backend(self.gm, self.inputs)
         return run
+
+
+class Traced:
+    """A model that Dynamo traces once, for many backends: calls go through its code, which rebuilds what the model returns."""
+
+    def __init__(self, model: Callable[..., Any], *example: Any) -> None:
+        self._graphs: list[Shared] = []
+        self._run: Callable[..., Any] | None = None
+        self._call: Callable[..., Any] = torch.compile(model, backend=self._keep, fullgraph=True)
+        with torch.no_grad():
+            self._call(*example)
+
+    def _keep(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        assert not self._graphs, "it was to be traced once"
+        self._graphs.append(Shared(gm, list(inputs)))
+        return lambda *values: (self._run or gm.forward)(*values)
+
+    def by(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        """What `torch.compile(model, backend=backend)` would call."""
+        run = self._graphs[0].compiled(backend)
+
+        def call(*inputs: Any) -> Any:
+            self._run = run
+            return self._call(*inputs)
+
+        return call
 
 
 def normal_form(model: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:

@@ -1,0 +1,153 @@
+"""Two processes that share the tokens (diffusers' Ulysses, over gloo) against one process that has all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig, ParallelConfig
+from torch import Tensor, fx
+
+import hero_fx
+from hero_fx.passes.analysis.follow import follow
+from hero_fx.passes.analysis.tokens import IMAGE, NoRule, Segment, Tokens
+
+from .support import ranks, tiny, toys
+from .support.ranks import OWN, POLICIES, RANKS, STEPS, Seen
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """By rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-m", "tests.support.ranks", str(rank), str(folder)] for rank in range(RANKS)]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()  # one that waits for the other forever
+    return [Seen(**torch.load(folder / f"{rank}.pt", weights_only=False)) for rank in range(RANKS)]
+
+
+class _Given:
+    """In place of a stepper's selections: the tokens that the ranks sampled, one after the other."""
+
+    def __init__(self, own: list[Tensor]) -> None:
+        self._own = iter(own)
+
+    def at(self, pattern: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        own = next(self._own)
+        return (torch.cat([own + rank * OWN for rank in range(RANKS)]),)
+
+
+def alone(name: str, selections: list[Tensor]) -> list[Tensor]:
+    """The outputs of one process that refreshes the same tokens."""
+    torch._dynamo.reset()
+    backend = ranks.backend(name)
+    call = toys.torch_compile(ranks.wan(), backend=backend, fullgraph=True)
+
+    def given() -> None:
+        (stepper,) = backend.steppers
+        if selections and not isinstance(stepper.selections, _Given):
+            stepper.selections = _Given(selections)  # type: ignore[assignment]
+
+    return ranks.trajectory(call, given)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_ranks_give_what_one_process_gives(seen: list[Seen], name: str) -> None:
+    expected = alone(name, seen[0].selections.get(name, []))
+    for rank in seen:
+        assert rank.full[name] == [step in ranks.FULL for step in range(STEPS)]
+        assert tiny.worst(rank.outputs[name], expected) < 1e-5
+
+
+def test_names_alone_tell_steps_by_their_timesteps(seen: list[Seen]) -> None:
+    for rank in seen:
+        assert toys.same(rank.outputs["names alone"], rank.outputs["fora"])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_cached_layers_exchange_nothing(seen: list[Seen], name: str) -> None:
+    """Four exchanges for each attention that a step runs: queries, keys, values, results."""
+    refreshed = 1 if name in ("hero", "sampled keys") else 0
+    assert {rank.exchanges[name] for rank in seen} == {(2 * 4, refreshed * 4)}
+
+
+@pytest.mark.parametrize("name", ["hero", "sampled keys"])
+def test_ranks_refresh_the_same_tokens_of_their_own(seen: list[Seen], name: str) -> None:
+    one, other = (rank.selections[name] for rank in seen)
+    assert toys.same(one, other)
+    assert len({tuple(drawn.tolist()) for drawn in one}) > 1
+    assert {rank.grids[name] for rank in seen} == {(1, 4, 6)}
+
+
+def test_weights_that_are_sharded(seen: list[Seen]) -> None:
+    """FSDP2, each rank with all tokens."""
+    expected = alone("fsdp", [])
+    for rank in seen:
+        assert rank.full["fsdp"] == [step in ranks.FULL for step in range(STEPS)]
+        assert tiny.worst(rank.outputs["fsdp"], expected) < 1e-5
+
+
+REFUSALS = {
+    "a budget": "max_state_bytes=1000000000 with a model that several processes run.*Leave max_state_bytes out",
+    "scores": "policy='toca' chooses tokens by attention, of which each process has some heads only.*Use policy='hero'",
+    "landmarks": "l0_attention cannot be cached as planned.*use keys='all' or 'sampled'.*Use refresh_layers=0",
+    "no names": r"name it with hero_fx.calling\(lane=..., step_index=...\)",
+    "cut short": r"lies in other memory than before.*call hero_fx.reset\(\) in each",
+    "save": "a file cannot hold their group: keep Inductor's cache directory",
+    "fsdp of blocks": "fully_shard was called for 2 parts of the model.*blocks.0.*call fully_shard for the transformer as a whole",
+    "calibrate": "calibrate the model in one process, before enable_parallelism",
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_ranks_might_decide_differently_is_refused(seen: list[Seen], what: str) -> None:
+    for rank in seen:
+        assert re.search(REFUSALS[what], rank.errors[what], re.DOTALL), rank.errors[what]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "outer", "parts", "reason"),
+    [
+        ((4, 6), 1, 1, [[2, 2], [2, 2]], ""),
+        ((24,), 0, 4, [[12, 12], [12, 12]], ""),
+        ((24,), 0, 2, [[8, 8, 8], [8, 8, 8]], "it cuts the token axis between ranks"),
+        ((24,), 0, 2, [[12, 12], [16, 8]], "parts of different sizes"),
+    ],
+)
+def test_the_token_axis_through_an_exchange(
+    shape: tuple[int, ...], dim: int, outer: int, parts: list[list[int]], reason: str
+) -> None:
+    graph = fx.Graph()
+    given = graph.placeholder("x")
+    exchange = graph.call_function(torch.ops._c10d_functional.all_to_all_single.default, (given, *parts, "0"))
+    result = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (exchange,))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(shape)
+    tokens = Tokens(dim, (Segment(IMAGE, 0, 6),), outer)
+    if reason:
+        with pytest.raises(NoRule, match=reason):
+            follow(graph.nodes, {given: tokens})
+    else:
+        assert follow(graph.nodes, {given: tokens})[result] == replace(tokens, exchanged=True)
+
+
+def test_ring_attention_is_refused() -> None:
+    model: Any = ranks.wan()
+    model._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    call = toys.torch_compile(model, backend=hero_fx.backend(inner="eager"))
+    with pytest.raises(Exception, match=r"(?s)ring_degree=2.*log-sum-exp.*ContextParallelConfig\(ulysses_degree=2\)"):
+        ranks.trajectory(call)
