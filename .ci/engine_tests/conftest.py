@@ -71,7 +71,9 @@ def wan(hooks: Any, server_args: Any) -> Iterator[Any]:
 
     custom_op.CustomOp.dispatch_forward = lambda self: self.forward_native
     layernorm.fuse_scale_shift_kernel = lambda x, scale, shift, one=1.0: x * (one + scale) + shift
-    layernorm.FP32LayerNorm._cached_fp32_param = lambda self, name, value, device: None if value is None else value.float()
+    layernorm.FP32LayerNorm._cached_fp32_param = lambda self, name, value, device: (
+        None if value is None else value.float()
+    )
     utils.apply_rotary_embedding = rotate
     type(current_platform).is_amp_supported = classmethod(lambda cls: True)
     settings.set_global_server_args(server_args)

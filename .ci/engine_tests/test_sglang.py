@@ -29,7 +29,9 @@ def new_request(name: str) -> Any:
     from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
     parameters = SamplingParams(request_id=name, prompt="", num_inference_steps=STEPS)
-    request = Req(sampling_params=parameters, timesteps=torch.linspace(999, 100, STEPS), do_classifier_free_guidance=True)
+    request = Req(
+        sampling_params=parameters, timesteps=torch.linspace(999, 100, STEPS), do_classifier_free_guidance=True
+    )
     # All it has, without its __getattr__, which Dynamo of torch 2.13 cannot trace; SGLang pins a newer torch.
     return SimpleNamespace(**vars(parameters) | vars(request))
 

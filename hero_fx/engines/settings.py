@@ -36,7 +36,9 @@ def new_backend(mode: str | None = None) -> Backend:
     try:
         options: Any = json.loads(value)
     except json.JSONDecodeError as error:
-        raise EngineError(f"{VARIABLE}={value!r} is not JSON ({error}); give options of hero_fx.backend, {example}") from error
+        raise EngineError(
+            f"{VARIABLE}={value!r} is not JSON ({error}); give options of hero_fx.backend, {example}"
+        ) from error
     if not isinstance(options, dict):
         raise EngineError(f"{VARIABLE}={value!r} is not a JSON object; give options of hero_fx.backend, {example}")
     try:

@@ -96,7 +96,9 @@ def _predict_noise(original: Callable[..., Any], stage: Any, *args: Any, **kwarg
 def _calling(batch: Any, step: int) -> Calling:
     for name in ("enable_teacache", "enable_spectrum", "enable_cache_dit"):
         if getattr(batch, name):
-            raise EngineError(f"the request sets {name}, and two caches cannot work on one model: leave it out of the request")
+            raise EngineError(
+                f"the request sets {name}, and two caches cannot work on one model: leave it out of the request"
+            )
     branch = batch.extra.get("hero_fx_branch", "negative" if batch.is_cfg_negative else "positive")
     steps = len(batch.timesteps) if batch.timesteps is not None else None
     return hero_fx.calling(session=_session(batch).id, lane=branch, step_index=int(step), num_steps=steps)
