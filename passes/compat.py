@@ -36,14 +36,18 @@ from torch.utils._pytree import (
     tree_unflatten,
     treespec_dumps,
     treespec_loads,
-)
+)  # fmt: skip
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    "DATA_DEPENDENT", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
+    "DATA_DEPENDENT", "FUNCTIONAL_COLLECTIVES", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
     "OperatorBase", "TorchDispatchMode", "count_flops", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
     "tree_flatten", "tree_map", "tree_unflatten", "treespec_dumps", "treespec_loads",
 ]  # fmt: skip
+
+
+FUNCTIONAL_COLLECTIVES: Any = torch.ops._c10d_functional
+"""The ops that `torch.distributed` is in a graph."""
 
 
 def schema_of(target: object) -> Any:

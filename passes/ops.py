@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import HigherOrderOperator, OpOverload, schema_of
+from .compat import FUNCTIONAL_COLLECTIVES, HigherOrderOperator, OpOverload, schema_of
 
 __all__ = [
     "CASTS", "COLLECTIVES", "EXCHANGES", "LOOKUPS", "MATMULS", "POINTWISE", "PRODUCTS", "PROJECTIONS", "RESHAPES",
@@ -60,15 +60,15 @@ MATMULS = PROJECTIONS | PRODUCTS | overloads("mm", "addmm")
 LOOKUPS = overloads("embedding", "index", "index_select", "gather")
 """Take rows of a table by an index."""
 
-EXCHANGES = overloads("all_to_all_single", of=torch.ops._c10d_functional)
+EXCHANGES = overloads("all_to_all_single", of=FUNCTIONAL_COLLECTIVES)
 """Send a part of axis 0 to each rank, and give what the ranks sent, side by side."""
 
-WAITS = overloads("wait_tensor", of=torch.ops._c10d_functional)
+WAITS = overloads("wait_tensor", of=FUNCTIONAL_COLLECTIVES)
 """Give the values of their argument, the result of a collective, once it is there."""
 
 COLLECTIVES = EXCHANGES | overloads(
     "all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_reduce", "all_reduce_coalesced", "broadcast",
-    "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", of=torch.ops._c10d_functional,
+    "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", of=FUNCTIONAL_COLLECTIVES,
 )  # fmt: skip
 """Wait for the other processes of a group to call the same."""
 
