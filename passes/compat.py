@@ -40,9 +40,9 @@ from torch.utils._pytree import (
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    "DATA_DEPENDENT", "FUNCTIONAL_COLLECTIVES", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket",
-    "OperatorBase", "TorchDispatchMode", "count_flops", "enter_autocast", "exit_autocast", "is_traceable_wrapper_subclass",
-    "tree_flatten", "tree_map", "tree_unflatten", "treespec_dumps", "treespec_loads",
+    "DATA_DEPENDENT", "FUNCTIONAL_COLLECTIVES", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload",
+    "OpOverloadPacket", "OperatorBase", "TorchDispatchMode", "count_flops", "enter_autocast", "exit_autocast",
+    "is_traceable_wrapper_subclass", "tree_flatten", "tree_map", "tree_unflatten", "treespec_dumps", "treespec_loads",
 ]  # fmt: skip
 
 
