@@ -46,10 +46,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-FUNCTIONAL_COLLECTIVES: Any = torch.ops._c10d_functional
-"""The ops that `torch.distributed` is in a graph."""
-
-
 def schema_of(target: object) -> Any:
     """The schema of an op: its name, its arguments with their defaults, and what it writes to; None for what is no op."""
     return getattr(target, "_schema", None)
@@ -91,8 +87,7 @@ def rename(node: fx.Node, name: str) -> None:
 
 
 def map_nesting(target: object) -> int | None:
-    """1 for the call that opens a vmap in a graph of Dynamo's, -1 for the one that closes it, 0 for others that it is made
-    of, None for all other calls."""
+    """1 for the call that opens a vmap in Dynamo's graph, -1 for the one that closes it, 0 for its others, None for the rest."""
     if getattr(target, "__module__", "") != "torch._functorch.predispatch":
         return None
     steps = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
@@ -112,6 +107,7 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 # What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
 enter_autocast: Callable[..., Any] = _enter_autocast
 exit_autocast: Callable[..., None] = _exit_autocast
+FUNCTIONAL_COLLECTIVES: Any = torch.ops._c10d_functional  # what torch.distributed is in a graph
 # What tracing raises where the graph goes by the values of tensors.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
