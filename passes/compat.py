@@ -87,7 +87,7 @@ def rename(node: fx.Node, name: str) -> None:
 
 
 def map_nesting(target: object) -> int | None:
-    """1 for the call that opens a vmap in Dynamo's graph, -1 for the one that closes it, 0 for its others, None for the rest."""
+    """1 for the call that opens a vmap in Dynamo's graph, -1 for the one that closes it, 0 for others of it, None else."""
     if getattr(target, "__module__", "") != "torch._functorch.predispatch":
         return None
     steps = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
