@@ -33,6 +33,8 @@ def compile_step(source: fx.GraphModule | None, gm: fx.GraphModule, config: Conf
     mode = next(value.fake_mode for value in inputs if isinstance(value, compat.FakeTensor))
     run: dynamo.Compiled
     with compat.no_autocast():
+        if config.inner == "eager" or callable(config.inner):
+            compat.write_code(gm)
         if config.inner == "eager":
             run = gm.forward
         elif config.inner == "aot_eager":

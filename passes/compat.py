@@ -1,7 +1,6 @@
 """Private PyTorch APIs that the passes need, each wrapped or named here and nowhere else.
 
-hero_fx supports torch 2.11 to 2.15. Tests run on 2.13; that all names here exist under the same paths was read in the
-sources of 2.11.0 and 2.14.1 too. What differs between versions is said where it is used.
+Tests run on torch 2.13; in 2.11.0 and 2.14.1 all names have the same paths (read). What differs is said in its place.
 """
 
 from __future__ import annotations
@@ -70,7 +69,6 @@ class _NoModules:
     parents = frozenset({"Global"})
 
     def __enter__(self) -> None: ...
-
     def __exit__(self, *_: object) -> None: ...
 
 
@@ -104,17 +102,15 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     )
 
 
-# What Dynamo writes for `with torch.autocast(...)`; the same from 2.11 to 2.15.
-enter_autocast: Callable[..., Any] = _enter_autocast
+enter_autocast: Callable[..., Any] = _enter_autocast  # Dynamo's `with torch.autocast(...)`; the same from 2.11 to 2.15
 exit_autocast: Callable[..., None] = _exit_autocast
 FUNCTIONAL_COLLECTIVES: Any = torch.ops._c10d_functional  # what torch.distributed is in a graph
-# What tracing raises where the graph goes by the values of tensors.
+# Raised where a graph goes by the values of tensors.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def new_fake_mode() -> FakeTensorMode:
-    """A fake mode with static shapes that lets real constants of a graph pass."""
-    # Inductor's FX cache wants a shape environment, even where no size is symbolic.
+    """A fake mode with static shapes that lets real constants pass. Inductor's FX cache wants a shape environment."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
@@ -123,14 +119,18 @@ def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+def write_code(gm: fx.GraphModule) -> None:
+    """Writes a module's code, if it was not yet: threads that ran it for the first time together would write it at once."""
+    _LazyGraphModule.force_recompile(gm)
+
+
 def lazy_code() -> AbstractContextManager[None]:
     """Within it `make_fx` makes modules whose code is written when they are first run, as Dynamo's are."""
     return _use_lazy_graph_module(True)
 
 
 def unbound_sizes(mode: FakeTensorMode) -> AbstractContextManager[None]:
-    """Within it sizes that only values tell (as of `nonzero`) are made outside of any trace: the next trace of that mode
-    would look for them among its own outputs."""
+    """Within it sizes that only values tell are made outside of any trace; the next one would take them for its outputs."""
     assert mode.shape_env is not None
     return mode.shape_env.ignore_fresh_unbacked_symbols()
 

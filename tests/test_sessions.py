@@ -74,6 +74,19 @@ def test_calls_of_a_session_queue_up_and_sessions_do_not(names: list[str]) -> No
     assert max(most) == len(set(names))
 
 
+def test_no_two_threads_write_the_code_of_a_step() -> None:
+    written: list[bool] = []
+
+    def inner(gm: Any, inputs: list[Any]) -> Callable[..., Any]:
+        written.append("_lazy_forward" not in str(gm.forward))
+        return gm.forward  # type: ignore[no-any-return]
+
+    call, _ = toys.compiled(timestep="timestep", inner=inner)
+    with torch.no_grad():
+        call(toys.latents(), toys.times(1)[0])
+    assert written == [True, True]
+
+
 def test_sessions_nest_and_need_a_name() -> None:
     call, backend = toys.compiled(timestep="timestep")
     with torch.no_grad(), hero_fx.session("outer"):
