@@ -123,6 +123,14 @@ def test_settings_that_leave_hero_fx_out_are_refused(
         new_stage(server_args, **changed)._maybe_torch_compile(torch.nn.Linear(1, 1))
 
 
+def test_a_version_without_a_target_is_refused(hooks: Any, server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hero_fx.engines.settings import EngineError
+
+    monkeypatch.setattr(hooks, "_patched", {name for name in hooks._patched if not name.endswith("compile_once")})
+    with pytest.raises(EngineError, match=r"no .*compile_once"):
+        new_stage(server_args)._maybe_torch_compile(torch.nn.Linear(1, 1))
+
+
 def test_a_second_cache_is_refused(wan: Any, server_args: Any) -> None:
     from hero_fx.engines.settings import EngineError
 

@@ -31,19 +31,30 @@ def activate() -> None:
         return
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
-    hooks: dict[str, Callable[..., Any]] = {
+    for target, hook in _hooks().items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def _hooks() -> dict[str, Callable[..., Any]]:
+    return {
         f"{_RUNTIME}.utils.torch_compile.CompiledModuleRegistry.compile_once": _compile_once,
         f"{_STAGE}._maybe_torch_compile": _check_engine,
         f"{_STAGE}._predict_noise": _predict_noise,
         f"{_STAGE}.forward": _forward,
         f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch": _configure_batch,
     }
-    for target, hook in hooks.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
 
 
 def _check_engine(original: Callable[..., None], stage: Any, module: object) -> None:
     """Before a transformer is compiled: refuses settings of the engine that would leave hero_fx out, or make it wrong."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
+
+    # SGLang only logs a hook whose target it does not find, and would go on without it.
+    missing = sorted(_hooks().keys() - HookRegistry._patched)
+    if missing:
+        raise EngineError(
+            f"this version of SGLang has no {missing[0]}, which hero_fx needs: use 0.5.23, or unset {VARIABLE}"
+        )
     arguments = stage.server_args
     refused = {
         "--enable-torch-compile is not given": not arguments.enable_torch_compile,
