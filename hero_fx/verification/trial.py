@@ -54,7 +54,8 @@ class Trial:
         """Compiles the call in all ways.
 
         Raises:
-            ValueError: the model cannot be accelerated with these options, or its timestep or latents are no tensors of the call.
+            ValueError: the model cannot be accelerated with these options, or its timestep or latents are no tensors of
+                the call.
         """
         self.model = model
         self._id = uuid4().hex
