@@ -27,16 +27,20 @@ class Calibrating:
     """The guidance scale that is fitted to; None: the task's own."""
 
 
-def plan_for(weights: Path, task: str, full: int, how: Calibrating, folder: Path) -> hero_fx.Plan:
-    """The plan with `full` full steps of a task's usual number, from the folder or calibrated now."""
+def plan_for(
+    weights: Path, task: str, full: int, how: Calibrating, folder: Path, *, apart: bool = False
+) -> hero_fx.Plan:
+    """The plan with `full` full steps of a task's usual number, from the folder or calibrated now; `apart`: the halves of
+    guidance have full steps of their own, as many together."""
     fitted = how.fitted or task
-    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}"
+    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}{'-apart' * apart}"
     path = folder / f"plan-{_digest(weights)}-{name}.safetensors"
     if path.exists():
         return hero_fx.Plan.load(path)
     found = calibrate(
-        weights, fitted, full, scenes=how.scenes, search=how.search, guidance=how.guidance, folder=folder / path.stem
-    )
+        weights, fitted, full, scenes=how.scenes, search=how.search, guidance=how.guidance, apart=apart,
+        folder=folder / path.stem,
+    )  # fmt: skip
     found.plan.save(path)
     found.plot(path.with_suffix(".png"))
     return found.plan

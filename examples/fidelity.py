@@ -36,8 +36,8 @@ from _fidelity_plans import Calibrating
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
 from _fidelity_rivals import rivals
 from _fidelity_run import Runner
-from _fidelity_settings import CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
-from world.pipeline import STEPS, WEIGHTS
+from _fidelity_settings import APART, CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
+from world.pipeline import GUIDANCE, STEPS, WEIGHTS
 
 RIVALS = ("others", "cache-dit")
 TABLES = ("main", "alpha", "layers", "choices", "stability")
@@ -82,6 +82,8 @@ class Bench:
             fulls = self.runner.cost(self.task, hero).full_steps
             if plans:
                 settings.append(Setting(f"{PLAN}, N={interval}", plan=fulls))
+                if GUIDANCE[self.task] > 1:
+                    settings.append(Setting(f"{APART}, N={interval}", plan=fulls, apart=True))
             known = {row["name"] for row in result}
             if more:
                 found = rivals(interval, self.plain.steps, steps, cache_dit="cache-dit" in more)

@@ -24,6 +24,7 @@ from .config import Config
 from .policy import Policy
 from .schedule import Schedule
 from .step_graphs import StepGraphs
+from .timeline import Timeline
 
 __all__ = ["Flops", "Outside", "flops", "flops_by", "outside", "step_kinds", "too_much_outside", "trajectory_flops"]
 
@@ -154,6 +155,10 @@ def flops_by(schedule: Schedule, steps: StepGraphs, config: Config, num_steps: i
     policy = config.make_policy()
     assert policy is not None
     count = Counter(_kinds(schedule, policy, num_steps))
+    if steps.parts > 1:  # each runs the step graphs by a schedule of its own
+        assert isinstance(schedule, Timeline)
+        fulls = sum(schedule.levels)
+        count = Counter({None: fulls, 0: steps.parts * num_steps - fulls})
     total = flops(steps.full) * count[None]
     for number, gm in enumerate(steps.cached):
         total += flops(gm) * count[number]

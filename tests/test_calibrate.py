@@ -96,9 +96,9 @@ def test_too_few_full_steps_are_refused() -> None:
 
 def test_moves_lower_the_objective_and_stop_in_time() -> None:
     wanted = tuple(s in (0, 3, 7, 9) for s in range(10))
-    seen: list[tuple[bool, ...]] = []
+    seen: list[tuple[int, ...]] = []
 
-    def objective(schedule: tuple[bool, ...]) -> float:
+    def objective(schedule: tuple[int, ...]) -> float:
         seen.append(schedule)
         return sum(a != b for a, b in zip(schedule, wanted, strict=True))
 

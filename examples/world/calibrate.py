@@ -34,9 +34,12 @@ FULL = {"planning": 19, "reconstruction": 12}
 
 def calibrate(
     weights: Path, task: str, full: int, *, scenes: int = 8, search: int = 60, guidance: float | None = None,
-    folder: Path | None = None,
+    apart: bool = False, folder: Path | None = None,
 ) -> hero_fx.Calibration:  # fmt: skip
-    """The plan of a task's usual number of steps with `full` full ones, fitted to `scenes` training scenes."""
+    """The plan of a task's usual number of steps with `full` full ones, fitted to `scenes` training scenes.
+
+    `apart`: the halves of guidance have full steps of their own, as many together.
+    """
     pipeline = WorldModelPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -55,7 +58,7 @@ def calibrate(
 
     return hero_fx.calibrate(
         pipeline.transformer, run, num_steps=STEPS[task], budget=full, scenes=scenes, holdout=2,
-        search=search, by=("frames", "batch"), distances=by_modality, folder=folder, inner="eager",
+        search=search, by=("frames", "batch"), apart=apart, distances=by_modality, folder=folder, inner="eager",
     )  # fmt: skip
 
 
@@ -77,14 +80,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--full", type=int, help=f"full steps; {FULL} if not given")
     parser.add_argument("--scenes", type=int, default=8, help="training scenes that are fitted to")
+    parser.add_argument("--apart", action="store_true", help="the halves of guidance have full steps of their own")
     parser.add_argument("--search", type=int, default=60, help="schedules that may be tried")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--output", type=Path, default=PLANS, help="folder for the plan and its picture")
     arguments = parser.parse_args(argv)
     task = arguments.task
     found = calibrate(
-        arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search
-    )
+        arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search,
+        apart=arguments.apart,
+    )  # fmt: skip
     print(found)
     arguments.output.mkdir(parents=True, exist_ok=True)
     found.plan.save(arguments.output / f"{task}.safetensors")

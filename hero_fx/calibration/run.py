@@ -73,6 +73,7 @@ def calibrate(
     phases: int = 1,
     latent: str | Sequence[str] | None = None,
     by: Collection[Literal["frames", "batch"]] = (),
+    apart: bool = False,
     history: int = 3,
     distances: Distances = relative_l2,
     samples: int = 2048,
@@ -117,6 +118,9 @@ def calibrate(
             schedule and coefficients of their own. The last of these are fitted to all further ones, and are for them.
         latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
         by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
+        apart: let the parts of the batch have full steps and coefficients of their own, where guidance puts the unconditional
+            and the conditional half into one call: for policy `"forecast"`, and models whose rows of the batch do not meet.
+            Each part then runs by itself. It gains most where guidance is weak at early steps (CogVideoX's dynamic form).
         history: how many past outputs a forecast is made from, 1 to 3.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
         samples: positions of an output, per frame and row of the batch, that are recorded.
@@ -132,7 +136,7 @@ def calibrate(
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases)
+    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases, apart)
     notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
     for note in notes:
         log.warning("%s", note)
@@ -151,6 +155,8 @@ def calibrate(
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
         _record(job, num_steps)
+        if apart:
+            job.parts = _parts(job)
         bound = None if max_error is None else bound_of(max_error, _measured(job))
         wanted = budget if bound is None else bound
         assert wanted is not None, "one of the two is given"
@@ -204,6 +210,17 @@ def _record(job: Job, num_steps: int) -> None:
             )  # fmt: skip
 
 
+def _parts(job: Job) -> int:
+    """Parts of the batch that may have full steps of their own: as many as it has rows per sample."""
+    recorder = job.recorder
+    if recorder.batch < 2 or next(iter(job.recordings[0][0].outputs.values())).shape[0] > 1:
+        raise ValueError(
+            f"apart=True: the model is called {'several times a step' if recorder.batch > 1 else 'with a batch of 1'}, and "
+            "only parts of one batch can have full steps of their own: leave it out, or put guidance into the batch"
+        )
+    return recorder.batch
+
+
 def _measured(job: Job) -> Mapping[str, float]:
     """The distances, as they are between two samples."""
     return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
@@ -217,32 +234,34 @@ def _candidate(
         return None
     predictors, base = _predictors(job, policy, by, history)
     steps, phases = len(job.timesteps), len(predictors)
-    plan = plan_for(job, base, predictors, (True,) * (steps * phases))
+    plan = plan_for(job, base, predictors, (job.parts,) * (steps * phases))
     chosen = backend(plan=plan, **job.options)
     compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
     job.run_alone(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
-    share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
+    plain = max(1, flops(graphs.normal).total)
+    share, parts = flops(graphs.cached[0]).total / plain, job.parts
+    one = 1.0 if parts == 1 else (flops(graphs.full).total or plain / parts) / plain
 
     def speed(full: int) -> float:
-        return steps / (full + (steps - full) * share)
+        return steps / (full * one + (steps * parts - full) * share)
 
-    least = len(job.must)
+    least = len(job.must) * parts
     evaluate = Evaluator(job, base, predictors, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
         if isinstance(budget, Bound):
             try:
-                schedule = fewest(evaluate, budget, least, steps - 1)
+                schedule = fewest(evaluate, budget, least, steps * parts - 1)
             except OutOfBound as missed:
                 unsupported[policy] = str(missed)
                 return None
         else:
-            gain = max(1 - share, 1e-9)
-            full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / gain)
+            gain, rest = max(one - share, 1e-9), steps * parts * share
+            full = budget * parts if isinstance(budget, int) else math.floor((steps / budget - rest) / gain)
             if full < least:
                 unsupported[policy] = (
-                    f"budget={budget} leaves room for {max(full, 0)} full steps, where a cached one costs {share:.0%} of a "
-                    f"full one, and {least} have to be full"
+                    f"budget={budget} leaves room for {max(full, 0) // parts} full steps, where a cached one costs "
+                    f"{share * parts:.0%} of a full one, and {least // parts} have to be full"
                 )
                 return None
             schedule = best(evaluate, full)
@@ -267,10 +286,12 @@ def _predictors(job: Job, policy: str, by: Collection[str], history: int) -> tup
         values = outputs_of(recorder.normal)
         ranks = tuple(value_of(values[rule.index]).dim() for rule in recorder.rules)
         rules = tuple(replace(rule, history=history) for rule in recorder.rules)
-        rules = by_parts(rules, ranks, by, recorder.batch)
-        base["outputs"] = rules
-        base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, rules)
-        return [Outputs(of, rules, ranks) for of in recordings], base
+        apart = job.parts > 1
+        rules = by_parts(rules, ranks, {*by, "batch"} if apart else by, recorder.batch)
+        found = [Outputs(of, rules, ranks, apart) for of in recordings]
+        base["outputs"] = found[0].ruled()
+        base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, base["outputs"])
+        return [*found], base
     base["options"] = OPTIONS[policy]
     base["model"] = replace(recorder.fingerprint, outputs=())
     names = [n.removeprefix(f"{policy}/") for n in first.features if n.startswith(f"{policy}/")]

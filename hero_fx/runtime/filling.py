@@ -7,12 +7,12 @@ from math import factorial
 
 import torch
 
-from hero_fx.passes.slots import ScalarSlot
+from hero_fx.passes.slots import RowsSlot, ScalarSlot
 from hero_fx.selection import PatchSampler, Selection
 
 from .tracker import Call
 
-__all__ = ["Selections", "scalar_value"]
+__all__ = ["Constants", "Selections", "scalar_value"]
 
 
 def scalar_value(slot: ScalarSlot, call: Call) -> float:
@@ -63,3 +63,27 @@ class Selections:
         self._frontier = (pattern, selection)
         assert drawn is not None, "selections are for cached steps"
         return drawn
+
+
+class Constants:
+    """Small tensors that take few values, each made once for a device, so that none is copied per call."""
+
+    def __init__(self) -> None:
+        self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self._rows: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    def scalar(self, value: float, device: torch.device) -> torch.Tensor:
+        """A 0-d tensor: x and 1 / d take few values."""
+        key = (value, device)
+        if key not in self._scalars:
+            with torch.inference_mode(False):
+                self._scalars[key] = torch.tensor(value, dtype=torch.float32, device=device)
+        return self._scalars[key]
+
+    def rows(self, slot: RowsSlot, part: int, device: torch.device) -> torch.Tensor:
+        """The rows of a part of the batch."""
+        key = (slot.count, part, device)
+        if key not in self._rows:
+            with torch.inference_mode(False):
+                self._rows[key] = torch.arange(part * slot.count, (part + 1) * slot.count, device=device)
+        return self._rows[key]

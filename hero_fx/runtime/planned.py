@@ -108,13 +108,21 @@ class Planned:
                 f"step {call.step} is at timestep {highest:g}, and the plan of {line.num_steps} steps was "
                 f"calibrated at {line.timesteps[call.step]:g}: another number of steps, or another scheduler"
             )
-        if not call.full and pattern != line.schedule[: call.step + 1]:
+        if not call.full and not _as_planned(line, call, pattern):
             # The coefficients are those of other full steps, so there is no warning in place of this error.
             raise RuntimeError(
                 f"step {call.step} of lane {call.lane!r}: the full steps of this trajectory are not those of the plan, since "
                 "the lane was not called at every step. Call the model at every step, or calibrate with the loop as it "
                 "runs; hero_fx.reset() where a new trajectory starts"
             )
+
+    def computes(self, call: Call, pattern: tuple[bool, ...], part: int) -> bool:
+        """Whether a full call computes a part of the batch: one that the plan leaves out is forecast, as long as all full
+        steps before it were the plan's."""
+        line = call.schedule
+        if not isinstance(line, Timeline) or not line.parts or not _as_planned(line, call, pattern):
+            return True
+        return line.parts[part][call.step]
 
     def _differs(self, what: str) -> None:
         if self.mismatch == "error":
@@ -126,7 +134,7 @@ class Planned:
             warn(f"hero_fx: {what}")
 
     def weight(self, slot: TableSlot, call: Call, lane: int, device: torch.device) -> Tensor:
-        """The tensor of a slot at a call, made once per step."""
+        """The tensor of a slot at a call, made once per step; `lane`: or part of the batch."""
         line, own = call.schedule, f"{slot.table}@{lane}"
         assert isinstance(line, Timeline), "cached steps are of one timeline"
         name = own if own in line.coefficients else slot.table
@@ -145,6 +153,11 @@ class Planned:
         if rule is not None and rule.groups > 1:
             weight = weight.repeat_interleave(slot.shape[0] // rule.groups, dim=0)
         return weight.expand(slot.shape).contiguous()
+
+
+def _as_planned(line: Timeline, call: Call, pattern: tuple[bool, ...]) -> bool:
+    """Whether the full steps of a lane were those of the plan so far."""
+    return pattern == line.schedule[: call.step + 1]
 
 
 def _same(timestep: float, line: Timeline, step: int, close: float) -> bool:

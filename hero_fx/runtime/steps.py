@@ -44,3 +44,5 @@ class Placed:
     state: dict[StateSlot, torch.Tensor]
     pattern: tuple[bool, ...]
     """Of each call of the lane in this trajectory, whether it was full, this one included."""
+    part: int = 0
+    """Of the batch, where its parts run one after another."""
