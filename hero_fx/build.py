@@ -135,7 +135,7 @@ class _Build:
                 raise
             raise UnsupportedModel(
                 "the plan computes parts of the batch at steps of their own, and the rows of this model's batch are not known "
-                f"to be independent: {error.__cause__}. Calibrate without apart=True"
+                f"to be independent: followed as tokens are, they end at {error.__cause__}. Calibrate without apart=True"
             ) from error
 
     def steps(self, structure: Structure, policy: Policy) -> StepGraphs:

@@ -200,21 +200,53 @@ def test_explain_shows_the_parts() -> None:
         assert part in text
 
 
-def test_a_state_that_was_freed_computes_all_parts() -> None:
-    """Full steps that are none of the plan's have no coefficients: every part is full to the end, as the model is."""
+@pytest.mark.parametrize("at", [1, 3, 5, 7])
+def test_a_state_that_was_freed_computes_all_parts(at: int) -> None:
+    """At a partial step, a cached one and a full one: there is no past to forecast from, so all is full to the end."""
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     backend = hero_fx.backend(plan=apart("out0"), inner=tiny.INNER)
     compiled = toys.torch_compile(model, backend, fullgraph=True)
     with torch.no_grad():
         for step, time in enumerate(tiny.timesteps(STEPS)):
-            if step == 3:
+            if step == at:
                 (trajectory,) = backend.steppers[0].store.holders()
                 trajectory.evict()
             inputs = {**kwargs, "timestep": time.expand(2), "return_dict": False}
             out = compiled(**inputs)[0]
-            if step >= 3:
+            if step >= at:
                 torch.testing.assert_close(out, model(**inputs)[0], atol=1e-5, rtol=1e-5)
-    assert backend.stats().full_steps == 3 + 7
+    assert backend.stats().cached_steps == sum(not level for level in apart("out0").timelines[0].levels[:at])
+
+
+@torch.no_grad()
+def test_a_doubt_computes_all_parts() -> None:
+    """Text that is another at the second step may be of a new trajectory: nothing of the first step is used."""
+    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
+    compiled = toys.torch_compile(model, hero_fx.backend(plan=apart("out0"), inner=tiny.INNER), fullgraph=True)
+    first, second = (torch.full((2,), float(time)) for time in tiny.timesteps(STEPS)[:2])  # no views of one table
+    compiled(**kwargs, timestep=first, return_dict=False)
+    other = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"] + 1}
+    out = compiled(**other, timestep=second, return_dict=False)[0]
+    torch.testing.assert_close(out, model(**other, timestep=second, return_dict=False)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_as_long_as_two_timelines_fit_a_partial_step_is_ambiguous() -> None:
+    plan, short = apart("out0"), apart("out0").timelines[0]
+    cut = {name: table[:8] for name, table in short.coefficients.items()}
+    eight = Timeline(
+        schedule=short.schedule[:8], timesteps=short.timesteps[:8], coefficients=cut,
+        parts=tuple(part[:8] for part in short.parts),
+    )  # fmt: skip
+    both = plan.with_timelines(
+        Plan(**{**{n: getattr(plan, n) for n in ("policy", "outputs", "model", "batch")}, "timelines": (eight,)})
+    )
+    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
+    compiled = toys.torch_compile(model, hero_fx.backend(plan=both, inner=tiny.INNER), fullgraph=True)
+    first, second, *_ = tiny.timesteps(STEPS)
+    compiled(**kwargs, timestep=first.expand(2), return_dict=False)
+    with pytest.raises(hero_fx.AmbiguousCall, match="these differ here"):
+        compiled(**kwargs, timestep=second.expand(2), return_dict=False)
 
 
 class Meeting(nn.Module):
@@ -229,6 +261,7 @@ class Meeting(nn.Module):
         return out - out.mean(dim=0, keepdim=True)
 
 
+@pytest.mark.filterwarnings("ignore:hero_fx. the plan was calibrated on another model")
 @torch.no_grad()
 def test_a_model_whose_rows_meet_is_refused() -> None:
     rule = OutputRule(index=0, axis=1)
@@ -239,7 +272,8 @@ def test_a_model_whose_rows_meet_is_refused() -> None:
     compiled = toys.torch_compile(Meeting().eval(), hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
     with pytest.raises(Exception, match=r"not known to be independent: .*reduces over.*without apart=True"):
         compiled(numbers(2, 3, 4, 4, seed=0), torch.tensor([900, 900]))
-    compiled = toys.torch_compile(Conditioned().eval(), hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
+    backend = hero_fx.backend(plan=plan, inner=tiny.INNER, plan_mismatch="warn")
+    compiled = toys.torch_compile(Conditioned().eval(), backend, fullgraph=True)
     with pytest.raises(Exception, match="2 equal parts of the batch, and the model was called with a batch of 3"):
         compiled(numbers(3, 3, 4, 4, seed=0), torch.tensor([900, 900, 900]))
 

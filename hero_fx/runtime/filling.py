@@ -32,12 +32,12 @@ class Selections:
     def __init__(self, sampler: PatchSampler, device: torch.device, most: int = 512) -> None:
         self.sampler = sampler
         self.device = device
-        self._known: dict[tuple[bool, ...], tuple[torch.Tensor, ...]] = {}
+        self._known: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
         self._most = most
-        self._frontier: tuple[tuple[bool, ...], Selection] = ((), sampler.start())
+        self._frontier: tuple[tuple[int, ...], Selection] = ((), sampler.start())
         self._lock = threading.Lock()
 
-    def at(self, pattern: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+    def at(self, pattern: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """Indices [K] on the device, one tensor per draw, for a call that is cached after the calls of `pattern`.
 
         `pattern` says of each call of the lane in this trajectory whether it was full, up to and with this one.
@@ -50,7 +50,7 @@ class Selections:
                 self._known[pattern] = tuple(row.to(self.device) for row in drawn)
             return self._known[pattern]
 
-    def _draw(self, pattern: tuple[bool, ...]) -> torch.Tensor:
+    def _draw(self, pattern: tuple[int, ...]) -> torch.Tensor:
         done, selection = self._frontier
         if pattern[: len(done)] != done or len(done) >= len(pattern):
             done, selection = (), self.sampler.start()

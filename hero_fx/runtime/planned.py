@@ -83,7 +83,7 @@ class Planned:
                 "hero_fx.calling(session=...) around each call"
             )
 
-    def check(self, call: Call, pattern: tuple[bool, ...], lane: int, timestep: Timestep) -> None:
+    def check(self, call: Call, pattern: tuple[int, ...], lane: int, timestep: Timestep) -> None:
         """Refuses a call that the plan has no coefficients for.
 
         Args:
@@ -108,7 +108,7 @@ class Planned:
                 f"step {call.step} is at timestep {highest:g}, and the plan of {line.num_steps} steps was "
                 f"calibrated at {line.timesteps[call.step]:g}: another number of steps, or another scheduler"
             )
-        if not call.full and not _as_planned(line, call, pattern):
+        if not call.full and pattern != line.levels[: call.step + 1]:
             # The coefficients are those of other full steps, so there is no warning in place of this error.
             raise RuntimeError(
                 f"step {call.step} of lane {call.lane!r}: the full steps of this trajectory are not those of the plan, since "
@@ -116,13 +116,15 @@ class Planned:
                 "runs; hero_fx.reset() where a new trajectory starts"
             )
 
-    def computes(self, call: Call, pattern: tuple[bool, ...], part: int) -> bool:
-        """Whether a full call computes a part of the batch: one that the plan leaves out is forecast, as long as all full
-        steps before it were the plan's."""
+    def computed(self, call: Call, before: tuple[int, ...]) -> tuple[bool, ...]:
+        """Of each part of the batch, whether a call computes it. One that the plan leaves out at a full step is forecast only
+        if all calls before, `before`, were as planned."""
         line = call.schedule
-        if not isinstance(line, Timeline) or not line.parts or not _as_planned(line, call, pattern):
-            return True
-        return line.parts[part][call.step]
+        if not call.full:
+            return (False,) * self.plan.parts
+        if call.forced or not isinstance(line, Timeline) or before != line.levels[: call.step]:
+            return (True,) * self.plan.parts
+        return tuple(part[call.step] for part in line.parts)
 
     def _differs(self, what: str) -> None:
         if self.mismatch == "error":
@@ -153,11 +155,6 @@ class Planned:
         if rule is not None and rule.groups > 1:
             weight = weight.repeat_interleave(slot.shape[0] // rule.groups, dim=0)
         return weight.expand(slot.shape).contiguous()
-
-
-def _as_planned(line: Timeline, call: Call, pattern: tuple[bool, ...]) -> bool:
-    """Whether the full steps of a lane were those of the plan so far."""
-    return pattern == line.schedule[: call.step + 1]
 
 
 def _same(timestep: float, line: Timeline, step: int, close: float) -> bool:

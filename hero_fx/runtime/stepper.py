@@ -219,13 +219,15 @@ class Stepper:
             if self._watch is not None:
                 self._watch.starts(self, session, model, evidence)
             trajectory.patterns.clear()
-        pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
-        trajectory.patterns[call.lane] = pattern
+        before, computed = trajectory.patterns.get(call.lane, ()), tuple[bool, ...]()
+        if self.planned is not None and self.parts > 1:
+            computed = self.planned.computed(call, before)
+        pattern = trajectory.patterns[call.lane] = (*before, sum(computed) if computed else call.full)
         lane = list(trajectory.patterns).index(call.lane)
         if self.planned is not None:
             self.planned.check(call, pattern, lane, evidence.timestep)
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
-        placed = Placed(call, lane, state, pattern)
+        placed = Placed(call, lane, state, pattern, computed)
         self._count(placed, trajectory)
         return placed
 
@@ -238,7 +240,7 @@ class Stepper:
         if self.parts == 1:
             return self._run(placed, self.kind(placed.call), inputs)
         outputs = []
-        for part, full in enumerate(self._computed(placed)):
+        for part, full in enumerate(placed.computed):
             kind = None if full else self.policy.kind(placed.call.since_full)
             outputs.append(self._run(replace(placed, part=part), kind, inputs))
         return tuple(map(torch.cat, zip(*outputs, strict=True)))
@@ -247,17 +249,11 @@ class Stepper:
         step = self.full if kind is None else self.cached[kind]
         return step.run(*inputs, *(self.fill(slot, placed, step.device) for slot in step.slots))
 
-    def _computed(self, placed: Placed) -> list[bool]:
-        """Of each part of the batch, whether the call computes it."""
-        if not placed.call.full or self.planned is None:
-            return [placed.call.full] * self.parts
-        return [self.planned.computes(placed.call, placed.pattern, part) for part in range(self.parts)]
-
     def _count(self, placed: Placed, trajectory: Trajectory) -> None:
         """Counts the call, and its step: as cached where some call of it is."""
         call = placed.call
         with self._lock:
-            self.counts["partial_calls"] += call.full and not all(self._computed(placed))
+            self.counts["partial_calls"] += call.full and not all(placed.computed)
             self.last = call
             self.counts["full_calls" if call.full else "cached_calls"] += 1
             if call.new_step:
@@ -279,7 +275,8 @@ class Stepper:
             warn(message)
         else:
             log.info("%s", message)
-        return self.step(Placed(Call(0, 0, True, 0, 0, 0, True, 0), 0, self.store.new_lane(), (True,)), inputs)
+        call, state = Call(0, 0, True, 0, 0, 0, True, 0), self.store.new_lane()
+        return self.step(Placed(call, 0, state, (True,), (True,) * self.parts), inputs)
 
     def fill(self, slot: Slot, placed: Placed, device: torch.device) -> torch.Tensor:
         """What an extra input of a step graph is at a call."""

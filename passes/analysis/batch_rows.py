@@ -8,6 +8,7 @@ convolution or a normalisation works on. An op without a rule, or one that works
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -127,6 +128,15 @@ def _einsum(node: fx.Node, look: Lookup) -> Info:
     return rows
 
 
+def _repeat_interleave(node: fx.Node, look: Lookup) -> Info:
+    """Rows that are repeated where they stand, as masks are for each head, are folded into the axis."""
+    source, rows = one_input(node, look)
+    times, dim = argument(node, "repeats"), argument(node, "dim")
+    if not isinstance(times, int) or dim is None:
+        raise NoRule(node, "it repeats rows by numbers that only values tell")
+    return replace(rows, inner=rows.inner * times) if dim % rank_of(source) == rows.dim else rows
+
+
 def _embedding(node: fx.Node, look: Lookup) -> Info:
     """Looks its rows up in a table that has none."""
     rows = look(argument(node, "indices"))
@@ -140,6 +150,7 @@ _ROWS: Mapping[object, Rule] = {
         overloads(
             "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
             "group_norm", "native_group_norm", "instance_norm", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d",
+            "max_pool3d",
             "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d",
             "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "pixel_shuffle",
             "pixel_unshuffle",
@@ -149,5 +160,6 @@ _ROWS: Mapping[object, Rule] = {
     **dict.fromkeys(overloads("matmul"), _matmul),
     **dict.fromkeys(overloads("einsum"), _einsum),
     **dict.fromkeys(overloads("embedding"), _embedding),
+    **dict.fromkeys(overloads("repeat_interleave"), _repeat_interleave),
 }  # fmt: skip
 """Where rows differ from tokens."""
