@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -124,13 +124,22 @@ def too_much_outside(normal: fx.GraphModule, structure: Structure) -> str | None
     )
 
 
-def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
-    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind.
+StepKind = int | Literal["part"] | None
+"""None for a full step, `"part"` for one that is full for a part of the batch, else the number of the kind of cached step."""
+
+
+def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[StepKind]:
+    """What each step of a trajectory runs: None for a full step, else the number of its cached kind; `"part"` where parts of
+    the batch have full steps of their own, and some of them are full.
 
     Raises:
         ValueError: a plan is not for so many steps.
     """
-    return _kinds(config.schedule_of(None if config.plan is None else num_steps), policy, num_steps)
+    schedule = config.schedule_of(None if config.plan is None else num_steps)
+    kinds: list[StepKind] = [*_kinds(schedule, policy, num_steps)]
+    for part in schedule.parts if isinstance(schedule, Timeline) else ():
+        kinds = ["part" if kind is None and not full else kind for kind, full in zip(kinds, part, strict=True)]
+    return kinds
 
 
 def _kinds(schedule: Schedule, policy: Policy, num_steps: int) -> list[int | None]:

@@ -189,6 +189,8 @@ def test_trajectories_equal_the_equation(inner: str, batch: int, tmp_path: Path)
     assert stats.state_bytes == steps.state_bytes == 5 * kwargs["hidden_states"].nbytes
     assert hero_fx.flops(steps.full).total * 2 == hero_fx.flops(steps.normal).total
     assert hero_fx.trajectory_flops(steps, backend.config, STEPS).total == 9 * hero_fx.flops(steps.full).total
+    kinds = hero_fx.step_kinds(backend.config, backend.steppers[0].policy, STEPS)
+    assert kinds == [None, "part", "part", 0, 0, None, 0, "part", 0, None]
 
 
 def test_explain_shows_the_parts() -> None:
