@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes import compat
-from hero_fx.passes.normalize.subclasses import Unwrapped, unwrap
-from hero_fx.passes.pipeline import PassError
+from hero_fx.passes.normalize.subclasses import Unwrapped
 from hero_fx.runtime.batch import Batch, current_batch
 from hero_fx.runtime.batched import BatchStepper
 from hero_fx.runtime.diffusers_context import entered, listen
@@ -24,7 +23,7 @@ from hero_fx.runtime.stepper import CompiledStep, Stepper
 from hero_fx.warm.called import called
 
 from . import dynamo
-from .build import build_steps, find_structure, normalized
+from .build import build_steps
 from .checks import UnsupportedModel, as_ours, check_call, check_graph, check_structure
 from .compiling import compile_batched, compile_plain, compile_step
 from .config import Config
@@ -35,6 +34,7 @@ from .plan import Plan
 from .policy import Forecast, Policy
 from .program import read
 from .ranks import check_options, check_refreshed
+from .source import Source
 from .stack import warn
 from .stats import Stats
 from .step_graphs import StepGraphs
@@ -75,15 +75,19 @@ class Backend:
             config = replace(
                 config, mode=mode or config.mode, options={**(config.options or {}), **(options or {})} or None
             )
+        return self.compile(Source(gm, inputs), config)
+
+    def compile(self, source: Source, config: Config) -> dynamo.Compiled:
+        """Compiles what Dynamo traced, for this backend alone or for others too."""
         policy = config.make_policy()
         if policy is None:
-            return compile_plain(gm, inputs, config)
+            return compile_plain(source.gm, source.inputs, config)
         batch = current_batch()
         try:
-            plain = unwrap(gm, inputs)
+            plain = source.plain
             if batch is not None and len(batch.calls) > 1:
                 return plain.call(self._batched(plain, config, batch))
-            steps, timestep = self._steps(plain, config, policy)
+            steps, timestep = self._steps(source, config, policy)
             stepper = self._compile(plain.gm, plain.inputs, config, policy, steps, timestep)
         except Exception as error:
             if dynamo.is_control_flow(error):
@@ -91,7 +95,7 @@ class Backend:
             if config.strict:
                 raise as_ours(error) from error
             self._warn_of_plain(as_ours(error))
-            return compile_plain(gm, inputs, config)
+            return compile_plain(source.gm, source.inputs, config)
         for fallback in steps.fallbacks:
             warn(
                 f"hero_fx: {fallback.branch} cannot be cached as planned and is computed in full at every step: "
@@ -113,10 +117,14 @@ class Backend:
 
     def trace(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> StepGraphs:
         """The step graphs of a Dynamo graph, without compiling them. Raises what compiling would raise."""
+        return self.steps_of(Source(gm, inputs))
+
+    def steps_of(self, source: Source) -> StepGraphs:
+        """The same of what Dynamo traced for other backends too."""
         policy = self.config.make_policy()
         if policy is None:
             raise ValueError("policy='full' rewrites nothing: there are no step graphs to look at")
-        return self._steps(unwrap(gm, inputs), self.config, policy)[0]
+        return self._steps(source, self.config, policy)[0]
 
     def rewrite(self, steps: StepGraphs) -> StepGraphs:
         """The step graphs that this backend's options give for a model that another backend traced."""
@@ -168,23 +176,13 @@ class Backend:
         assert policy is not None
         return self._steppers.make(self.config, policy, full, cached, **parts)
 
-    def _steps(self, plain: Unwrapped, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
-        gm, inputs = plain.gm, plain.inputs
-        check_call(gm, inputs)
-        if dynamo.specialize(gm):
+    def _steps(self, source: Source, config: Config, policy: Policy) -> tuple[StepGraphs, int]:
+        plain = source.plain
+        check_call(plain.gm, plain.inputs)
+        if dynamo.specialize(plain.gm):
             log.info("sizes are baked into step graphs: every resolution compiles once and owns its state")
-        check_graph(gm)
-        try:
-            normal, records = normalized(gm, inputs, config.disable_passes)
-            structure = find_structure(normal)
-        except (PassError, *compat.DATA_DEPENDENT) as error:
-            cause = error.__cause__ if isinstance(error, PassError) else error
-            if not isinstance(cause, compat.DATA_DEPENDENT):
-                raise
-            raise UnsupportedModel(
-                "the graph goes by values that only running it tells: by a Python number that changes from call to call, "
-                f"or by .item() or nonzero(); pass such numbers as tensors ({str(cause).strip().splitlines()[0]})"
-            ) from error
+        check_graph(plain.gm)
+        normal, records, structure = source.normal(config.disable_passes)
         try:
             check_structure(normal, structure, forecast=isinstance(policy, Forecast))
         except UnsupportedModel as error:

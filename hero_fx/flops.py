@@ -52,7 +52,8 @@ class Flops:
 
 def flops(gm: fx.GraphModule) -> Flops:
     """FLOPs of one run of a normalised or rewritten graph, counted from its nodes under fake tensors."""
-    return _sum(_of_node(node) for node in gm.graph.nodes)
+    known: _Known = {}
+    return _sum(_of_node(node, known) for node in gm.graph.nodes)
 
 
 def _sum(parts: Iterable[Flops]) -> Flops:
@@ -62,7 +63,11 @@ def _sum(parts: Iterable[Flops]) -> Flops:
     return total
 
 
-def _of_node(node: fx.Node) -> Flops:
+_Known = dict[tuple[object, str], Any]
+"""Counts of products, by op and by the shapes of what it takes: the layers of a model have the same."""
+
+
+def _of_node(node: fx.Node, known: _Known) -> Flops:
     if node.target in ATTENTION:
         op = ATTENTION[node.target]
         query, key, value = map(value_of, op.operands(node))
@@ -70,15 +75,27 @@ def _of_node(node: fx.Node) -> Flops:
         return Flops(0, 2 * prod(query.shape[:-1]) * key.shape[op.dim] * (query.shape[-1] + value.shape[-1]))
     if not is_matmul(node):
         return Flops(0, 0)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
-    with mode, torch.no_grad(), count_flops() as counter:
-        node.target(*args, **kwargs)  # type: ignore[operator]
-    count = counter.get_total_flops()
+    key = (node.target, repr(fx.map_arg((node.args, node.kwargs), _shape)))
+    if key not in known:
+        known[key] = _count(node)
+    count = known[key]
     # A product of two batches of matrices has no weights in it: attention written out, or ToCa's attention map.
     if all(value_of(source).dim() > 2 for source in node.all_input_nodes) and node.target in PRODUCTS:
         return Flops(0, count)
     return Flops(count, 0)
+
+
+def _shape(node: fx.Node) -> Any:
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def _count(node: fx.Node) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    mode = next(v.fake_mode for v in map(value_of, node.all_input_nodes))
+    with mode, torch.no_grad(), count_flops() as counter:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    return counter.get_total_flops()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +114,9 @@ def outside(normal: fx.GraphModule, structure: Structure) -> Outside:
     inside = {node for branch in structure.branches for node in body_of(nodes, branch, to_update=True)[1]}
     total: Counter[bool] = Counter()
     modules: Counter[str] = Counter()
+    known: _Known = {}
     for node in normal.graph.nodes:
-        count: Any = _of_node(node).total
+        count: Any = _of_node(node, known).total
         if not isinstance(count, int):
             return Outside(None, ())
         total[node in inside] += count

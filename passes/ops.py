@@ -7,7 +7,8 @@ the ops it names but those that write to an argument (`out=`); in-place ops (`ad
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ __all__ = [
     "CASTS", "COLLECTIVES", "EXCHANGES", "LOOKUPS", "MATMULS", "POINTWISE", "PRODUCTS", "PROJECTIONS", "RESHAPES",
     "SAME_VALUES", "SHAPE_ONLY", "SILENT_VIEWS", "SPLITS", "UNIT_AXES", "WAITS", "argument", "arguments_of", "dim_of",
     "first_input", "has_side_effect", "int_argument", "ints_argument", "is_functional", "is_in_place", "is_operator",
-    "node_argument", "nodes_argument", "nodes_in", "out_of_place", "overloads", "with_arguments", "writes",
+    "node_argument", "nodes_argument", "nodes_in", "out_of_place", "overloads", "shown_by", "with_arguments", "writes",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -163,9 +164,30 @@ def with_arguments(node: fx.Node, changes: Mapping[str, Any]) -> tuple[list[Any]
     return args, kwargs
 
 
-def _parameters(node: fx.Node) -> list[Any]:
+def _parameters(node: fx.Node) -> Sequence[Any]:
+    if isinstance(node.target, OpOverload):
+        return _parameters_of(node.target)
     schema = schema_of(node.target)
-    return [] if schema is None else list(schema.arguments)
+    return () if schema is None else tuple(schema.arguments)
+
+
+# Schemas never change, and each look at one makes new objects: passes ask for them at every node.
+@cache
+def _parameters_of(op: OpOverload[..., Any]) -> tuple[Any, ...]:
+    return tuple(schema_of(op).arguments)
+
+
+@cache
+def _written_by(op: OpOverload[..., Any]) -> frozenset[str]:
+    return frozenset(p.name for p in _parameters_of(op) if p.alias_info is not None and p.alias_info.is_write)
+
+
+@cache
+def shown_by(op: OpOverload[..., Any]) -> frozenset[str]:
+    """The parameters whose memory a result may lie in, as the op's schema says."""
+    if not any(result.alias_info is not None for result in schema_of(op).returns):
+        return frozenset()
+    return frozenset(p.name for p in _parameters_of(op) if p.alias_info is not None)
 
 
 def nodes_in(values: Any) -> Iterator[fx.Node]:
@@ -192,7 +214,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
         return []
     if not is_operator(node):
         return node.all_input_nodes
-    written = [p.name for p in _parameters(node) if p.alias_info is not None and p.alias_info.is_write]
+    written = _written_by(node.target) if isinstance(node.target, OpOverload) else ()
     return list(nodes_in(value for name, value in arguments_of(node) if name in written)) if written else []
 
 

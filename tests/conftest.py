@@ -17,6 +17,8 @@ os.environ.setdefault(
     "TORCHINDUCTOR_COMPILE_THREADS", "1"
 )  # a pool of processes takes longer to start than tests compile
 
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else a program for each set of vector instructions is compiled
+
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
@@ -24,8 +26,13 @@ torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 _internal.trace_log = logging.Logger("trace-off")
 
 
+LONG = ("test_ranks.py", "test_warm_start.py", "test_many_requests.py")
+"""Files with single tests or fixtures of a quarter of a minute and more: at the end of a run one worker would wait for them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _by_model(items)
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -68,3 +75,10 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Gradients are off."""
+    with torch.no_grad():
+        yield

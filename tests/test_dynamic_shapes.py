@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 import hero_fx
 
 from .support import tiny, toys
-from .support.diffusion_pipelines import zoo
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,9 +22,27 @@ SHAPES = [(3, 8, 12), (2, 6, 8)]
 """Frames, height and width of latents, cut into patches of 1 x 2 x 2."""
 
 
+class Video(nn.Module):
+    """A toy on patches of latents [B, 4, frames, height, width]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Conv3d(4, toys.CHANNELS, (1, 2, 2), (1, 2, 2))
+        self.inner = toys.ToyDiT(2)
+        self.back = nn.Linear(toys.CHANNELS, 4 * 2 * 2)
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        patches = self.cut(latents)
+        frames, height, width = patches.shape[2:]
+        tokens = self.back(self.inner(patches.flatten(2).transpose(1, 2), timestep))
+        pixels = tokens.reshape(-1, frames, height, width, 4, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
+        return pixels.flatten(5).flatten(3, 4)
+
+
 @cache
 def model() -> Any:
-    return zoo.sample("wan").model
+    torch.manual_seed(0)
+    return tiny.randomized(Video())
 
 
 def backend(**options: Any) -> hero_fx.Backend:
@@ -34,15 +51,14 @@ def backend(**options: Any) -> hero_fx.Backend:
 
 def loop(call: Any, shape: tuple[int, int, int], mark: Callable[[Tensor, int], None] | None = None) -> list[Tensor]:
     """Three steps at one resolution, the second and third cached."""
-    generator = torch.Generator().manual_seed(1)
-    x, text = torch.randn(1, 4, *shape, generator=generator), torch.randn(1, 7, 18, generator=generator)
+    x = torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(1))
     outputs = []
     for time in tiny.timesteps(3):
         for axis in (2, 3, 4):
             if mark is not None:
                 mark(x, axis)
         with torch.no_grad():
-            out = call(hidden_states=x, timestep=time[None], encoder_hidden_states=text, return_dict=False)[0]
+            out = call(x, time[None])
         outputs.append(out)
         x = x - out / 3
     return outputs
@@ -71,8 +87,23 @@ def test_dynamic_shapes_compile_each_resolution_once(how: str) -> None:
     assert [graphs.structure.grid for graphs in hero.graphs] == [(f, h // 2, w // 2) for f, h, w in SHAPES]
 
 
+def test_shapes_in_turns_own_their_state() -> None:
+    hero = hero_fx.backend(inner=tiny.INNER, warmup=2)
+    compiled = toys.torch_compile(model(), backend=hero, fullgraph=True, dynamic=False)
+
+    def call(x: Tensor, t: Tensor) -> Any:
+        return compiled(x, t.expand(x.shape[0]))
+
+    starts = [torch.randn(batch, 4, *shape) for batch, shape in ((2, (3, 8, 12)), (1, (2, 10, 6)))]
+    times = list(tiny.timesteps(9))
+    both = toys.in_turns([call, call], starts, times)
+    assert [graphs.structure.grid for graphs in hero.graphs] == [(3, 4, 6), (2, 5, 3)]
+    for start, outputs in zip(starts, both, strict=True):
+        assert toys.same(outputs, toys.alone(call, hero, start, times))
+
+
 def test_mark_dynamic_names_the_fix() -> None:
-    fix = r"axes 2, 3, 4 of hidden_states.*every resolution compiles once.*torch._dynamo.maybe_mark_dynamic"
+    fix = r"axes 2, 3, 4 of latents.*every resolution compiles once.*torch._dynamo.maybe_mark_dynamic"
     call = toys.torch_compile(model(), backend=backend(), fullgraph=True)
     with pytest.raises(BackendCompilerFailed, match=fix):
         loop(call, SHAPES[0], torch._dynamo.mark_dynamic)

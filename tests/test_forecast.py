@@ -21,7 +21,7 @@ from hero_fx.step_graphs import copy_graph
 
 from .reference_forecast import forecast_trajectory
 from .support import tiny, toys
-from .support.forecasts import FITTING, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
+from .support.forecasts import CAPTURED, FITTING, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
 from .support.steps_by_hand import numbers
 from .support.tracing import run_passes, trace
 
@@ -104,8 +104,8 @@ def check(inner: Any, history: int, latent: bool, **options: Any) -> hero_fx.Bac
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     table = theta(1, 1, tiny.CHANNELS, 1, 1)
     rule = OutputRule(index=0, axis=2, latent="hidden_states" if latent else None, history=history)
-    backend = hero_fx.backend(plan=plan_of(rule, table, FITTING), inner=inner, **options)
-    ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
+    backend = hero_fx.backend(plan=plan_of(rule, table, fitting(**CAPTURED)), inner=inner, **options)
+    ours = tiny.denoise(tiny.captured(layers=2).compiled(backend), kwargs, tiny.timesteps(STEPS))
     theirs = by_reference(model, kwargs, table, slice(None) if latent else None, history)
     assert backend.stats().cached_steps == MASK.count(False)
     assert tiny.worst(ours, theirs) < 1e-5
@@ -158,8 +158,9 @@ def test_coefficients_by_frame_and_half_of_the_batch() -> None:
     frames = tiny.GRID[0]
     table = theta(2, frames, tiny.CHANNELS, 1, 1)
     rule = OutputRule(index=0, axis=2, frames=1, groups=2, latent="hidden_states")
-    backend = hero_fx.backend(plan=plan_of(rule, table, fitting(outputs=((4, 3),)), batch=2), inner=tiny.INNER)
-    ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
+    fits = fitting(outputs=((4, 3),), **CAPTURED)
+    backend = hero_fx.backend(plan=plan_of(rule, table, fits, batch=2), inner=tiny.INNER)
+    ours = tiny.denoise(tiny.captured(layers=2, batch=4).compiled(backend), kwargs, tiny.timesteps(STEPS))
     theirs = by_reference(model, kwargs, table.repeat_interleave(2, dim=2), slice(None), 3)
     assert tiny.worst(ours, theirs) < 1e-5
 
@@ -229,8 +230,8 @@ def test_separate_calls_have_coefficients_of_their_own() -> None:
     tables = {"out0": theta(1, 1, tiny.CHANNELS, 1, 1), "out0@1": theta(1, 1, tiny.CHANNELS, 1, 1, seed=9)}
     rule = OutputRule(index=0, axis=2)
     line = Timeline(schedule=MASK, timesteps=times(), coefficients=tables)
-    plan = Plan(policy="forecast", timelines=(line,), outputs=(rule,), lanes=2, model=FITTING)
-    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
+    plan = Plan(policy="forecast", timelines=(line,), outputs=(rule,), lanes=2, model=fitting(**CAPTURED))
+    call = tiny.captured(layers=2, batch=1).compiled(hero_fx.backend(plan=plan, inner=tiny.INNER))
     other = kwargs | {"encoder_hidden_states": numbers(1, tiny.TEXT, tiny.WIDTH, seed=11)}
     ours: list[list[Tensor]] = [[], []]
     with torch.no_grad():
@@ -258,11 +259,10 @@ def taylor(steps: int, mask: tuple[bool, ...]) -> Tensor:
 
 
 def test_taylors_coefficients_extrapolate_the_output_linearly() -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
     rule = OutputRule(index=0, axis=None, history=2)
-    plan = plan_of(rule, taylor(STEPS, MASK), fitting(outputs=((),)))
-    backend = hero_fx.backend(plan=plan, inner=tiny.INNER)
-    ours = tiny.denoise(toys.torch_compile(model, backend, fullgraph=True), kwargs, tiny.timesteps(STEPS))
+    plan = plan_of(rule, taylor(STEPS, MASK), fitting(outputs=((),), **CAPTURED))
+    call = tiny.captured(layers=2).compiled(hero_fx.backend(plan=plan, inner=tiny.INNER))
+    ours = tiny.denoise(call, tiny.inputs(), tiny.timesteps(STEPS))
     past: list[tuple[int, Tensor]] = []
     for step, full in enumerate(MASK):
         if full:

@@ -14,8 +14,9 @@ from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan
 
 from .support import tiny, toys
-from .support.forecasts import FITTING, STEPS, fitting, plan_of, theta
+from .support.forecasts import FITTING, STEPS, Conditioned, fitting, plan_of, theta
 from .support.steps_by_hand import numbers
+from .support.tracing import Variants
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -26,17 +27,18 @@ def test_forecast_needs_a_plan() -> None:
 
 
 def run(plan: Plan, steps: int = STEPS, shift: float = 0, calls: int = 1, batch: int = 2, **options: Any) -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs(batch=batch)
-    call = toys.torch_compile(model, hero_fx.backend(plan=plan, inner=tiny.INNER, **options), fullgraph=True)
+    call = toys.torch_compile(
+        Conditioned().eval(), hero_fx.backend(plan=plan, inner=tiny.INNER, **options), fullgraph=True
+    )
     with torch.no_grad():
         for t in tiny.timesteps(steps) - shift:
             for _ in range(calls):
-                call(**kwargs, timestep=t.expand(batch), return_dict=False)
+                call(numbers(batch, 3, 4, 5, seed=3), t.expand(batch))
 
 
-def simple(**more: Any) -> Plan:
-    model = more.pop("model", FITTING)
-    return plan_of(OutputRule(index=0, axis=2), theta(1, 1, tiny.CHANNELS, 1, 1), model, **more)
+def simple(rule: OutputRule | None = None, **more: Any) -> Plan:
+    rule = rule or OutputRule(index=0, axis=1)
+    return plan_of(rule, theta(1, 3, 1, 1), name="Conditioned", outputs=((3,),), **more)
 
 
 def test_other_timesteps_are_refused() -> None:
@@ -56,13 +58,13 @@ def test_another_guidance_mode_is_refused() -> None:
 
 
 def test_a_lane_that_misses_steps_is_refused() -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    call = toys.torch_compile(model, hero_fx.backend(plan=simple(lanes=2), inner=tiny.INNER), fullgraph=True)
+    backend = hero_fx.backend(plan=simple(lanes=2), inner=tiny.INNER)
+    call = toys.torch_compile(Conditioned().eval(), backend, fullgraph=True)
     time = tiny.timesteps(STEPS)
 
     def lane(name: str, step: int) -> None:
         with torch.no_grad(), hero_fx.calling(lane=name, step_index=step):
-            call(**kwargs, timestep=time[step].expand(2), return_dict=False)
+            call(numbers(2, 3, 4, 5, seed=3), time[step].expand(2))
 
     lane("cond", 0)
     lane("uncond", 0)
@@ -76,23 +78,33 @@ def test_a_lane_that_misses_steps_is_refused() -> None:
 
 def test_another_model_is_refused() -> None:
     other = fitting(depth=5, config={**FITTING.config, "num_layers": 5})
-    with pytest.raises(
-        BackendCompilerFailed, match=r"depth is 2 here and 5 in the plan; config.num_layers is 2 here and 5 in the plan"
+    plan = plan_of(OutputRule(index=0, axis=2), theta(1, 1, tiny.CHANNELS, 1, 1), other)
+    variants = Variants(
+        **{how: hero_fx.backend(plan=plan, inner=tiny.INNER, plan_mismatch=how) for how in ("error", "warn")}
+    )
+    call, variants.now = toys.torch_compile(tiny.cogvideox(layers=2), variants, fullgraph=True), "warn"
+    with torch.no_grad(), pytest.warns(UserWarning, match="calibrated on another model"):
+        call(**tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
+    variants.now = "error"
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            hero_fx.UnsupportedModel,
+            match=r"depth is 2 here and 5 in the plan; config.num_layers is 2 here and 5 in the plan",
+        ),
     ):
-        run(simple(model=other))
-    with pytest.warns(UserWarning, match="calibrated on another model"):
-        run(simple(model=other), plan_mismatch="warn")
+        call(**tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
 
 
 def test_rules_that_do_not_fit_are_refused() -> None:
     for rule, message in (
-        (OutputRule(index=0, axis=2, latent="sample"), "'sample', and the model's arguments are .*hidden_states"),
-        (OutputRule(index=0, axis=2, latent="hidden_states", start=1), "holds no latent"),
-        (OutputRule(index=1, axis=2), r"at positions \[0\] .* those at \[1\]"),
+        (OutputRule(index=0, axis=1, latent="x"), "'x', and the model's arguments are .*sample"),
+        (OutputRule(index=0, axis=1, latent="sample", start=1), "holds no latent"),
+        (OutputRule(index=1, axis=1), r"at positions \[0\] .* those at \[1\]"),
     ):
         torch._dynamo.reset()
         with pytest.raises(BackendCompilerFailed, match=message):
-            run(plan_of(rule, theta(1, 1, tiny.CHANNELS, 1, 1), FITTING))
+            run(simple(rule))
 
 
 def test_a_single_block_is_no_model() -> None:

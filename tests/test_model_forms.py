@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1}
 AOT: dict[str, Any] = {"inner": "aot_eager"}
 """Where weights are subclasses of tensors, or memory has another order."""
+TOY: dict[str, Any] = {"grid": toys.GRID}
 # Every layer recomputes every token, so that cached steps must give what full ones do.
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 STEPS = 5
@@ -38,9 +39,12 @@ def hero(model: Any, settings: dict[str, Any] = SETTINGS, **options: Any) -> tup
     return toys.torch_compile(model, backend=backend, **{"fullgraph": True, **options}), backend
 
 
-def outputs(call: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    kwargs = {n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in tiny.inputs().items()}
-    return tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
+def outputs(call: Any) -> list[Tensor]:
+    return tiny.denoise(call, tiny.inputs(), tiny.timesteps(STEPS))
+
+
+def toy_outputs(call: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return toys.loop(call, toys.latents().to(dtype), toys.times(STEPS))
 
 
 def lora(model: Any, rank: int = 3) -> dict[str, Tensor]:
@@ -75,15 +79,15 @@ QUANTISED = {"int8": Int8WeightOnlyConfig(version=2), "float8": Float8WeightOnly
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_weights(kind: str) -> None:
     """The same as the model with the weights that the quantised values stand for."""
-    model, rounded = tiny.cogvideox(layers=2), tiny.cogvideox(layers=2)
+    model, rounded = toys.toy(), toys.toy()
     quantize_(model, QUANTISED[kind])
     for module, other in zip(model.modules(), rounded.modules(), strict=True):
         if isinstance(module, nn.Linear):
             assert not torch.equal(other.weight, module.weight.dequantize())
             other.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
-    call, backend = hero(model, SETTINGS | AOT)
-    theirs, reference = hero(rounded)
-    assert tiny.worst(outputs(call), outputs(theirs)) < 1e-4
+    call, backend = hero(model, SETTINGS | AOT | TOY)
+    theirs, reference = hero(rounded, SETTINGS | TOY)
+    assert tiny.worst(toy_outputs(call), toy_outputs(theirs)) < 1e-4
     ours, plain = backend.graphs[0], reference.graphs[0]
     assert [b.kind for b in ours.structure.branches] == [b.kind for b in plain.structure.branches]
     assert ours.state_bytes == plain.state_bytes
@@ -91,19 +95,19 @@ def test_quantised_weights(kind: str) -> None:
 
 
 def test_quantised_activations() -> None:
-    model = tiny.cogvideox(layers=2)
+    model = toys.toy()
     quantize_(model, Int8DynamicActivationInt8WeightConfig(version=2))
-    call, _ = hero(model)
+    call, _ = hero(model, SETTINGS | TOY)
     fix = "Its weights are Int8Tensor: layers with quantised weights are followed, those that quantise activations too are not"
     with pytest.raises(hero_fx.UnsupportedModel, match=fix):
-        hero_fx.trace(call, **tiny.inputs(), timestep=tiny.timesteps(1).expand(2), return_dict=False)
+        hero_fx.trace(call, toys.latents(), toys.times(1)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(dtype: torch.dtype) -> None:
-    model = tiny.cogvideox(layers=2).to(dtype)
-    call, backend = hero(model, ALL)
-    ours, plain = outputs(call, dtype), outputs(model, dtype)
+    model = toys.toy().to(dtype)
+    call, backend = hero(model, ALL | TOY)
+    ours, plain = toy_outputs(call, dtype), toy_outputs(model, dtype)
     assert [out.dtype for out in ours] == [dtype] * STEPS
     assert tiny.worst(ours, plain) < 2e-2
     assert {spec.dtype for spec in backend.graphs[0].state} == {dtype}
@@ -126,10 +130,10 @@ def test_channels_last() -> None:
 
 def test_a_transformer_that_is_moved_as_a_whole() -> None:
     """What `pipe.enable_model_cpu_offload` does to each part; that itself asks for an accelerator."""
-    call, backend = hero(tiny.cogvideox(layers=2))
-    expected = outputs(call)
+    call, backend = hero(toys.toy(), SETTINGS | TOY)
+    expected = toy_outputs(call)
     call, _ = accelerate.cpu_offload_with_hook(call, execution_device="cpu")
-    assert toys.same(outputs(call), expected)
+    assert toys.same(toy_outputs(call), expected)
     assert backend.stats().graphs == 1
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 import hero_fx
 
 from .support import tiny, toys
+from .support.loops import text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -32,31 +34,33 @@ def test_two_calls_per_step_are_two_lanes() -> None:
         assert toys.same(outputs, toys.alone(call, backend, start, times))
 
 
+class Told(toys.Guided, CacheMixin):  # type: ignore[misc]
+    """A guided toy that a pipeline can name its calls to."""
+
+
+def told() -> tuple[Any, hero_fx.Backend]:
+    """Called with (latents, timestep, text)."""
+    torch.manual_seed(0)
+    return toys.compiled(tiny.randomized(Told()))
+
+
 def test_lanes_with_texts_of_different_length() -> None:
-    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
-    long = tiny.inputs()
-    short = {**long, "encoder_hidden_states": long["encoder_hidden_states"][:, :5].clone()}
-    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
-    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+    call, backend = told()
+    times, start, words = toys.times(STEPS), toys.latents(), text(1)
 
-    def lane(kwargs: dict[str, Any]) -> Callable[..., Any]:
-        def run(x: Tensor, t: Tensor) -> Any:
-            return call(**{**kwargs, "hidden_states": x}, timestep=t.expand(2), return_dict=False)[0]
+    def lane(length: int) -> Callable[..., Any]:
+        return lambda x, t: call(x, t, words[:, :length].clone())
 
-        return run
-
-    both = toys.in_turns([lane(long), lane(short)], [long["hidden_states"]] * 2, list(times))
+    both = toys.in_turns([lane(4), lane(3)], [start] * 2, times)
     assert [s.last.lane for s in backend.steppers if s.last] == [0, 0]
-    for outputs, kwargs in zip(both, (long, short), strict=True):
-        assert toys.same(outputs, toys.alone(lane(kwargs), backend, long["hidden_states"], list(times)))
+    for outputs, length in zip(both, (4, 3), strict=True):
+        assert toys.same(outputs, toys.alone(lane(length), backend, start, times))
 
 
 @pytest.mark.parametrize("with_index", [False, True])
 def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
-    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
-    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
-    call = toys.torch_compile(model, backend=backend, fullgraph=True)
-    kwargs = tiny.inputs()
+    call, backend = told()
+    times, words = toys.times(STEPS), text(1)
     step, seen = [0], []
 
     def lane(name: str) -> Callable[..., Any]:
@@ -65,7 +69,7 @@ def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
             # With an index the timestep may stand still, as it does for a scheduler of second order.
             t = times[step[0] // 2] if with_index else t
             with call.cache_context(name, **index):
-                out = call(**{**kwargs, "hidden_states": x}, timestep=t.expand(2), return_dict=False)[0]
+                out = call(x, t, words)
             last = backend.steppers[0].last
             assert last is not None
             seen.append((last.step, last.lane, last.full))
@@ -74,15 +78,14 @@ def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
 
         return run
 
-    starts = [kwargs["hidden_states"], kwargs["hidden_states"] + 1]
-    names = ["cond", "uncond"]
-    first = toys.in_turns([lane(name) for name in names], starts, list(times))
+    starts, names = [toys.latents(seed=1), toys.latents(seed=2)], ["cond", "uncond"]
+    first = toys.in_turns([lane(name) for name in names], starts, times)
     full = [True, True] + [i % 2 == 1 for i in range(2, STEPS)]
     assert seen == [(i, name, full[i]) for i in range(STEPS) for name in names]
     assert backend.stats().state_bytes == 2 * backend.graphs[0].state_bytes
     step[0] = 0
     with torch.compiler.set_stance("fail_on_recompile"):
-        second = toys.in_turns([lane(name) for name in names], starts, list(times))
+        second = toys.in_turns([lane(name) for name in names], starts, times)
     assert all(map(toys.same, first, second))
     assert seen[: 2 * STEPS] == seen[2 * STEPS :]
 
@@ -147,27 +150,6 @@ def test_time_input_by_structure_and_by_argument() -> None:
         assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), usual())
 
 
-def test_shapes_in_turns_own_their_state() -> None:
-    model, times = tiny.cogvideox(layers=2), tiny.timesteps(STEPS)
-    shapes = [(2, (3, 4, 6)), (1, (2, 5, 3))]
-    kwargs = [tiny.inputs(batch=batch, grid=grid) for batch, grid in shapes]
-    backend = hero_fx.backend(inner=tiny.INNER, warmup=2)
-    call = toys.torch_compile(model, backend=backend, fullgraph=True, dynamic=False)
-
-    def at(i: int) -> Callable[..., Any]:
-        def run(x: Tensor, t: Tensor) -> Any:
-            time = t.expand(x.shape[0])
-            return call(**{**kwargs[i], "hidden_states": x}, timestep=time, return_dict=False)[0]
-
-        return run
-
-    calls, starts = [at(0), at(1)], [k["hidden_states"] for k in kwargs]
-    both = toys.in_turns(calls, starts, list(times))
-    assert [graphs.structure.grid for graphs in backend.graphs] == [grid for _, grid in shapes]
-    for run, start, outputs in zip(calls, starts, both, strict=True):
-        assert toys.same(outputs, toys.alone(run, backend, start, list(times)))
-
-
 @pytest.mark.parametrize(("inner", "dynamic"), [("aot_eager", None), ("eager", True)])
 def test_another_batch_compiles_once_more(inner: str, dynamic: bool | None) -> None:
     backend = hero_fx.backend(inner=inner, policy="taylorseer", warmup=2)
@@ -187,14 +169,12 @@ def test_too_many_calls_at_one_timestep() -> None:
 
 
 def test_lane_names_that_change_do_not_pile_up() -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    backend = hero_fx.backend(inner=tiny.INNER)
-    call = toys.torch_compile(model, backend=backend, fullgraph=True)
+    call, backend = told()
     with torch.no_grad():
         for request in range(6):
-            for t in tiny.timesteps(2):
+            for t in toys.times(2):
                 with call.cache_context(f"request {request}"):
-                    call(**kwargs, timestep=t.expand(2), return_dict=False)
+                    call(toys.latents(), t, text(1))
     assert backend.stats().state_bytes <= 2 * backend.graphs[0].state_bytes
 
 

@@ -17,7 +17,8 @@ from hero_fx.passes.normalize.autocast import ResolveAutocast
 from hero_fx.passes.rewrite.outputs import OwnOutputs
 from hero_fx.passes.simplify import scatters as collapse
 from hero_fx.runtime import weights
-from hero_fx.verification.example import look, times_from, twin_of
+from hero_fx.verification.example import by_name, times_from, twin_of
+from hero_fx.verification.trial import Trial
 
 from .support import defects, tiny, toys
 
@@ -252,9 +253,9 @@ def test_half_precision_timesteps_are_told_apart() -> None:
 def test_latents_move_and_conditions_are_the_same_objects() -> None:
     call = tiny.inputs()
     config = hero_fx.Config(inner=tiny.INNER)
-    example = look(
-        tiny.cogvideox(layers=2), (call["hidden_states"],), {**call, "timestep": TIME} | {"return_dict": False}, config
-    )
+    model, named = tiny.cogvideox(layers=2), {**call, "timestep": TIME, "return_dict": False}
+    latents = named.pop("hidden_states")
+    example = Trial(model, by_name(model, (latents,), named), config).example
     assert [x is call["hidden_states"] for x in example.latents] == [True]
     calls = example.trajectory(3, seed=0)
     assert all(c.kwargs["encoder_hidden_states"] is call["encoder_hidden_states"] for c in calls)

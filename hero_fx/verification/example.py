@@ -1,15 +1,10 @@
-"""An example call of somebody's model, what of it makes a trajectory, and compiled code of its own to run that.
-
-Nothing here touches the model, its compiled code or its feature state: calls run through a function whose code object is
-made anew each time, and Dynamo keeps what it compiled with that.
-"""
+"""An example call of somebody's model, and what of it makes a trajectory."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,51 +15,15 @@ from hero_fx.config import Config
 from hero_fx.find_timestep import find_timestep
 from hero_fx.passes import compat
 from hero_fx.passes.emit import value_of
-from hero_fx.passes.normalize.subclasses import unwrap
 from hero_fx.passes.ops import is_in_place
+from hero_fx.source import Source
 from hero_fx.step_graphs import StepGraphs
-from hero_fx.tracing import look_at_graph
 
-__all__ = ["Call", "Compiled", "Example", "look", "times_from", "twin_of"]
+from .compiled import Call
+
+__all__ = ["Example", "by_name", "look", "times_from", "twin_of"]
 
 Model = Callable[..., Any]
-Kwargs = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call of the model."""
-
-    args: tuple[Any, ...]
-    kwargs: Kwargs
-
-
-def _call_model(self: Model, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
-    return self(*args, **kwargs)
-
-
-def _fresh() -> Callable[[Model, tuple[Any, ...], Kwargs], Any]:
-    """`_call_model` with a code object of its own: what Dynamo compiles of it goes when it goes."""
-    return FunctionType(_call_model.__code__.replace(), globals(), "call_model")
-
-
-class Compiled:
-    """A backend of its own, and calls of models through it, as `torch.compile(model, backend=...)` makes them."""
-
-    def __init__(self, config: Config) -> None:
-        self.backend = Backend(config)
-        self._run = torch.compile(_fresh(), backend=self.backend, dynamic=False)
-
-    def __call__(self, model: Model, call: Call) -> list[Tensor]:
-        """The tensors that the model returns."""
-        with torch.no_grad(), compat.autocast_kept():
-            outputs = self._run(model, call.args, call.kwargs)
-        tensors = compat.tensors_in(outputs) or compat.tensors_in(getattr(outputs, "__dict__", ()))
-        if not tensors:
-            raise ValueError(
-                f"the model returned {type(outputs).__name__} without a tensor: there is nothing to compare"
-            )
-        return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +80,13 @@ def times_from(example: Tensor, length: int) -> list[Tensor]:
     return [(example.double() * (1 - i / 20)).to(example.dtype) for i in range(length)]
 
 
-def look(model: Model, args: Sequence[Any], inputs: Kwargs, config: Config) -> Example:
-    """Traces a call of a model, and finds what of it a trajectory changes.
+def look(model: Model, call: Call, source: Source, config: Config) -> Example:
+    """Finds what of a call a trajectory changes, in what Dynamo traced of it.
 
     Raises:
         ValueError: the model cannot be accelerated with these options, or its timestep or latents are no tensors of the call.
     """
-    call = _by_name(model, args, inputs)
-
-    def see(gm: fx.GraphModule, tensors: Sequence[Any]) -> tuple[StepGraphs, tuple[Any, ...]]:
-        return Backend(config).trace(gm, tensors), unwrap(gm, tensors).inputs
-
-    steps, tensors = look_at_graph(_fresh(), (model, call.args, call.kwargs), {}, see)
+    steps, tensors = Backend(config).steps_of(source), source.plain.inputs
     nodes = steps.normal.graph.find_nodes(op="placeholder")
     real = dict(zip(nodes, tensors, strict=True))
     given = {id(x) for x in compat.tensors_in((call.args, dict(call.kwargs)))}
@@ -157,7 +111,7 @@ def look(model: Model, args: Sequence[Any], inputs: Kwargs, config: Config) -> E
     )
 
 
-def _by_name(model: Model, args: Sequence[Any], inputs: Kwargs) -> Call:
+def by_name(model: Model, args: Sequence[Any], inputs: Mapping[str, Any]) -> Call:
     """The call with its arguments by name where they have one: names are what inputs are found by."""
     signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     named = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

@@ -17,10 +17,14 @@ from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 from hero_fx.runtime.calling import Session, calling, session
 
 from .compare import Outputs, strange_products, tolerance, worst
-from .example import Call, Compiled, Example, twin_of
+from .compiled import Call, Compiled
+from .example import Example, look, twin_of
 from .variants import all_keys, all_live, altered, plain, short_schedule, with_schedule
 
 __all__ = ["Check", "Trial"]
+
+Variant = Literal["ours", "plain", "other form", "all live", "all keys"]
+"""Ways to compile the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +50,51 @@ class Check:
 class Trial:
     """All runs of one verification."""
 
-    def __init__(self, example: Example, config: Config) -> None:
-        self.example = example
-        self.model = example.model
-        self.plans = example.steps.plans
+    def __init__(self, model: Callable[..., Any], call: Call, config: Config) -> None:
+        """Compiles the call in all ways.
+
+        Raises:
+            ValueError: the model cannot be accelerated with these options, or its timestep or latents are no tensors of
+                the call.
+        """
+        self.model = model
+        self._id = uuid4().hex
+        self._numbers = count()
+        self._opened: list[str] = []
+        self.compiled = Compiled(model, call, lambda source: self._choose(look(model, call, source, config), config))
+
+    def _choose(self, example: Example, config: Config) -> dict[str, Config]:
+        self.example, self.plans = example, example.steps.plans
         self.mask = short_schedule(config, self.plans)
         self.config = with_schedule(config, self.mask)
         self.calls = example.trajectory(len(self.mask), seed=0)
         self.others = example.trajectory(len(self.mask), seed=1)
-        self._id = uuid4().hex
-        self._numbers = count()
-        self._opened: list[str] = []
+        return self._variants()
+
+    def _variants(self) -> dict[str, Config]:
+        """The options of all runs. Each is for one check, but for "ours"."""
+        config, strategies = self.config, [strategy for plan in self.plans for _, strategy in plan]
+        variants: dict[str, Config] = {
+            "ours": config,
+            "plain": plain(config),
+            "other form": replace(config, form="literal" if config.form == "collapsed" else "collapsed"),
+        }
+        if any(isinstance(strategy, (Refresh, ScoredRefresh)) for strategy in strategies):
+            variants["all live"] = altered(config, all_live, refresh_ratio=1.0)
+        if any(isinstance(strategy, Refresh) and strategy.keys != "all" for strategy in strategies):
+            variants["all keys"] = altered(config, all_keys)
+        return variants
 
     def checks(self) -> Iterator[Check]:
         """The rows, in the order of the table."""
         bits, rounding = 0.0, tolerance(self.example.steps)
-        ours, plainly = Compiled(self.config), Compiled(plain(self.config))
         kept, plainly_kept = list[list[Tensor]](), list[list[Tensor]]()
-        full = self.run(plainly, self.calls, kept=plainly_kept)
+        full = self.run("plain", self.calls, kept=plainly_kept)
         alone = list[list[Tensor]]()
 
         def told() -> float:
-            alone.extend(self.run(ours, self.calls, kept=kept))
-            stats = ours.backend.stats()
+            alone.extend(self.run("ours", self.calls, kept=kept))
+            stats = self.compiled.backend("ours").stats()
             return float(abs(stats.full_steps - sum(self.mask)) + abs(stats.cached_steps - self.mask.count(False)))
 
         # What follows is compared with this run: if it was not the one intended, the rest would show nothing.
@@ -79,38 +105,45 @@ class Trial:
         places = [i for i, is_full in enumerate(self.mask) if is_full]
         yield self._try("full steps", "plain compilation", rounding, lambda: _worst_at(places, alone, full))
         yield self._try("collapsed form", "literal form", rounding, lambda: self._forms(alone))
-        if any(isinstance(s, (Refresh, ScoredRefresh)) for plan in self.plans for _, s in plan):
+        if "all live" in self.compiled:
             yield self._try("refresh of all tokens", "full compute", rounding, lambda: self._refresh(full))
-        yield self._try("constant trajectory", "its own full step", rounding, lambda: self._constant(ours))
+        yield self._try("constant trajectory", "its own full step", rounding, self._constant)
         if not _reuses_outputs(self.config):
             yield self._try("kept outputs", "as returned", bits, lambda: _changed((kept, alone), (plainly_kept, full)))
-        yield self._try("repeat", "first run", bits, lambda: worst(self.run(ours, self.calls), alone))
-        yield self._try("two sessions in turns", "each alone", bits, lambda: self._sessions(ours, alone))
+        yield self._try("repeat", "first run", bits, lambda: worst(self.run("ours", self.calls), alone))
+        yield self._try("two sessions in turns", "each alone", bits, lambda: self._sessions(alone))
         twin = self._twin()
         if twin is not None:
-            yield self._try("two models, one backend", "each alone", bits, lambda: self._models(ours, twin, alone))
+            yield self._try("two models, one backend", "each alone", bits, lambda: self._models(twin, alone))
 
     def run(
-        self, compiled: Compiled, calls: Sequence[Call], model: Any = None, kept: list[list[Tensor]] | None = None
+        self, variant: Variant, calls: Sequence[Call], model: Any = None, kept: list[list[Tensor]] | None = None
     ) -> list[list[Tensor]]:
         """The outputs of calls in a session of their own; `kept` gets the very tensors that were returned."""
         outputs: list[list[Tensor]] = []
         with self.session():
             for call in calls:
-                outputs.append(self.step(compiled, call, model, kept))
+                outputs.append(self.step(variant, call, model, kept))
         return outputs
 
     def step(
-        self, compiled: Compiled, call: Call, model: Any = None, kept: list[list[Tensor]] | None = None
+        self, variant: Variant, call: Call, model: Any = None, kept: list[list[Tensor]] | None = None
     ) -> list[Tensor]:
         """A copy of the outputs of one call."""
         self.example.restore()
         if _reuses_outputs(self.config):
             torch.compiler.cudagraph_mark_step_begin()
-        returned = compiled(model or self.model, call)
+        returned = self.compiled(variant, model or self.model, call)
         if kept is not None:
             kept.append(returned)
         return [tensor.clone() for tensor in returned]
+
+    def last_run(self, variant: Variant) -> list[list[Tensor]]:
+        """The outputs of a variant that no other check needs: its state is freed."""
+        try:
+            return self.run(variant, self.calls)
+        finally:
+            self.compiled.backend(variant).reset()
 
     def session(self) -> Session:
         """A new session."""
@@ -136,37 +169,32 @@ class Trial:
 
     def _forms(self, alone: Outputs) -> float:
         """The other form of the same steps."""
-        form: Literal["collapsed", "literal"] = "literal" if self.config.form == "collapsed" else "collapsed"
-        other = self.run(Compiled(replace(self.config, form=form)), self.calls)
-        return worst(alone, other) if form == "literal" else worst(other, alone)
+        other = self.last_run("other form")
+        return worst(alone, other) if self.config.form == "collapsed" else worst(other, alone)
 
     def _refresh(self, plain: Outputs) -> float:
         """Cached steps that leave nothing out."""
-        config = altered(self.config, all_live, refresh_ratio=1.0)
-        return worst(self.run(Compiled(config), self.calls), plain)
+        return worst(self.last_run("all live"), plain)
 
-    def _constant(self, ours: Compiled) -> float:
+    def _constant(self) -> float:
         """One call again and again, at steps that are told."""
-        keyless = any(isinstance(s, Refresh) and s.keys != "all" for plan in self.plans for _, s in plan)
-        compiled = Compiled(altered(self.config, all_keys)) if keyless else ours
-        if keyless:
-            self.run(compiled, self.calls[:1])
+        variant: Variant = "all keys" if "all keys" in self.compiled else "ours"
         outputs = list[list[Tensor]]()
         with self.session():
             for index in range(len(self.mask)):
                 with calling(step_index=index):
-                    outputs.append(self.step(compiled, self.calls[0]))
+                    outputs.append(self.step(variant, self.calls[0]))
         return worst(outputs, [outputs[0]] * len(outputs))
 
-    def _sessions(self, ours: Compiled, alone: Outputs) -> float:
-        other_alone = self.run(ours, self.others)
+    def _sessions(self, alone: Outputs) -> float:
+        other_alone = self.run("ours", self.others)
         first, second = self.session(), self.session()
         mixed, other = list[list[Tensor]](), list[list[Tensor]]()
         for call, other_call in zip(self.calls, self.others, strict=True):
             with first:
-                mixed.append(self.step(ours, call))
+                mixed.append(self.step("ours", call))
             with second:
-                other.append(self.step(ours, other_call))
+                other.append(self.step("ours", other_call))
         return max(worst(mixed, alone), worst(other, other_alone))
 
     def _twin(self) -> nn.Module | None:
@@ -174,22 +202,22 @@ class Trial:
             return None
         return twin_of(self.model, self.example.weight)
 
-    def _models(self, ours: Compiled, twin: nn.Module, alone: Outputs) -> float:
+    def _models(self, twin: nn.Module, alone: Outputs) -> float:
         """Two experts: the second takes over at a step that is cached, which is said; and two that are called in turns."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="hero_fx: another model takes over")
-            return self._experts(ours, twin, alone)
+            return self._experts(twin, alone)
 
-    def _experts(self, ours: Compiled, twin: nn.Module, alone: Outputs) -> float:
+    def _experts(self, twin: nn.Module, alone: Outputs) -> float:
         taken = self.mask.index(False)
-        twin_alone, rest_alone = (self.run(ours, calls, twin) for calls in (self.others, self.others[taken:]))
+        twin_alone, rest_alone = (self.run("ours", calls, twin) for calls in (self.others, self.others[taken:]))
         with self.session():
             for call in self.calls[:taken]:
-                self.step(ours, call)
-            rest = [self.step(ours, call, twin) for call in self.others[taken:]]
+                self.step("ours", call)
+            rest = [self.step("ours", call, twin) for call in self.others[taken:]]
         with self.session():
             turns = [
-                (self.step(ours, call), self.step(ours, other, twin))
+                (self.step("ours", call), self.step("ours", other, twin))
                 for call, other in zip(self.calls, self.others, strict=True)
             ]
         return max(

@@ -28,7 +28,7 @@ from hero_fx import dynamo
 from hero_fx.backends import Backend
 from hero_fx.backends import backend as make_backend
 
-from .example import look
+from .example import by_name
 from .trial import Check, Trial
 
 __all__ = ["Check", "Verification", "verify"]
@@ -86,11 +86,10 @@ def verify(
     All other arguments are the same objects at every call, as in a denoising loop. Its schedule has as many full steps as the
     extrapolation needs, then cached and full ones: the backend's own may have its first cached step late.
 
-    The model is compiled anew, three to five times: plainly, with the backend's options, in the other form, and with two
-    variants of the policy, where they differ. That takes one and a half to five times what compiling it once takes (Inductor
-    knows most kernels again); then there are some seventy calls. Nothing is left behind: the model's own compiled code and
-    feature state stay, buffers that it writes get their values back, weights are never copied (but one small parameter, for
-    the second model).
+    Dynamo traces the model once more, and its graph is compiled three to five times: plainly, with the backend's options, in
+    the other form, and with two variants of the policy, where they differ (Inductor knows most kernels again); then there are
+    some seventy calls. Nothing is left behind: the model's own compiled code and feature state stay, buffers that it writes
+    get their values back, weights are never copied (but one small parameter, for the second model).
 
     Args:
         model: what `torch.compile` made of a module or function, or `module.compile`; or a plain one. In eval mode.
@@ -112,8 +111,8 @@ def verify(
     if config.policy == "full":
         raise ValueError("policy='full' rewrites nothing: there is nothing to verify")
     config = replace(config, strict=True)
-    example = look(dynamo.uncompiled(model), args, inputs, config)
-    trial = Trial(example, config)
+    plain = dynamo.uncompiled(model)
+    trial = Trial(plain, by_name(plain, args, inputs), config)
     try:
         result = Verification(tuple(trial.checks()))
     finally:

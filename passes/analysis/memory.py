@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from hero_fx.passes.compat import OpOverload, schema_of, storage_of
-from hero_fx.passes.ops import CASTS, SILENT_VIEWS, arguments_of, is_operator, nodes_in, writes
+from hero_fx.passes.compat import OpOverload, storage_of
+from hero_fx.passes.ops import CASTS, SILENT_VIEWS, arguments_of, is_operator, nodes_in, shown_by, writes
 
 __all__ = ["Memory"]
 
@@ -105,14 +105,11 @@ def _may_show(node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
     if not isinstance(node.target, OpOverload) or _copies(node):
         return []
-    schema = schema_of(node.target)
     if node.target in SILENT_VIEWS:
         sources = list(nodes_in(node.args))
         return sources if len(sources) == 1 or node.target is not aten.einsum.default else []
-    if not any(result.alias_info is not None for result in schema.returns):
-        return []
-    shown = [parameter.name for parameter in schema.arguments if parameter.alias_info is not None]
-    return list(nodes_in(value for name, value in arguments_of(node) if name in shown))
+    shown = shown_by(node.target)
+    return list(nodes_in(value for name, value in arguments_of(node) if name in shown)) if shown else []
 
 
 def _copies(node: fx.Node) -> bool:

@@ -53,6 +53,8 @@ def fitting(**changes: Any) -> hero_fx.Fingerprint:
 
 
 FITTING = fitting()
+CAPTURED: dict[str, Any] = {"name": "", "config": {}}
+"""What differs where the graph of `tiny.captured` is all there is of the model."""
 
 
 def plan_of(

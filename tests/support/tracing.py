@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hero_fx import backends
+from hero_fx import Backend
 from hero_fx.build import normalized
+from hero_fx.dynamo import is_control_flow
 from hero_fx.passes.compat import lazy_code, new_fake_mode, to_fake
 from hero_fx.passes.pipeline import Pass, PassRecord, Pipeline
+from hero_fx.source import Source
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
@@ -42,26 +43,55 @@ def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.Gr
 
 @dataclass(frozen=True)
 class Shared:
-    """A Dynamo graph for many backends. It is normalised once: backends copy the normalised graph and leave it as it is."""
+    """A Dynamo graph for many backends, normalised once."""
 
     gm: fx.GraphModule
     inputs: list[Any]
 
     @cached_property
-    def normal(self) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
-        with torch.no_grad():
-            return normalized(self.gm, self.inputs)
+    def source(self) -> Source:
+        return Source(self.gm, self.inputs)
 
     def compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         """What a backend makes of the graph."""
-
-        def once(gm: Any, inputs: Any, disabled: Sequence[str] = ()) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
-            return normalized(gm, inputs, disabled) if disabled else self.normal
-
-        # As in Dynamo, code is written when it runs, and not once more after each rewrite.
-        with torch.no_grad(), lazy_code(), patch.object(backends, "normalized", once):
+        with (
+            torch.no_grad(),
+            lazy_code(),
+        ):  # as in Dynamo, code is written when it runs, and not once more after each rewrite
+            if isinstance(backend, Backend):
+                return backend.compile(self.source, backend.config)
             run: Callable[..., Any] = backend(self.gm, self.inputs)
-        return run
+            return run
+
+
+class Variants:
+    """A backend that makes of each graph of Dynamo what several backends make of it, and runs the one named by `now`.
+
+    "plain" is the graph as it is. What a backend raises is raised by its calls.
+    """
+
+    def __init__(self, **backends: Backend) -> None:
+        self.backends, self.now = backends, "plain"
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        source = Source(gm, inputs)
+        runs: dict[str, Callable[..., Any]] = {"plain": gm.forward}
+        runs |= {name: _or_raise(backend, source) for name, backend in self.backends.items()}
+        return lambda *values: runs[self.now](*values)
+
+
+def _or_raise(backend: Backend, source: Source) -> Callable[..., Any]:
+    try:
+        return backend.compile(source, backend.config)
+    except Exception as error:
+        if is_control_flow(error):
+            raise
+        raised = error
+
+    def call(*values: Any) -> Any:
+        raise raised
+
+    return call
 
 
 class Traced:
