@@ -166,7 +166,13 @@ def report(found: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Everything that was asked for, as JSON."""
-    how = Calibrating(arguments.calibration_scenes, arguments.search, arguments.fitted_on, arguments.fitted_guidance)
+    how = Calibrating(
+        arguments.calibration_scenes,
+        arguments.search,
+        arguments.fitted_on,
+        arguments.fitted_guidance,
+        arguments.start_plan,
+    )
     runner = Runner(arguments.weights, cache, arguments.batch, how)
     result: dict[str, Any] = {
         "weights": runner.weights,
@@ -231,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
     parser.add_argument("--fitted-on", choices=tuple(STEPS), help="fit plans to this task, use them on each")
     parser.add_argument("--fitted-guidance", type=float, help="fit plans at this guidance scale")
+    parser.add_argument("--start-plan", type=Path, help="a plan whose schedule is tried first; kept with --search 1")
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
     parser.add_argument("--converged-scenes", type=int, default=64, help="at most so many scenes of it")

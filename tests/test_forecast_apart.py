@@ -373,3 +373,24 @@ def test_a_copy_of_the_graph_stays_whole() -> None:
     before = render(gm)
     run_passes(copied, KeepRows(count=1), DropDeadCode())
     assert render(gm) == before
+
+
+def test_a_schedule_that_is_given_is_kept() -> None:
+    def run(call: Any, i: int) -> Tensor:
+        sample = numbers(2, 3, 4, 4, seed=i)
+        for time in tiny.timesteps(4):
+            sample = sample - call(sample, time.expand(2)) / 4
+        return sample
+
+    options: dict[str, Any] = {"num_steps": 4, "scenes": 1, "holdout": 1, "search": 1, "inner": "eager"}
+    model = Conditioned().eval()
+    line = Timeline(
+        schedule=(True, False, False, True), timesteps=times(4), coefficients={"out0": theta(1, 3, 1, 1, steps=4)}
+    )
+    start = Plan(policy="forecast", timelines=(line,), outputs=(OutputRule(index=0, axis=1),))
+    found = hero_fx.calibrate(model, run, budget=2, start=start, **options)
+    assert found.plan.timelines[0].schedule == line.schedule
+    with pytest.raises(ValueError, match=r"start: the plan has 2 full steps, and budget=3"):
+        hero_fx.calibrate(model, run, budget=3, start=start, **options)
+    with pytest.raises(ValueError, match=r"start: the plan has 1 part\(s\) .* the calibration is for 2 and 1"):
+        hero_fx.calibrate(model, run, budget=2, start=start, apart=True, **options)

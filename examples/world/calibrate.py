@@ -34,11 +34,11 @@ FULL = {"planning": 19, "reconstruction": 12}
 
 def calibrate(
     weights: Path, task: str, full: int, *, scenes: int = 8, search: int = 60, guidance: float | None = None,
-    apart: bool = False, folder: Path | None = None,
+    apart: bool = False, start: Path | None = None, steps: int | None = None, folder: Path | None = None,
 ) -> hero_fx.Calibration:  # fmt: skip
-    """The plan of a task's usual number of steps with `full` full ones, fitted to `scenes` training scenes.
+    """The plan of `steps` steps (the task's own, if not given) with `full` full ones, fitted to `scenes` training scenes.
 
-    `apart`: the halves of guidance have full steps of their own, as many together.
+    `apart`: the halves of guidance have full steps of their own, as many together; `start`: a plan whose schedule comes first.
     """
     pipeline = WorldModelPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
@@ -49,7 +49,7 @@ def calibrate(
         latents: Tensor = pipeline(
             clips.rgb,
             task=task,
-            num_inference_steps=STEPS[task],
+            num_inference_steps=steps or STEPS[task],
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(i),
             output_type="latent",
@@ -57,8 +57,8 @@ def calibrate(
         return latents
 
     return hero_fx.calibrate(
-        pipeline.transformer, run, num_steps=STEPS[task], budget=full, scenes=scenes, holdout=2,
-        search=search, by=("frames", "batch"), apart=apart, distances=by_modality, folder=folder, inner="eager",
+        pipeline.transformer, run, num_steps=steps or STEPS[task], budget=full, scenes=scenes, holdout=2,
+        search=search, by=("frames", "batch"), apart=apart, start=start, distances=by_modality, folder=folder, inner="eager",
     )  # fmt: skip
 
 

@@ -109,6 +109,9 @@ def _search(
     starts = [
         sum(parts, ()) for parts in zip(*(_starts(evaluate.job, p, full) for p in evaluate.predictors), strict=True)
     ]
+    given = evaluate.job.start
+    if given is not None and sum(given) == full * len(evaluate.predictors):
+        starts.insert(0, given)
     return _improve(evaluate.job, starts, objective, evaluations, goal)
 
 

@@ -47,6 +47,8 @@ class Job:
     """Trajectories that an evaluation of the search runs."""
     parts: int = 1
     """Of the batch, with full steps of their own; full steps are then counted for each."""
+    start: Schedule | None = None
+    """What every search of as many full steps starts with, of all phases in a row."""
     bar: Any = None
 
     @property

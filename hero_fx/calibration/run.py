@@ -19,12 +19,14 @@ from hero_fx.fingerprint import fingerprint_of
 from hero_fx.flops import flops
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
+from hero_fx.plan import Plan, as_plan
 
 from .arguments import check, numbers_of
 from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
-from .record import Recorder, Recording
+from .record import Recorder
 from .report import Calibration, Candidate, Tried
+from .settle import measured, parts_of, record, start_of
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -74,6 +76,7 @@ def calibrate(
     latent: str | Sequence[str] | None = None,
     by: Collection[Literal["frames", "batch"]] = (),
     apart: bool = False,
+    start: Plan | str | Path | None = None,
     history: int = 3,
     distances: Distances = relative_l2,
     samples: int = 2048,
@@ -121,6 +124,8 @@ def calibrate(
         apart: let the parts of the batch have full steps and coefficients of their own, where guidance puts the unconditional
             and the conditional half into one call: for policy `"forecast"`, and models whose rows of the batch do not meet.
             Each part then runs by itself. It gains most where guidance is weak at early steps (CogVideoX's dynamic form).
+        start: a plan with as many full steps, whose schedule is tried first; with `search=1` it is kept, and coefficients are
+            fitted alone.
         history: how many past outputs a forecast is made from, 1 to 3.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
         samples: positions of an output, per frame and row of the batch, that are recorded.
@@ -154,10 +159,12 @@ def calibrate(
         store, seed, search, frozenset({0, *full_steps}), min(2, len(fitted)),
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
-        _record(job, num_steps)
+        record(job, num_steps)
         if apart:
-            job.parts = _parts(job)
-        bound = None if max_error is None else bound_of(max_error, _measured(job))
+            job.parts = parts_of(job)
+        if start is not None:
+            job.start = start_of(job, as_plan(start), budget)
+        bound = None if max_error is None else bound_of(max_error, measured(job))
         wanted = budget if bound is None else bound
         assert wanted is not None, "one of the two is given"
         candidates = [c for policy in policies if (c := _candidate(job, policy, wanted, by, history)) is not None]
@@ -182,48 +189,6 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         dynamo.forget_code(model)
-
-
-def _record(job: Job, num_steps: int) -> None:
-    compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
-    first: Recording | None = None
-    for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
-        job.finals[i] = job.run(compiled, i)
-        made = job.recorder.finish()
-        if lengths := [len(r.timesteps) for r in made if len(r.timesteps) != num_steps]:
-            raise ValueError(f"num_steps={num_steps}, but run(model, {i}) made {lengths[0]} steps: make both agree")
-        if len(made) < len(job.recordings):
-            raise ValueError(
-                f"phases={len(job.recordings)}, but run(model, {i}) made {len(made)} trajectories, one after another: there "
-                "must be one for each phase"
-            )
-        first = first or made[0]
-        if any(recording.timesteps != first.timesteps for recording in made):
-            raise ValueError(f"run(model, {i}) went through other timesteps than the first trajectory")
-        for number, recording in enumerate(made if i in job.scenes else ()):
-            job.recordings[min(number, len(job.recordings) - 1)].append(recording)
-    for rule in job.recorder.rules:
-        if rule.latent is None:
-            log.warning(
-                "output %d: no argument holds its noisy latent in channels that change together from step to step, so it is "
-                "forecast from past outputs alone; name the argument with latent=", rule.index,
-            )  # fmt: skip
-
-
-def _parts(job: Job) -> int:
-    """Parts of the batch that may have full steps of their own: as many as it has rows per sample."""
-    recorder = job.recorder
-    if recorder.batch < 2 or next(iter(job.recordings[0][0].outputs.values())).shape[0] > 1:
-        raise ValueError(
-            f"apart=True: the model is called {'several times a step' if recorder.batch > 1 else 'with a batch of 1'}, and "
-            "only parts of one batch can have full steps of their own: leave it out, or put guidance into the batch"
-        )
-    return recorder.batch
-
-
-def _measured(job: Job) -> Mapping[str, float]:
-    """The distances, as they are between two samples."""
-    return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
 
 
 def _candidate(
