@@ -1,6 +1,6 @@
 """Learns the plans that are shipped beside the weights, from training scenes alone.
 
-    python examples/world/calibrate.py [--task planning] [--full 19] [--scenes 8] [--search 60]
+    python examples/world/calibrate.py [--task planning] [--full 19] [--scenes 8] [--search 120]
 
 It takes some minutes a plan on a CPU: trajectories of full compute are recorded, then schedules are tried by running them.
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hero_fx
 from world.latents import MODALITIES
 from world.model import FRAMES, SIZE, TASKS
-from world.pipeline import STEPS, WEIGHTS, WorldModelPipeline
+from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
 from world.render import render
 from world.scenes import TRAINING, sample_scenes
 
@@ -80,15 +80,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--full", type=int, help=f"full steps; {FULL} if not given")
     parser.add_argument("--scenes", type=int, default=8, help="training scenes that are fitted to")
-    parser.add_argument("--apart", action="store_true", help="the halves of guidance have full steps of their own")
-    parser.add_argument("--search", type=int, default=60, help="schedules that may be tried")
+    parser.add_argument("--together", action="store_true", help="the halves of guidance have the same full steps")
+    parser.add_argument("--search", type=int, default=120, help="schedules that may be tried")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--output", type=Path, default=PLANS, help="folder for the plan and its picture")
     arguments = parser.parse_args(argv)
     task = arguments.task
     found = calibrate(
         arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search,
-        apart=arguments.apart,
+        apart=GUIDANCE[task] > 1 and not arguments.together,
     )  # fmt: skip
     print(found)
     arguments.output.mkdir(parents=True, exist_ok=True)
