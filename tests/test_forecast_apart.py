@@ -287,6 +287,8 @@ def test_plans_that_cannot_be() -> None:
         Timeline(schedule=SECOND, timesteps=times(), coefficients={}, parts=(SECOND, (False, *SECOND[1:])))
     with pytest.raises(ValueError, match="one call a step"):
         apart("out0", lanes=2)
+    with pytest.raises(ValueError, match="follows a plan"):
+        hero_fx.verify(tiny.cogvideox(layers=2), backend=hero_fx.backend(plan=apart("out0")), **tiny.inputs())
     with pytest.raises(ValueError, match=r"hero_fx\.batch: .*apart=True"):
         _in_a_batch()
 
