@@ -21,14 +21,17 @@ from hero_fx import backends
 from hero_fx.backends import Backend
 from hero_fx.compiling import compile_step
 from hero_fx.config import Config
-from hero_fx.passes.compat import argument_name, lazy_code
+from hero_fx.passes.compat import argument_name, lazy_code, no_autocast
+from hero_fx.passes.rewrite.rows_of_batch import KeepRows
+from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.passes.slots import StateSlot, slot_of, slots_of
 from hero_fx.policy import Policy
 from hero_fx.report import Explanation
 from hero_fx.runtime.stepper import CompiledStep, Stepper
-from hero_fx.step_graphs import StepGraphs
+from hero_fx.step_graphs import StepGraphs, copy_graph
 
 from .support.examples import example
+from .support.tracing import run_passes
 from .support.zoo_reference import Hooked, feature_modules
 
 zoo = example("_zoo")
@@ -365,3 +368,15 @@ def test_survey_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     survey.main(arguments)  # all is there
     assert capsys.readouterr().out.count("\ndit ") == 2
     assert "dit, lean: fails without hero_fx too: out of memory" in survey.as_step_table([failed])
+
+
+@pytest.mark.parametrize("name", ["pixart", "allegro", "ltx2", "hunyuan_video"])
+def test_half_of_the_batch_is_half_of_the_result(name: str) -> None:
+    """Forecasts by halves: masks repeated for heads, batches folded into frames, two streams."""
+    model = found(name)
+    gm, (whole, *_) = copy_graph(model.steps.normal), model.steps.normal(*model.inputs)
+    half = whole.shape[0] // 2
+    with no_autocast():
+        run_passes(gm, KeepRows(count=half), DropDeadCode())
+        for rows in (torch.arange(half), torch.arange(half, 2 * half)):
+            close([gm(*model.inputs, rows)[0]], [whole[rows]], 1e-5)
