@@ -34,11 +34,12 @@ FULL = {"planning": 19, "reconstruction": 12}
 
 def calibrate(
     weights: Path, task: str, full: int, *, scenes: int = 8, search: int = 60, guidance: float | None = None,
-    apart: bool = False, start: Path | None = None, steps: int | None = None, folder: Path | None = None,
+    apart: bool = False, rgb: float = 1.0, start: Path | None = None, steps: int | None = None, folder: Path | None = None,
 ) -> hero_fx.Calibration:  # fmt: skip
     """The plan of `steps` steps (the task's own, if not given) with `full` full ones, fitted to `scenes` training scenes.
 
-    `apart`: the halves of guidance have full steps of their own, as many together; `start`: a plan whose schedule comes first.
+    `apart`: the halves of guidance have full steps of their own, as many together; `start`: a plan whose schedule comes first;
+    `rgb`: how much RGB counts in the search, against 1 for disparity and raymap.
     """
     pipeline = WorldModelPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
@@ -58,7 +59,8 @@ def calibrate(
 
     return hero_fx.calibrate(
         pipeline.transformer, run, num_steps=steps or STEPS[task], budget=full, scenes=scenes, holdout=2,
-        search=search, by=("frames", "batch"), apart=apart, start=start, distances=by_modality, folder=folder, inner="eager",
+        search=search, by=("frames", "batch"), apart=apart, start=start, distances=by_modality,
+        weights={"rgb": rgb}, folder=folder, inner="eager",
     )  # fmt: skip
 
 
@@ -81,6 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", type=int, help=f"full steps; {FULL} if not given")
     parser.add_argument("--scenes", type=int, default=8, help="training scenes that are fitted to")
     parser.add_argument("--together", action="store_true", help="the halves of guidance have the same full steps")
+    parser.add_argument(
+        "--rgb", type=float, default=1.0, help="how much RGB counts in the search, against 1 for the others"
+    )
+    parser.add_argument("--start", type=Path, help="a plan whose schedule is tried first")
     parser.add_argument("--search", type=int, default=120, help="schedules that may be tried")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--output", type=Path, default=PLANS, help="folder for the plan and its picture")
@@ -88,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     task = arguments.task
     found = calibrate(
         arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search,
-        apart=GUIDANCE[task] > 1 and not arguments.together,
+        apart=GUIDANCE[task] > 1 and not arguments.together, rgb=arguments.rgb, start=arguments.start,
     )  # fmt: skip
     print(found)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,9 @@ def bound_of(max_error: float | Mapping[str, float], names: Mapping[str, float])
 
 def best(evaluate: Evaluator, full: int) -> Schedule:
     """The best schedule of `full` full steps that was found."""
-    return _search(evaluate, full, lambda s: log_sum(evaluate.error(s)), evaluate.job.evaluations)[0]
+    return _search(
+        evaluate, full, lambda s: log_sum(evaluate.error(s), evaluate.job.weights), evaluate.job.evaluations
+    )[0]
 
 
 def fewest(evaluate: Evaluator, bound: Bound, least: int, most: int) -> Schedule:
@@ -80,7 +82,7 @@ def fewest(evaluate: Evaluator, bound: Bound, least: int, most: int) -> Schedule
         return first if first > 0 else bound.excess(evaluate.errors(schedule, job.scenes))
 
     def within(schedule: Schedule) -> float:
-        return log_sum(evaluate.error(schedule)) if excess(schedule) <= 0 else math.inf
+        return log_sum(evaluate.error(schedule), job.weights) if excess(schedule) <= 0 else math.inf
 
     def left() -> int:
         return job.evaluations - len(evaluate.tried)

@@ -47,6 +47,8 @@ class Job:
     """Trajectories that an evaluation of the search runs."""
     parts: int = 1
     """Of the batch, with full steps of their own; full steps are then counted for each."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """How much the logarithm of each distance counts; 1 where nothing is said."""
     start: Schedule | None = None
     """What every search of as many full steps starts with, of all phases in a row."""
     bar: Any = None
@@ -144,6 +146,6 @@ class Evaluator:
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
 
 
-def log_sum(error: Mapping[str, float]) -> float:
-    """What candidates are compared by: the sum of the logarithms of all distances."""
-    return sum(math.log(max(value, 1e-12)) for value in error.values())
+def log_sum(error: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """What candidates are compared by: the weighted sum of the logarithms of all distances."""
+    return sum(weights.get(name, 1.0) * math.log(max(value, 1e-12)) for name, value in error.items())

@@ -26,7 +26,7 @@ from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
 from .record import Recorder
 from .report import Calibration, Candidate, Tried
-from .settle import measured, parts_of, record, start_of
+from .settle import measured, parts_of, record, start_of, weights_of
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -79,6 +79,7 @@ def calibrate(
     start: Plan | str | Path | None = None,
     history: int = 3,
     distances: Distances = relative_l2,
+    weights: Mapping[str, float] | None = None,
     samples: int = 2048,
     folder: str | Path | None = None,
     inner: Any = "inductor",
@@ -128,6 +129,8 @@ def calibrate(
             fitted alone.
         history: how many past outputs a forecast is made from, 1 to 3.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
+        weights: by name, how much the logarithm of a distance counts where schedules and candidates are compared; 1 where
+            nothing is said.
         samples: positions of an output, per frame and row of the batch, that are recorded.
         folder: where evaluations are kept, so that a run that is cut off goes on.
         inner, timestep: as in `hero_fx.backend`.
@@ -164,6 +167,7 @@ def calibrate(
             job.parts = parts_of(job)
         if start is not None:
             job.start = start_of(job, as_plan(start), budget)
+        job.weights = weights_of(weights or {}, measured(job))
         bound = None if max_error is None else bound_of(max_error, measured(job))
         wanted = budget if bound is None else bound
         assert wanted is not None, "one of the two is given"
@@ -234,7 +238,7 @@ def _candidate(
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
         policy=policy, plan=plan_for(job, base, predictors, schedule, error=error, speed=speed(full)), error=error,
-        speed=speed(full), share=share, score=log_sum(error), state_bytes=graphs.state_bytes, tried=tuple(tried),
+        speed=speed(full), share=share, score=log_sum(error, job.weights), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
 from tqdm import tqdm
 
+from hero_fx.arguments import is_number
 from hero_fx.plan import Plan
 
 from .evaluate import Job
 from .record import Recording
 from .search import Schedule
 
-__all__ = ["measured", "parts_of", "record", "start_of"]
+__all__ = ["measured", "parts_of", "record", "start_of", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +84,18 @@ def start_of(job: Job, plan: Plan, budget: int | float | None) -> Schedule:
 def measured(job: Job) -> Mapping[str, float]:
     """The distances, as they are between two samples."""
     return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
+
+
+def weights_of(weights: Mapping[str, float], names: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights of distances; `names`: distances as they are measured.
+
+    Raises:
+        ValueError: one is of a distance that is not measured, or is no number above 0.
+    """
+    for name, weight in weights.items():
+        if name not in names or not is_number(weight) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"weights={dict(weights)!r}: {name!r} must be one of {', '.join(map(repr, names))}, and its weight a "
+                "number above 0"
+            )
+    return weights
