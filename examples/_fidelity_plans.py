@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hero_fx
 from world.calibrate import calibrate
-from world.pipeline import STEPS
+from world.pipeline import GUIDANCE, STEPS
 
 __all__ = ["Calibrating", "plan_for"]
 
@@ -25,18 +25,25 @@ class Calibrating:
     """The task that is fitted to; None: the one that is run."""
     guidance: float | None = None
     """The guidance scale that is fitted to; None: the task's own."""
+    start: Path | None = None
+    """A plan whose schedule comes first; with `search=1` it is kept."""
 
 
-def plan_for(weights: Path, task: str, full: int, how: Calibrating, folder: Path) -> hero_fx.Plan:
-    """The plan with `full` full steps of a task's usual number, from the folder or calibrated now."""
-    fitted = how.fitted or task
-    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}"
+def plan_for(
+    weights: Path, task: str, full: int, how: Calibrating, folder: Path, *, apart: bool = False
+) -> hero_fx.Plan:
+    """The plan with `full` full steps of a task's usual number, from the folder or calibrated now; `apart`: the halves of
+    guidance have full steps of their own, as many together."""
+    fitted, guidance = how.fitted or task, GUIDANCE[task] if how.guidance is None else how.guidance
+    start = "" if how.start is None else f"-{hashlib.sha256(how.start.read_bytes()).hexdigest()[:12]}"
+    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}{'-apart' * apart}{start}"
     path = folder / f"plan-{_digest(weights)}-{name}.safetensors"
     if path.exists():
         return hero_fx.Plan.load(path)
     found = calibrate(
-        weights, fitted, full, scenes=how.scenes, search=how.search, guidance=how.guidance, folder=folder / path.stem
-    )
+        weights, fitted, full, scenes=how.scenes, search=how.search, guidance=guidance, apart=apart,
+        start=how.start, steps=STEPS[task], folder=folder / path.stem,
+    )  # fmt: skip
     found.plan.save(path)
     found.plot(path.with_suffix(".png"))
     return found.plan

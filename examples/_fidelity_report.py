@@ -14,7 +14,7 @@ from torch import Tensor
 
 from _fidelity_rivals import CACHE_DIT, SOLVERS
 from _fidelity_run import Cost, Truth
-from _fidelity_settings import METHODS, PLAN, Setting
+from _fidelity_settings import APART, METHODS, PLAN, Setting
 from _metrics import depth_errors, intervals, pose_errors, psnr, relative_l2, ssim
 from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
@@ -208,7 +208,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(14.2, 7.2), layout="constrained")
     figure.suptitle(title)
     lines: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in (*METHODS, PLAN, CACHE_DIT, *SOLVERS.values(), "growing window", "fewer steps")
+        name: [] for name in (*METHODS, PLAN, APART, CACHE_DIT, *SOLVERS.values(), "growing window", "fewer steps")
     }
     for row in rows:
         name = row["name"].split(", ")[0]

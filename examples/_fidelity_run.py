@@ -152,7 +152,7 @@ class Runner:
         """`weights`: a folder that `WorldModelPipeline.save_pretrained` wrote. `cache`: a folder for what is sampled, and for
         plans."""
         self.folder, self.calibrating = weights, calibrating or Calibrating()
-        self._plans: dict[tuple[str, int], hero_fx.Plan] = {}
+        self._plans: dict[tuple[str, int, bool], hero_fx.Plan] = {}
         self.pipeline = WorldModelPipeline.from_pretrained(weights)
         self.pipeline.set_progress_bar_config(disable=True)
         self._usual = self.pipeline.scheduler
@@ -208,7 +208,7 @@ class Runner:
         else:
             rewritten, policy = self.switch.rewritten(backend, traced), backend.config.make_policy()
             assert policy is not None
-            fulls = hero_fx.step_kinds(backend.config, policy, steps).count(None)
+            fulls = setting.plan or hero_fx.step_kinds(backend.config, policy, steps).count(None)
             sums = hero_fx.trajectory_flops(rewritten, backend.config, steps)
             cost = Cost(steps, fulls, sums.gemm // batch, sums.total // batch, rewritten.state_bytes // batch)
         if path is not None:
@@ -277,16 +277,17 @@ class Runner:
         ).latents
         return result
 
-    def plan(self, task: str, full: int) -> hero_fx.Plan:
+    def plan(self, task: str, full: int, apart: bool = False) -> hero_fx.Plan:
         """The calibrated plan with so many full steps."""
         assert self.cache is not None, "plans are kept in the cache"
-        if (task, full) not in self._plans:
-            self._plans[task, full] = plan_for(self.folder, task, full, self.calibrating, self.cache)
-        return self._plans[task, full]
+        key = (task, full, apart)
+        if key not in self._plans:
+            self._plans[key] = plan_for(self.folder, task, full, self.calibrating, self.cache, apart=apart)
+        return self._plans[key]
 
     def _backend(self, task: str, setting: Setting) -> hero_fx.Backend | None:
         if setting.plan is not None:
-            return hero_fx.backend(plan=self.plan(task, setting.plan), inner="eager")
+            return hero_fx.backend(plan=self.plan(task, setting.plan, setting.apart), inner="eager")
         if setting.options is None:
             return None
         return hero_fx.backend(**{"num_steps": setting.steps or STEPS[task], **setting.options, "inner": "eager"})

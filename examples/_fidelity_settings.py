@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HERO", "METHODS", "PLAN", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
+__all__ = ["APART", "HERO", "METHODS", "PLAN", "Setting", "alphas", "boundaries", "choices", "full", "methods"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class Setting:
     """Another solver of diffusers, of `_fidelity_rivals.SOLVERS`."""
     plan: int | None = None
     """Full steps of a calibrated plan that is followed."""
+    apart: bool = False
+    """Of that plan: the halves of guidance have full steps of their own, as many together."""
     cache_dit: tuple[bool, ...] | None = None
     """Full steps of cache-dit, which then caches in our place."""
 
     @property
     def key(self) -> str:
         """What it does, as text; equal for settings that differ in name alone."""
-        more = [value for value in (self.solver, self.plan, self.cache_dit) if value is not None]
+        more = [value for value in (self.solver, self.plan, self.cache_dit, self.apart or None) if value is not None]
         return json.dumps([self.options, self.steps, *more], sort_keys=True, default=str)
 
     @property
@@ -41,7 +43,7 @@ class Setting:
 
 
 HERO = "HERO"
-PLAN = "plan"
+PLAN, APART = "plan", "plan by halves"
 METHODS: dict[str, dict[str, Any]] = {
     "FORA": {"policy": "fora"},
     "TaylorSeer 1": {"policy": "taylorseer"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -29,18 +30,26 @@ class System:
         """Seconds per trajectory, the median over runs."""
         return median(map(sum, self.seconds))
 
-    def kinds(self, num_steps: int) -> tuple[int | None, ...]:
-        """By step: which kind of cached step it is; None for a full one."""
+    def kinds(self, num_steps: int) -> Sequence[int | str | None]:
+        """By step: which kind of cached step it is; None for a full one, `"part"` for one that is full for half the batch."""
         if self.backend is None:
             return (None,) * num_steps
         policy = self.backend.config.make_policy()
         return (None,) * num_steps if policy is None else hero_fx.step_kinds(self.backend.config, policy, num_steps)
 
-    def by_kind(self, num_steps: int) -> tuple[float, float | None]:
-        """Median seconds of a full and of a cached step, over all runs; None where no step is cached."""
-        times = [(s, kind) for of_run in self.seconds for s, kind in zip(of_run, self.kinds(num_steps), strict=True)]
-        cached = [s for s, kind in times if kind is not None]
-        return median(s for s, kind in times if kind is None), median(cached) if cached else None
+    def counted(self, num_steps: int) -> str:
+        """How many steps are full and cached, as text."""
+        kinds = self.kinds(num_steps)
+        full, part = kinds.count(None), kinds.count("part")
+        return f"{full}{f' + {part} for half the batch' if part else ''} + {num_steps - full - part}"
+
+    def by_kind(self, num_steps: int) -> dict[int | str | None, float]:
+        """Median seconds of each kind of step, over all runs."""
+        times: dict[int | str | None, list[float]] = {}
+        for of_run in self.seconds:
+            for seconds, kind in zip(of_run, self.kinds(num_steps), strict=True):
+                times.setdefault(kind, []).append(seconds)
+        return {kind: median(of_kind) for kind, of_kind in times.items()}
 
     def graphs(self) -> hero_fx.StepGraphs | None:
         """The step graphs of the first shape; None for plain torch.compile and `policy="full"`, which have none."""

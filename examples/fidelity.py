@@ -36,8 +36,8 @@ from _fidelity_plans import Calibrating
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
 from _fidelity_rivals import rivals
 from _fidelity_run import Runner
-from _fidelity_settings import CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
-from world.pipeline import STEPS, WEIGHTS
+from _fidelity_settings import APART, CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
+from world.pipeline import GUIDANCE, STEPS, WEIGHTS
 
 RIVALS = ("others", "cache-dit")
 TABLES = ("main", "alpha", "layers", "choices", "stability")
@@ -82,6 +82,8 @@ class Bench:
             fulls = self.runner.cost(self.task, hero).full_steps
             if plans:
                 settings.append(Setting(f"{PLAN}, N={interval}", plan=fulls))
+                if GUIDANCE[self.task] > 1:
+                    settings.append(Setting(f"{APART}, N={interval}", plan=fulls, apart=True))
             known = {row["name"] for row in result}
             if more:
                 found = rivals(interval, self.plain.steps, steps, cache_dit="cache-dit" in more)
@@ -164,7 +166,13 @@ def report(found: dict[str, Any]) -> str:
 
 def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Everything that was asked for, as JSON."""
-    how = Calibrating(arguments.calibration_scenes, arguments.search, arguments.fitted_on, arguments.fitted_guidance)
+    how = Calibrating(
+        arguments.calibration_scenes,
+        arguments.search,
+        arguments.fitted_on,
+        arguments.fitted_guidance,
+        arguments.start_plan,
+    )
     runner = Runner(arguments.weights, cache, arguments.batch, how)
     result: dict[str, Any] = {
         "weights": runner.weights,
@@ -229,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
     parser.add_argument("--fitted-on", choices=tuple(STEPS), help="fit plans to this task, use them on each")
     parser.add_argument("--fitted-guidance", type=float, help="fit plans at this guidance scale")
+    parser.add_argument("--start-plan", type=Path, help="a plan whose schedule is tried first; kept with --search 1")
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
     parser.add_argument("--converged-scenes", type=int, default=64, help="at most so many scenes of it")

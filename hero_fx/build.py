@@ -14,15 +14,19 @@ from torch import fx
 from hero_fx.passes import compat
 from hero_fx.passes.analysis.branches import find_branches
 from hero_fx.passes.analysis.structure import Structure
+from hero_fx.passes.analysis.tokens import NoRule
+from hero_fx.passes.emit import value_of
 from hero_fx.passes.normalize.trace import normalize
-from hero_fx.passes.pipeline import PassRecord, Pipeline
+from hero_fx.passes.pipeline import PassError, PassRecord, Pipeline
 from hero_fx.passes.rewrite.features import feature_slots
+from hero_fx.passes.rewrite.forecast import outputs_of
 from hero_fx.passes.rewrite.plan import recordings
 from hero_fx.passes.rewrite.resolve import resolve
 from hero_fx.passes.simplify.cleanup import state_read
 from hero_fx.passes.simplify.summands import find_merges
 
 from . import stages
+from .checks import UnsupportedModel
 from .config import Config
 from .outputs import check_outputs
 from .policy import Forecast, Policy
@@ -103,10 +107,36 @@ class _Build:
             UnsupportedModel: the rules are for other outputs than the model has.
         """
         check_outputs(self.normal, policy.outputs)
-        self.cached = [copy_graph(self.normal)]
+        if policy.parts > 1:
+            self.keep_rows(policy)
+        self.cached = [copy_graph(self.full)]
         self.run("full", stages.recording_outputs(policy.outputs, self.config.state_dtype), self.full)
         self.run("cached", stages.forecasting(policy.outputs, self.config.state_dtype), self.cached[0])
-        return StepGraphs(self.normal, structure, (), (), (), self.full, tuple(self.cached), None, tuple(self.records))
+        return StepGraphs(
+            self.normal, structure, (), (), (), self.full, tuple(self.cached), None, tuple(self.records), policy.parts
+        )
+
+    def keep_rows(self, policy: Forecast) -> None:
+        """Makes the full step that of one part of the batch.
+
+        Raises:
+            UnsupportedModel: rows of the batch meet, or are not known not to.
+        """
+        rows, left = divmod(value_of(outputs_of(self.full)[policy.outputs[0].index]).shape[0], policy.parts)
+        if left:
+            raise UnsupportedModel(
+                f"the plan's schedules are for {policy.parts} equal parts of the batch, and the model was called with a batch "
+                f"of {rows * policy.parts + left}: call it with guidance in the batch, or calibrate without apart=True"
+            )
+        try:
+            self.run("full", stages.keeping_rows(rows), self.full)
+        except PassError as error:
+            if not isinstance(error.__cause__, NoRule):
+                raise
+            raise UnsupportedModel(
+                "the plan computes parts of the batch at steps of their own, and the rows of this model's batch are not known "
+                f"to be independent: followed as tokens are, they end at {error.__cause__}. Calibrate without apart=True"
+            ) from error
 
     def steps(self, structure: Structure, policy: Policy) -> StepGraphs:
         """The step graphs of a policy that goes by branches."""

@@ -189,7 +189,7 @@ class Config:
                 return DuCa(ratio=self.refresh_ratio, interval=self.interval, text=self.text, cache_point=shallow)
             case "forecast":
                 assert isinstance(self.plan, Plan)
-                return Forecast(outputs=self.plan.outputs)
+                return Forecast(outputs=self.plan.outputs, parts=self.plan.parts)
             case "full":
                 return None
         assert isinstance(self.policy, Policy)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -24,6 +24,7 @@ from .config import Config
 from .policy import Policy
 from .schedule import Schedule
 from .step_graphs import StepGraphs
+from .timeline import Timeline
 
 __all__ = ["Flops", "Outside", "flops", "flops_by", "outside", "step_kinds", "too_much_outside", "trajectory_flops"]
 
@@ -141,13 +142,22 @@ def too_much_outside(normal: fx.GraphModule, structure: Structure) -> str | None
     )
 
 
-def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[int | None]:
-    """Which graph each step of a trajectory runs: None for a full step, else the number of its cached kind.
+StepKind = int | Literal["part"] | None
+"""None for a full step, `"part"` for one that is full for a part of the batch, else the number of the kind of cached step."""
+
+
+def step_kinds(config: Config, policy: Policy, num_steps: int) -> list[StepKind]:
+    """What each step of a trajectory runs: None for a full step, else the number of its cached kind; `"part"` where parts of
+    the batch have full steps of their own, and some of them are full.
 
     Raises:
         ValueError: a plan is not for so many steps.
     """
-    return _kinds(config.schedule_of(None if config.plan is None else num_steps), policy, num_steps)
+    schedule = config.schedule_of(None if config.plan is None else num_steps)
+    kinds: list[StepKind] = [*_kinds(schedule, policy, num_steps)]
+    for part in schedule.parts if isinstance(schedule, Timeline) else ():
+        kinds = ["part" if kind is None and not full else kind for kind, full in zip(kinds, part, strict=True)]
+    return kinds
 
 
 def _kinds(schedule: Schedule, policy: Policy, num_steps: int) -> list[int | None]:
@@ -172,6 +182,10 @@ def flops_by(schedule: Schedule, steps: StepGraphs, config: Config, num_steps: i
     policy = config.make_policy()
     assert policy is not None
     count = Counter(_kinds(schedule, policy, num_steps))
+    if steps.parts > 1:  # each runs the step graphs by a schedule of its own
+        assert isinstance(schedule, Timeline)
+        fulls = sum(schedule.levels)
+        count = Counter({None: fulls, 0: steps.parts * num_steps - fulls})
     total = flops(steps.full) * count[None]
     for number, gm in enumerate(steps.cached):
         total += flops(gm) * count[number]

@@ -8,18 +8,17 @@ it is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from hero_fx.passes.rewrite.forecast import OutputRule
 
-from .timeline import Timeline
+from .timeline import Timeline, table_of
 
 __all__ = ["POLICIES", "Fingerprint", "Plan", "Timeline", "as_plan"]
 
@@ -97,7 +96,14 @@ class Plan:
                     f"timelines with the same timesteps have the phases {sorted(phases)}: number them from 0"
                 )
         first = self.timelines[0]
+        if self.parts > 1 and (self.policy != "forecast" or self.lanes > 1 or self.batch % self.parts):
+            raise ValueError(
+                f"timelines have {self.parts} parts of the batch: that is for policy 'forecast', one call a step, and a batch "
+                f"that they divide (policy={self.policy!r}, lanes={self.lanes}, batch={self.batch})"
+            )
         for timeline in self.timelines:
+            if max(1, len(timeline.parts)) != self.parts:
+                raise ValueError("timelines differ in their number of parts of the batch: one step graph is for all")
             for rule in self.outputs:
                 if rule.table not in timeline.coefficients:
                     raise ValueError(f"coefficients of the timeline of {timeline.num_steps} steps lack {rule.table!r}")
@@ -113,6 +119,11 @@ class Plan:
         for timeline in self.timelines:
             found.setdefault(timeline.timesteps, {})[timeline.phase] = timeline
         return list(found.values())
+
+    @property
+    def parts(self) -> int:
+        """Parts of the batch with full steps and state of their own; 1 where it is one."""
+        return max(1, len(self.timelines[0].parts))
 
     @property
     def phases(self) -> int:
@@ -175,7 +186,9 @@ class Plan:
         for number, timeline in enumerate(self.timelines):
             for name, table in timeline.coefficients.items():
                 tensors[f"{number}/{name}"] = table.detach().to("cpu", torch.float32).contiguous().clone()
-            kept = {name: getattr(timeline, name) for name in ("schedule", "timesteps", "error", "speed", "phase")}
+            kept = {
+                name: getattr(timeline, name) for name in ("schedule", "timesteps", "error", "speed", "parts", "phase")
+            }
             timelines.append({**kept, "error": dict(timeline.error)})
         known = {
             "policy": self.policy, "options": dict(self.options), "outputs": [asdict(rule) for rule in self.outputs],
@@ -222,6 +235,7 @@ class Plan:
             prefix = f"{number}/"
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             schedule, timesteps = tuple(map(bool, kept.pop("schedule"))), tuple(map(float, kept.pop("timesteps")))
+            kept["parts"] = tuple(tuple(map(bool, part)) for part in kept.get("parts", ()))
             timelines.append(Timeline(schedule=schedule, timesteps=timesteps, coefficients=own, **kept))
         model = known.pop("model")
         if model is not None:
@@ -241,7 +255,7 @@ class Plan:
             f"for {_named(self.model)}; {calls} a step, {rows[0]}",
             *(f"output {rule.index}: {_describe(rule)}" for rule in self.outputs),
             *(f"{name}: {note}" for name, note in self.notes.items()),
-            _table(self.timelines),
+            table_of(self.timelines),
         ]
         return "\n".join(lines)
 
@@ -258,24 +272,6 @@ def _describe(rule: OutputRule) -> str:
     apart = [name for name, has in (("channel", rule.axis is not None), ("frame", rule.frames is not None)) if has]
     apart += ["part of the batch"] * (rule.groups > 1)
     return f"{past}{latent}; coefficients by {', '.join(apart) or 'step alone'}"
-
-
-def _table(timelines: Sequence[Timeline]) -> str:
-    rows, several = [], any(t.phase for t in timelines)
-    for t in timelines:
-        error = ", ".join(f"{name} {value:.4f}" for name, value in t.error.items())
-        speed = f"{t.speed:.2f}" if t.speed else ""
-        rows.append([t.num_steps, *[t.phase] * several, t.full, speed, error, t.span, t.strip])
-    heads = [
-        "steps",
-        *["phase"] * several,
-        "full",
-        "speed-up",
-        "predicted error",
-        "timesteps",
-        "schedule (█ full, · cached)",
-    ]
-    return tabulate(rows, headers=heads, disable_numparse=True)
 
 
 def as_plan(plan: Plan | str | Path) -> Plan:

@@ -187,6 +187,8 @@ class Forecast:
     """Cached steps forecast the model's outputs by a plan's coefficients: no branch is looked at, no layer runs."""
 
     outputs: tuple[OutputRule, ...]
+    parts: int = 1
+    """Equal parts of the batch that run by themselves, each at full steps of its own."""
     name: str = "forecast"
 
     def steps(self, structure: Structure) -> tuple[StepPlan, ...]:

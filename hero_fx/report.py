@@ -19,6 +19,7 @@ from .config import Config
 from .flops import flops, flops_by, outside, too_much_outside
 from .schedule import Schedule
 from .step_graphs import StepGraphs
+from .timeline import Timeline
 from .tracing import trace
 
 __all__ = ["Explanation", "explain"]
@@ -128,18 +129,22 @@ class Explanation:
 
     def _cost(self) -> str:
         # ToCa's scores are extra work of full steps; without them both are equal.
-        plain, full = flops(self.steps.normal), flops(self.steps.full)
-        rows = [["full step", full.gemm / 1e9, full.total / 1e9, full.total / plain.total]]
+        parts = self.steps.parts
+        plain, full = flops(self.steps.normal), flops(self.steps.full) * parts
+        rows: list[list[Any]] = [["full step", full.gemm / 1e9, full.total / 1e9, full.total / plain.total]]
+        if parts > 1:
+            rows.append([f"full for one of {parts} parts of the batch", *(value / parts for value in rows[0][1:])])
         for name, gm in zip(_kind_names(len(self.steps.cached)), self.steps.cached, strict=True):
-            cost = flops(gm)
+            cost = flops(gm) * parts
             rows.append([name, cost.gemm / 1e9, cost.total / 1e9, cost.total / plain.total])
         for schedule in self._schedules():
             assert schedule.num_steps is not None
             total = flops_by(schedule, self.steps, self.config, schedule.num_steps)
             fulls = sum(map(schedule.is_full, range(schedule.num_steps)))
+            counted = schedule.counted if isinstance(schedule, Timeline) else fulls
             rows.append(
                 [
-                    f"{schedule.num_steps} steps, {fulls} full",
+                    f"{schedule.num_steps} steps, {counted} full",
                     total.gemm / 1e9,
                     total.total / 1e9,
                     total.total / (plain.total * schedule.num_steps),
@@ -153,7 +158,7 @@ class Explanation:
     def _schedules(self) -> list[Schedule]:
         """Those of known length; of a plan, one for each number of steps and of full steps."""
         if self.config.plan is not None:
-            return list({(t.num_steps, t.full): t for t in self.config.timelines}.values())
+            return list({(t.num_steps, t.counted): t for t in self.config.timelines}.values())
         return [] if self.config.num_steps is None else [self.config.make_schedule()]
 
     def _state(self) -> str:

@@ -8,6 +8,7 @@
 `merging`             caches that are only ever summed become one, in all step graphs
 `shrinking`           state that no step reads goes
 `weighing`            coefficients of a calibrated plan
+`keeping_rows`        a forecast's steps for a part of the batch, where each part runs by itself
 `recording_outputs`   the full step of a forecast
 `forecasting`         its cached step
 `observing`           the model's own graph, showing the features of its layers
@@ -39,6 +40,7 @@ from hero_fx.passes.rewrite.plan import Recording, StepPlan
 from hero_fx.passes.rewrite.record import RecordFeatures
 from hero_fx.passes.rewrite.refresh import RefreshBranches
 from hero_fx.passes.rewrite.refresh_scored import RefreshScored
+from hero_fx.passes.rewrite.rows_of_batch import KeepRows
 from hero_fx.passes.rewrite.weigh import WeighFeatures
 from hero_fx.passes.simplify.cleanup import DropDeadCode, DropUnreadState
 from hero_fx.passes.simplify.common_subexpressions import CommonSubexpressions
@@ -50,8 +52,8 @@ from hero_fx.passes.simplify.write_rows import WriteRows
 from hero_fx.passes.slots import StateSlot
 
 __all__ = [
-    "COLLAPSING", "FINISHING", "OPTIONAL", "QUANTIZING", "forecasting", "merging", "normalizing", "observing", "recording",
-    "recording_outputs", "rewriting", "shrinking", "weighing", "without",
+    "COLLAPSING", "FINISHING", "OPTIONAL", "QUANTIZING", "forecasting", "keeping_rows", "merging", "normalizing",
+    "observing", "recording", "recording_outputs", "rewriting", "shrinking", "weighing", "without",
 ]  # fmt: skip
 
 Passes = tuple[Pass, ...]
@@ -124,6 +126,14 @@ def shrinking(read: frozenset[StateSlot]) -> Passes:
 def weighing(tables: Mapping[str, tuple[int, ...]]) -> Passes:
     """Of a cached step with calibrated coefficients; `tables`: the shape of each."""
     return (WeighFeatures(tables=dict(tables)),)  # after merging: tables are for merged caches
+
+
+def keeping_rows(rows: int) -> Passes:
+    """Of all step graphs, for so many rows of the batch."""
+    return (
+        KeepRows(count=rows),
+        DropDeadCode(),  # the same for all rows
+    )
 
 
 def recording_outputs(rules: tuple[OutputRule, ...], state_dtype: torch.dtype | None) -> Passes:

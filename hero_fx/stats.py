@@ -21,6 +21,7 @@ class Stats:
     full_calls: int
     """Calls that computed every layer. A step makes several where guidance calls the model twice."""
     cached_calls: int
+    """Calls that used cached features."""
     refused_calls: int
     """Of the full calls those whose step, lane or request could not be told (`strict=False`; they are errors otherwise)."""
     state_bytes: int
@@ -29,6 +30,8 @@ class Stats:
     """Sessions that are known."""
     batched_graphs: int = 0
     """Step graphs that were compiled for several requests (`hero_fx.batch`)."""
+    partial_calls: int = 0
+    """Of the full calls those that computed a part of the batch alone (a plan made with `apart=True`)."""
     evictions: int = 0
     """Times that a session's state was freed to make room for another's (`max_state_bytes`)."""
     bytes_by_session: Mapping[str, int] = field(default_factory=dict)

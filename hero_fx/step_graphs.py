@@ -18,7 +18,7 @@ from hero_fx.passes.rewrite.plan import (
     Recording,
     StepPlan,
 )
-from hero_fx.passes.slots import StateSlot, slots_of
+from hero_fx.passes.slots import StateSlot, of_part, slots_of
 
 from .selection import PatchSampler
 
@@ -60,18 +60,22 @@ class StepGraphs:
     """The patch-wise sampling, where the plan refreshes tokens."""
     records: tuple[PassRecord, ...]
     """What each pass did."""
+    parts: int = 1
+    """Equal parts of the batch that a step graph runs for, one after another."""
 
     @property
     def state(self) -> tuple[StateSpec, ...]:
         """The feature state of one lane: every state tensor that some step graph reads or writes."""
         specs: dict[StateSlot, StateSpec] = {}
+        parts = range(self.parts)
         for gm in (self.full, *self.cached):
             for node, slot in slots_of(gm):
                 if isinstance(slot, StateSlot):
                     value = value_of(node)
-                    spec = StateSpec(slot, tuple(value.shape), value.dtype, value.device)
-                    known = specs.setdefault(slot, spec)
-                    assert spec == known, f"step graphs disagree about the state {slot.name}: {spec} and {known}"
+                    for own in (of_part(slot, part) for part in parts):
+                        spec = StateSpec(own, tuple(value.shape), value.dtype, value.device)
+                        known = specs.setdefault(own, spec)
+                        assert spec == known, f"step graphs disagree about the state {own.name}: {spec} and {known}"
         return tuple(specs.values())
 
     @property

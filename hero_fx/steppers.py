@@ -71,6 +71,7 @@ class Steppers:
             refused_calls=counts["refused_calls"],
             state_bytes=sum(s.store.nbytes for s in steppers),
             batched_graphs=sum(len(stepper.batched) for stepper in steppers),
+            partial_calls=counts["partial_calls"],
             evictions=self._budget.evictions,
             sessions=len(by_session),
             bytes_by_session=by_session,

@@ -7,6 +7,7 @@ an extra input means is in `node.meta["slot"]`, a typed key of `slots`; the runt
 `StateSlot`    a tensor of feature state, updated in place by a `copy_` at the end of the graph
 `ScalarSlot`   a 0-d tensor with a number of this call (steps since the last full step, ...)
 `IndexSlot`    the selection of this step: indices [K] of the sampled image tokens
+`RowsSlot`     the rows of the batch that this run computes
 `TableSlot`    coefficients of this step from a calibrated plan, by channel
 =============  ==================================================================================
 """
@@ -23,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .compat import FakeTensor, FakeTensorMode, unbound_sizes
 from .ops import has_side_effect
-from .slots import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot, slots_of
+from .slots import IndexSlot, RowsSlot, ScalarSlot, Slot, StateSlot, TableSlot, slots_of
 
 __all__ = ["Emitter", "by_name", "drop_dead_code", "value_of"]
 
@@ -127,6 +128,12 @@ class Emitter:
         with self.mode:
             like = torch.empty(count, dtype=torch.int64, device=device)
         return self._input(slot, like)
+
+    def rows(self, count: int, device: torch.device) -> fx.Node:
+        """The input for the rows of the batch that a run computes: int64 indices [count]."""
+        with self.mode:
+            like = torch.empty(count, dtype=torch.int64, device=device)
+        return self._input(RowsSlot(count), like)
 
     def table(self, slot: TableSlot, device: torch.device) -> fx.Node:
         """The input for a float32 tensor of coefficients; products with it are float32 at least."""

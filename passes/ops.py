@@ -93,7 +93,8 @@ POINTWISE = SAME_VALUES | overloads(
     "threshold", "logaddexp", "log1p", "expm1", "log2", "tan", "atan", "atan2", "ceil", "trunc", "fmod",
     "remainder", "floor_divide", "true_divide", "fill", "log_sigmoid", "hardsigmoid", "relu6", "isinf",
     "isfinite", "real", "imag", "complex", "polar", "bitwise_and", "bitwise_or", "bitwise_not", "float_power",
-    "exp2", "zeros_like", "ones_like", "full_like", "empty_like",
+    "exp2", "__and__", "__or__", "__xor__", "logical_xor", "asin", "acos", "rad2deg", "deg2rad", "zeros_like", "ones_like",
+    "full_like", "empty_like",
 )  # fmt: skip
 """Compute each element of the result from the elements at its place in the arguments, which broadcast."""
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx
 
 __all__ = [
-    "FeatureSlot", "GateSlot", "IndexSlot", "KeySlot", "PastSlot", "ScalarSlot", "ScaleSlot", "ScoreSlot", "Slot",
-    "StateSlot", "TableSlot", "Term", "slot_of", "slots_of",
+    "FeatureSlot", "GateSlot", "IndexSlot", "KeySlot", "PastSlot", "RowsSlot", "ScalarSlot", "ScaleSlot", "ScoreSlot", "Slot",
+    "StateSlot", "TableSlot", "Term", "of_part", "slot_of", "slots_of",
 ]  # fmt: skip
 
 
@@ -139,14 +139,21 @@ class PastSlot(StateSlot):
     table: str
     """As in `TableSlot`."""
     term: Term
+    part: int = 0
+    """Of which part of the batch, where each part runs by itself."""
 
     @property
     def name(self) -> str:
-        return f"{self.table}_{self.term}"
+        return f"{self.table}_{self.term}{f'_part{self.part}' if self.part else ''}"
 
     @property
     def role(self) -> str:
         return "past outputs" if self.term.of == "v" else "past latents"
+
+
+def of_part(slot: StateSlot, part: int) -> StateSlot:
+    """The same state of a part of the batch."""
+    return replace(slot, part=part) if part and isinstance(slot, PastSlot) else slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,17 @@ class IndexSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsSlot:
+    """The rows [rows] of the batch that a step graph computes, where each part of the batch runs by itself."""
+
+    count: int
+
+    @property
+    def name(self) -> str:
+        return "rows"
+
+
+@dataclass(frozen=True, slots=True)
 class TableSlot:
     """Coefficients that a calibrated plan has for the step of the call: what a term of a table is multiplied with."""
 
@@ -208,7 +226,7 @@ class TableSlot:
         return f"{self.table}_{self.term}_weight"
 
 
-Slot = StateSlot | ScalarSlot | IndexSlot | TableSlot
+Slot = StateSlot | ScalarSlot | IndexSlot | RowsSlot | TableSlot
 
 
 def slot_of(node: object) -> Slot | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 import hero_fx
+from hero_fx.calibration.evaluate import log_sum
 from hero_fx.calibration.search import even_schedule, improve, pairs, seed_schedule
+from hero_fx.calibration.settle import weights_of
 from hero_fx.calibration.solve import RIDGE, Past, fit
 
 from .support import tiny, toys
@@ -96,9 +99,9 @@ def test_too_few_full_steps_are_refused() -> None:
 
 def test_moves_lower_the_objective_and_stop_in_time() -> None:
     wanted = tuple(s in (0, 3, 7, 9) for s in range(10))
-    seen: list[tuple[bool, ...]] = []
+    seen: list[tuple[int, ...]] = []
 
-    def objective(schedule: tuple[bool, ...]) -> float:
+    def objective(schedule: tuple[int, ...]) -> float:
         seen.append(schedule)
         return sum(a != b for a, b in zip(schedule, wanted, strict=True))
 
@@ -348,3 +351,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_arguments_that_mean_nothing(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrated(**options)
+
+
+def test_weights_say_which_distance_counts() -> None:
+    assert log_sum({"a": math.e, "b": math.e**2}, {"b": 3}) == pytest.approx(1 + 3 * 2)
+    with pytest.raises(ValueError, match=r"weights=\{'c': 2\}: 'c' must be one of 'a', 'b'"):
+        weights_of({"c": 2}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="a number above 0"):
+        weights_of({"a": 0}, {"a": 1.0, "b": 1.0})

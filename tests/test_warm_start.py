@@ -106,17 +106,22 @@ def test_attributes_are_the_models(loaded: hero_fx.Loaded) -> None:
     assert steps.sampler.grid == GRID
 
 
-def test_a_plan_goes_along(packages: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [(), ((True, False, False, True), (True, True, False, True))])
+def test_a_plan_goes_along(packages: None, parts: tuple[tuple[bool, ...], ...], tmp_path: Path) -> None:
     torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    tables = {
+        name: torch.randn(4, 5, 1, 1, CHANNELS, generator=generator) for name in ("out0", "out0@1")[: len(parts) or 1]
+    }
     times = toys.times(4)
     timeline = Timeline(
         schedule=(True, True, False, True),
         timesteps=tuple(float(t[0]) for t in times),
-        coefficients={"out0": torch.randn(4, 5, 1, 1, CHANNELS, generator=torch.Generator().manual_seed(0))},
+        coefficients=tables,
+        parts=parts,
     )
-    plan = Plan(
-        policy="forecast", timelines=(timeline,), outputs=(OutputRule(index=0, axis=2, latent="latents", start=0),)
-    )
+    rule = OutputRule(index=0, axis=2, latent="latents", start=0)
+    plan = Plan(policy="forecast", timelines=(timeline,), outputs=(rule,), batch=2)
     backend = hero_fx.backend(plan=plan, inner="eager")
     compiled = torch_compile(toys.toy(), backend)
     live = toys.loop(compiled, latents(), times)

@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hero_fx.passes.compat import no_autocast
+from hero_fx.passes.rewrite.rows_of_batch import KeepRows
+from hero_fx.passes.simplify.cleanup import DropDeadCode
 from hero_fx.report import Explanation
+from hero_fx.step_graphs import copy_graph
 
+from .support.tracing import run_passes
 from .support.zoo import FULL, STEPS, backend_for, close, first, found, hooked, trajectory, zoo
 from .support.zoo_reference import Hooked, feature_modules
 
@@ -173,3 +178,15 @@ def test_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explain_where_sizes_depend_on_the_input(name: str) -> None:
     model, backend = found(name), backend_for(found(name).sample, policy="fora")
     assert "varies" in str(Explanation(backend.steps_of(model.source), backend.config))
+
+
+@pytest.mark.parametrize("name", ["pixart", "allegro", "ltx2", "hunyuan_video"])
+def test_half_of_the_batch_is_half_of_the_result(name: str) -> None:
+    """Forecasts by halves: masks repeated for heads, batches folded into frames, two streams."""
+    model = found(name)
+    gm, (whole, *_) = copy_graph(model.normal), model.normal(*model.inputs)
+    half = whole.shape[0] // 2
+    with no_autocast():
+        run_passes(gm, KeepRows(count=half), DropDeadCode())
+        for rows in (torch.arange(half), torch.arange(half, 2 * half)):
+            close([gm(*model.inputs, rows)[0]], [whole[rows]], 1e-5)

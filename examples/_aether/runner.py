@@ -123,13 +123,13 @@ class Runner:
 
 def row(system: System, found: dict[str, float], steps: int, normal: torch.fx.GraphModule | None) -> dict[str, Any]:
     """The figures of a system; FLOPs are those of one trajectory, and need the graph of the model."""
-    kinds, (full_s, cached_s) = system.kinds(steps), system.by_kind(steps)
+    by_kind = system.by_kind(steps)
     result: dict[str, Any] = {
-        "full + cached steps": f"{kinds.count(None)} + {steps - kinds.count(None)}",
+        "full + cached steps": system.counted(steps),
         "seconds, all": found["seconds"],
         "seconds of denoising, a window": system.total(),
-        "seconds, full step": full_s,
-        "seconds, cached step": cached_s,
+        "seconds, full step": by_kind[None],
+        "seconds, cached step": by_kind.get(0),
         "seconds, compiling call": found["first_s"],
         "peak memory, GB": found["peak_gb"],
         "feature state, GB": found["state_gb"],

@@ -1,6 +1,6 @@
 """Learns the plans that are shipped beside the weights, from training scenes alone.
 
-    python examples/world/calibrate.py [--task planning] [--full 19] [--scenes 8] [--search 60]
+    python examples/world/calibrate.py [--task planning] [--full 19] [--scenes 8] [--search 120]
 
 It takes some minutes a plan on a CPU: trajectories of full compute are recorded, then schedules are tried by running them.
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hero_fx
 from world.latents import MODALITIES
 from world.model import FRAMES, SIZE, TASKS
-from world.pipeline import STEPS, WEIGHTS, WorldModelPipeline
+from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
 from world.render import render
 from world.scenes import TRAINING, sample_scenes
 
@@ -34,9 +34,13 @@ FULL = {"planning": 19, "reconstruction": 12}
 
 def calibrate(
     weights: Path, task: str, full: int, *, scenes: int = 8, search: int = 60, guidance: float | None = None,
-    folder: Path | None = None,
+    apart: bool = False, rgb: float = 1.0, start: Path | None = None, steps: int | None = None, folder: Path | None = None,
 ) -> hero_fx.Calibration:  # fmt: skip
-    """The plan of a task's usual number of steps with `full` full ones, fitted to `scenes` training scenes."""
+    """The plan of `steps` steps (the task's own, if not given) with `full` full ones, fitted to `scenes` training scenes.
+
+    `apart`: the halves of guidance have full steps of their own, as many together; `start`: a plan whose schedule comes first;
+    `rgb`: how much RGB counts in the search, against 1 for disparity and raymap.
+    """
     pipeline = WorldModelPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -46,7 +50,7 @@ def calibrate(
         latents: Tensor = pipeline(
             clips.rgb,
             task=task,
-            num_inference_steps=STEPS[task],
+            num_inference_steps=steps or STEPS[task],
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(i),
             output_type="latent",
@@ -54,8 +58,9 @@ def calibrate(
         return latents
 
     return hero_fx.calibrate(
-        pipeline.transformer, run, num_steps=STEPS[task], budget=full, scenes=scenes, holdout=2,
-        search=search, by=("frames", "batch"), distances=by_modality, folder=folder, inner="eager",
+        pipeline.transformer, run, num_steps=steps or STEPS[task], budget=full, scenes=scenes, holdout=2,
+        search=search, by=("frames", "batch"), apart=apart, start=start, distances=by_modality,
+        weights={"rgb": rgb}, folder=folder, inner="eager",
     )  # fmt: skip
 
 
@@ -77,14 +82,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--full", type=int, help=f"full steps; {FULL} if not given")
     parser.add_argument("--scenes", type=int, default=8, help="training scenes that are fitted to")
-    parser.add_argument("--search", type=int, default=60, help="schedules that may be tried")
+    parser.add_argument("--together", action="store_true", help="the halves of guidance have the same full steps")
+    parser.add_argument(
+        "--rgb", type=float, default=1.0, help="how much RGB counts in the search, against 1 for the others"
+    )
+    parser.add_argument("--start", type=Path, help="a plan whose schedule is tried first")
+    parser.add_argument("--search", type=int, default=120, help="schedules that may be tried")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--output", type=Path, default=PLANS, help="folder for the plan and its picture")
     arguments = parser.parse_args(argv)
     task = arguments.task
     found = calibrate(
-        arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search
-    )
+        arguments.weights, task, arguments.full or FULL[task], scenes=arguments.scenes, search=arguments.search,
+        apart=GUIDANCE[task] > 1 and not arguments.together, rgb=arguments.rgb, start=arguments.start,
+    )  # fmt: skip
     print(found)
     arguments.output.mkdir(parents=True, exist_ok=True)
     found.plan.save(arguments.output / f"{task}.safetensors")

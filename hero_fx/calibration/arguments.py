@@ -25,7 +25,7 @@ def numbers_of(name: str, given: int | Sequence[int], start: int) -> tuple[int, 
 def check(
     num_steps: int, budget: int | float | None, max_error: float | Mapping[str, float] | None, policies: Sequence[str],
     search: int, full_steps: Collection[int], scenes: tuple[int, ...], holdout: tuple[int, ...], history: int, samples: int,
-    by: Collection[str], phases: int,
+    by: Collection[str], phases: int, apart: bool = False,
 ) -> None:  # fmt: skip
     """Raises ValueError for arguments of `calibrate` that mean nothing."""
     for name, value, least in (
@@ -41,6 +41,8 @@ def check(
         unknown = [value for value in given if value not in allowed]
         if isinstance(given, str) or unknown or (name == "policies" and not given):
             raise ValueError(f"{name}={given!r}: choose from {', '.join(map(repr, allowed))}, in a tuple or list")
+    if apart and tuple(policies) != ("forecast",):
+        raise ValueError(f"apart=True: is for policies=('forecast',), and not for {tuple(policies)!r}")
     if not all(isinstance(step, int) and 0 <= step < num_steps for step in full_steps):
         raise ValueError(f"full_steps={tuple(full_steps)!r} must be steps from 0 to {num_steps - 1}")
     if set(scenes) & set(holdout):

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .evaluate import Evaluator, Job, log_sum
-from .search import Schedule, even_schedule, improve, pairs, seed_schedule
-from .tables import Predictor
+from .search import Schedule, even_schedule, improve, pairs, seed_schedule, thinned
+from .tables import Outputs, Predictor
 
 __all__ = ["Bound", "OutOfBound", "best", "bound_of", "fewest"]
 
+SHARES = (0.6, 0.45, 1.0)
+"""Of the full steps that all parts of the batch would have alike, how many those parts start with that have fewer."""
 POWERS = (2.0, 1.0, 0.0)
 """Of how far a step moves the sample, as weight of its error: errors of early steps grow on their way, so none is best."""
 
@@ -57,7 +59,9 @@ def bound_of(max_error: float | Mapping[str, float], names: Mapping[str, float])
 
 def best(evaluate: Evaluator, full: int) -> Schedule:
     """The best schedule of `full` full steps that was found."""
-    return _search(evaluate, full, lambda s: log_sum(evaluate.error(s)), evaluate.job.evaluations)[0]
+    return _search(
+        evaluate, full, lambda s: log_sum(evaluate.error(s), evaluate.job.weights), evaluate.job.evaluations
+    )[0]
 
 
 def fewest(evaluate: Evaluator, bound: Bound, least: int, most: int) -> Schedule:
@@ -78,7 +82,7 @@ def fewest(evaluate: Evaluator, bound: Bound, least: int, most: int) -> Schedule
         return first if first > 0 else bound.excess(evaluate.errors(schedule, job.scenes))
 
     def within(schedule: Schedule) -> float:
-        return log_sum(evaluate.error(schedule)) if excess(schedule) <= 0 else math.inf
+        return log_sum(evaluate.error(schedule), job.weights) if excess(schedule) <= 0 else math.inf
 
     def left() -> int:
         return job.evaluations - len(evaluate.tried)
@@ -107,6 +111,9 @@ def _search(
     starts = [
         sum(parts, ()) for parts in zip(*(_starts(evaluate.job, p, full) for p in evaluate.predictors), strict=True)
     ]
+    given = evaluate.job.start
+    if given is not None and sum(given) == full * len(evaluate.predictors):
+        starts.insert(0, given)
     return _improve(evaluate.job, starts, objective, evaluations, goal)
 
 
@@ -118,11 +125,41 @@ def _improve(
     goal: float = -math.inf,
 ) -> tuple[Schedule, float]:
     steps = len(job.timesteps)
-    return improve(starts, objective, evaluations=evaluations, seed=job.seed, must=job.must, steps=steps, goal=goal)
+    return improve(
+        starts,
+        objective,
+        evaluations=evaluations,
+        seed=job.seed,
+        must=job.must,
+        steps=steps,
+        parts=job.parts,
+        goal=goal,
+    )
 
 
-def _starts(job: Job, predictor: Predictor, full: int) -> list[Schedule]:
-    """What the search of a phase starts from: evenly spaced schedules, and those of dynamic programming."""
+def _starts(job: Job, predictor: Predictor, full: int) -> Sequence[Schedule]:
+    """What the search of a phase starts from: evenly spaced schedules, and those of dynamic programming.
+
+    Where the batch has parts, `full` counts those of all of them. They are full together, or the first has more full steps
+    and the others some of these, most where they move the latent most.
+    """
+    steps = len(job.timesteps)
+    if job.parts == 1:
+        return _alike(job, predictor, full)
+    assert isinstance(predictor, Outputs)
+    others, moves, found = job.parts - 1, predictor.moves(), list[Schedule]()
+    late = moves[:, moves.sum(dim=0).argmin()].tolist()
+    for share in SHARES:
+        fewer = max(len(job.must), round(share * full / job.parts))
+        more = full - others * fewer
+        if len(job.must) <= fewer <= more <= steps:
+            for first in _alike(job, predictor, more)[:: 1 if share == SHARES[0] else 2]:
+                some = thinned(first, late, fewer, job.must)
+                found.append(tuple(int(a) + others * int(b) for a, b in zip(first, some, strict=True)))
+    return found
+
+
+def _alike(job: Job, predictor: Predictor, full: int) -> Sequence[tuple[bool, ...]]:
     steps = len(job.timesteps)
     reach = max(4, math.ceil(3 * steps / full))
     asked = pairs(steps, reach)

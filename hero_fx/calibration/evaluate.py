@@ -45,6 +45,12 @@ class Job:
     """Steps of a trajectory that have to be full, the first one among them."""
     searched: int
     """Trajectories that an evaluation of the search runs."""
+    parts: int = 1
+    """Of the batch, with full steps of their own; full steps are then counted for each."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """How much the logarithm of each distance counts; 1 where nothing is said."""
+    start: Schedule | None = None
+    """What every search of as many full steps starts with, of all phases in a row."""
     bar: Any = None
 
     @property
@@ -84,11 +90,14 @@ def plan_for(
 ) -> Plan:
     """The plan of a schedule, that of all phases in a row, with fitted coefficients."""
     times = job.timesteps
-    parts = [schedule[n * len(times) : (n + 1) * len(times)] for n in range(len(predictors))]
+    schedules = [schedule[n * len(times) : (n + 1) * len(times)] for n in range(len(predictors))]
     lines = [
-        Timeline(schedule=part, timesteps=times, coefficients=predictor.tables(part), phase=phase, **more)
-        for phase, (part, predictor) in enumerate(zip(parts, predictors, strict=True))
-    ]
+        Timeline(
+            schedule=tuple(map(bool, own)), timesteps=times, coefficients=predictor.tables(own),
+            parts=predictor.part_schedules(own) if predictor.parts > 1 else (), phase=phase, **more,
+        )
+        for phase, (own, predictor) in enumerate(zip(schedules, predictors, strict=True))
+    ]  # fmt: skip
     return Plan(timelines=tuple(lines), **base)
 
 
@@ -131,11 +140,12 @@ class Evaluator:
         """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
         of = [
             self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
-            "".join("01"[full] for full in schedule), str(self.job.timesteps),
+            "".join(str(int(level)) for level in schedule), *["apart"] * (self.predictors[0].parts > 1),
+            str(self.job.timesteps),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
 
 
-def log_sum(error: Mapping[str, float]) -> float:
-    """What candidates are compared by: the sum of the logarithms of all distances."""
-    return sum(math.log(max(value, 1e-12)) for value in error.values())
+def log_sum(error: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """What candidates are compared by: the weighted sum of the logarithms of all distances."""
+    return sum(weights.get(name, 1.0) * math.log(max(value, 1e-12)) for name, value in error.items())

@@ -22,7 +22,7 @@ class Tried:
     schedule: Schedule
     """Of all phases in a row."""
     full: int
-    """Full steps of a trajectory."""
+    """Full steps of a trajectory; where parts of the batch have their own, those of all of them."""
     error: Mapping[str, float]
     """Distances to full compute, mean over the fitted trajectories that were searched on."""
     speed: float
@@ -71,7 +71,7 @@ class Calibration:
             line, strips = c.plan.timelines[0], " ".join(t.strip for t in c.plan.timelines)
             errors = [f"{value:.5f}" for value in c.error.values()]
             rows.append(
-                [c.policy, line.full, f"{c.speed:.2f}", *errors, f"{c.state_bytes / 1e6:.2f}", len(c.tried), strips]
+                [c.policy, line.counted, f"{c.speed:.2f}", *errors, f"{c.state_bytes / 1e6:.2f}", len(c.tried), strips]
             )
         heads = [
             "policy",
@@ -115,8 +115,10 @@ class Calibration:
                 of = [(t.speed, t.error[name]) for t in c.tried]
                 above.scatter(*zip(*of, strict=True), color=f"C{number}", marker=marker, s=14, alpha=0.3, linewidths=0)
                 above.plot(c.speed, error, marker, color=f"C{number}", label=f"{c.policy}: {name}, {error:.2g}")
-            for step, full in enumerate(full for t in c.plan.timelines for full in t.schedule):
-                below.barh(-number, 0.9, left=step, height=0.8, color=f"C{number}" if full else "0.9")
+            most = c.plan.parts
+            for step, level in enumerate(level for t in c.plan.timelines for level in t.levels):
+                below.barh(-number, 0.9, left=step, height=0.8, color="0.9")
+                below.barh(-number - 0.4, 0.9, left=step, height=0.8 * level / most, color=f"C{number}", align="edge")
         for name, limit in self.max_error.items():
             above.axhline(limit, color="0.5", linewidth=0.8, linestyle=":", label=f"at most: {name}, {limit:.2g}")
         above.set(yscale="log", xlabel="speed-up by FLOPs", ylabel="distance to full compute")

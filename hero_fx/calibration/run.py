@@ -19,12 +19,14 @@ from hero_fx.fingerprint import fingerprint_of
 from hero_fx.flops import flops
 from hero_fx.passes.emit import value_of
 from hero_fx.passes.rewrite.forecast import outputs_of
+from hero_fx.plan import Plan, as_plan
 
 from .arguments import check, numbers_of
 from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
-from .record import Recorder, Recording
+from .record import Recorder
 from .report import Calibration, Candidate, Tried
+from .settle import measured, parts_of, record, start_of, weights_of
 from .tables import Features, Outputs, Predictor, by_parts
 
 __all__ = ["calibrate", "relative_l2"]
@@ -73,8 +75,11 @@ def calibrate(
     phases: int = 1,
     latent: str | Sequence[str] | None = None,
     by: Collection[Literal["frames", "batch"]] = (),
+    apart: bool = False,
+    start: Plan | str | Path | None = None,
     history: int = 3,
     distances: Distances = relative_l2,
+    weights: Mapping[str, float] | None = None,
     samples: int = 2048,
     folder: str | Path | None = None,
     inner: Any = "inductor",
@@ -117,8 +122,15 @@ def calibrate(
             schedule and coefficients of their own. The last of these are fitted to all further ones, and are for them.
         latent: the argument, or arguments, that hold the noisy latent, where the first that fits is not the one.
         by: which parts of an output get coefficients of their own besides its channels: `"frames"`, `"batch"`.
+        apart: let the parts of the batch have full steps and coefficients of their own, where guidance puts the unconditional
+            and the conditional half into one call: for policy `"forecast"`, and models whose rows of the batch do not meet.
+            Each part then runs by itself. It gains most where guidance is weak at early steps (CogVideoX's dynamic form).
+        start: a plan with as many full steps, whose schedule is tried first; with `search=1` it is kept, and coefficients are
+            fitted alone.
         history: how many past outputs a forecast is made from, 1 to 3.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
+        weights: by name, how much the logarithm of a distance counts where schedules and candidates are compared; 1 where
+            nothing is said.
         samples: positions of an output, per frame and row of the batch, that are recorded.
         folder: where evaluations are kept, so that a run that is cut off goes on.
         inner, timestep: as in `hero_fx.backend`.
@@ -132,7 +144,7 @@ def calibrate(
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases)
+    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases, apart)
     notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
     for note in notes:
         log.warning("%s", note)
@@ -150,8 +162,13 @@ def calibrate(
         store, seed, search, frozenset({0, *full_steps}), min(2, len(fitted)),
     )  # fmt: skip
     with torch.no_grad(), dynamo.unlimited_tracing(), _forgotten(job.model):
-        _record(job, num_steps)
-        bound = None if max_error is None else bound_of(max_error, _measured(job))
+        record(job, num_steps)
+        if apart:
+            job.parts = parts_of(job)
+        if start is not None:
+            job.start = start_of(job, as_plan(start), budget)
+        job.weights = weights_of(weights or {}, measured(job))
+        bound = None if max_error is None else bound_of(max_error, measured(job))
         wanted = budget if bound is None else bound
         assert wanted is not None, "one of the two is given"
         candidates = [c for policy in policies if (c := _candidate(job, policy, wanted, by, history)) is not None]
@@ -178,37 +195,6 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
         dynamo.forget_code(model)
 
 
-def _record(job: Job, num_steps: int) -> None:
-    compiled = torch.compile(job.model, backend=job.recorder, fullgraph=True)
-    first: Recording | None = None
-    for i in tqdm((*job.scenes, *job.holdout), desc="recording", unit="trajectory"):
-        job.finals[i] = job.run(compiled, i)
-        made = job.recorder.finish()
-        if lengths := [len(r.timesteps) for r in made if len(r.timesteps) != num_steps]:
-            raise ValueError(f"num_steps={num_steps}, but run(model, {i}) made {lengths[0]} steps: make both agree")
-        if len(made) < len(job.recordings):
-            raise ValueError(
-                f"phases={len(job.recordings)}, but run(model, {i}) made {len(made)} trajectories, one after another: there "
-                "must be one for each phase"
-            )
-        first = first or made[0]
-        if any(recording.timesteps != first.timesteps for recording in made):
-            raise ValueError(f"run(model, {i}) went through other timesteps than the first trajectory")
-        for number, recording in enumerate(made if i in job.scenes else ()):
-            job.recordings[min(number, len(job.recordings) - 1)].append(recording)
-    for rule in job.recorder.rules:
-        if rule.latent is None:
-            log.warning(
-                "output %d: no argument holds its noisy latent in channels that change together from step to step, so it is "
-                "forecast from past outputs alone; name the argument with latent=", rule.index,
-            )  # fmt: skip
-
-
-def _measured(job: Job) -> Mapping[str, float]:
-    """The distances, as they are between two samples."""
-    return job.distances(job.finals[job.scenes[0]], job.finals[job.holdout[0]])
-
-
 def _candidate(
     job: Job, policy: str, budget: int | float | Bound, by: Collection[str], history: int
 ) -> Candidate | None:
@@ -217,32 +203,34 @@ def _candidate(
         return None
     predictors, base = _predictors(job, policy, by, history)
     steps, phases = len(job.timesteps), len(predictors)
-    plan = plan_for(job, base, predictors, (True,) * (steps * phases))
+    plan = plan_for(job, base, predictors, (job.parts,) * (steps * phases))
     chosen = backend(plan=plan, **job.options)
     compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
     job.run_alone(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
-    share = flops(graphs.cached[0]).total / max(1, flops(graphs.normal).total)
+    plain = max(1, flops(graphs.normal).total)
+    share, parts = flops(graphs.cached[0]).total / plain, job.parts
+    one = 1.0 if parts == 1 else (flops(graphs.full).total or plain / parts) / plain
 
     def speed(full: int) -> float:
-        return steps / (full + (steps - full) * share)
+        return steps / (full * one + (steps * parts - full) * share)
 
-    least = len(job.must)
+    least = len(job.must) * parts
     evaluate = Evaluator(job, base, predictors, chosen, compiled)
     with tqdm(total=job.evaluations, desc=f"{policy}: schedules", unit="schedule") as job.bar:
         if isinstance(budget, Bound):
             try:
-                schedule = fewest(evaluate, budget, least, steps - 1)
+                schedule = fewest(evaluate, budget, least, steps * parts - 1)
             except OutOfBound as missed:
                 unsupported[policy] = str(missed)
                 return None
         else:
-            gain = max(1 - share, 1e-9)
-            full = budget if isinstance(budget, int) else math.floor((steps / budget - steps * share) / gain)
+            gain, rest = max(one - share, 1e-9), steps * parts * share
+            full = budget * parts if isinstance(budget, int) else math.floor((steps / budget - rest) / gain)
             if full < least:
                 unsupported[policy] = (
-                    f"budget={budget} leaves room for {max(full, 0)} full steps, where a cached one costs {share:.0%} of a "
-                    f"full one, and {least} have to be full"
+                    f"budget={budget} leaves room for {max(full, 0) // parts} full steps, where a cached one costs "
+                    f"{share * parts:.0%} of a full one, and {least // parts} have to be full"
                 )
                 return None
             schedule = best(evaluate, full)
@@ -250,7 +238,7 @@ def _candidate(
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
         policy=policy, plan=plan_for(job, base, predictors, schedule, error=error, speed=speed(full)), error=error,
-        speed=speed(full), share=share, score=log_sum(error), state_bytes=graphs.state_bytes, tried=tuple(tried),
+        speed=speed(full), share=share, score=log_sum(error, job.weights), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
 
 
@@ -267,10 +255,12 @@ def _predictors(job: Job, policy: str, by: Collection[str], history: int) -> tup
         values = outputs_of(recorder.normal)
         ranks = tuple(value_of(values[rule.index]).dim() for rule in recorder.rules)
         rules = tuple(replace(rule, history=history) for rule in recorder.rules)
-        rules = by_parts(rules, ranks, by, recorder.batch)
-        base["outputs"] = rules
-        base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, rules)
-        return [Outputs(of, rules, ranks) for of in recordings], base
+        apart = job.parts > 1
+        rules = by_parts(rules, ranks, {*by, "batch"} if apart else by, recorder.batch)
+        found = [Outputs(of, rules, ranks, apart) for of in recordings]
+        base["outputs"] = found[0].ruled()
+        base["model"] = fingerprint_of(recorder.normal, recorder.structure, recorder.module, base["outputs"])
+        return [*found], base
     base["options"] = OPTIONS[policy]
     base["model"] = replace(recorder.fingerprint, outputs=())
     names = [n.removeprefix(f"{policy}/") for n in first.features if n.startswith(f"{policy}/")]

@@ -6,15 +6,17 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .solve import Past
 
-__all__ = ["even_schedule", "improve", "pairs", "seed_schedule"]
+__all__ = ["even_schedule", "improve", "pairs", "seed_schedule", "thinned"]
 
 POWER = 2
 """Of a segment's error: above 1, because one bad stretch hurts more than its share."""
 
-Schedule = tuple[bool, ...]
+Schedule = tuple[int, ...]
+"""Of each step how many parts of the batch are full: 0 or 1 (false or true) where it is one, else up to their number."""
 
 
 def pairs(steps: int, reach: int) -> list[Past]:
@@ -34,7 +36,7 @@ class _State:
 
 def seed_schedule(
     errors: dict[Past, float], steps: int, full: int, *, reach: int, must: Collection[int] = ()
-) -> Schedule:
+) -> tuple[bool, ...]:
     """The schedule of `full` full steps with the least sum over segments of (sum of errors)^2.
 
     Args:
@@ -73,7 +75,21 @@ def seed_schedule(
     return tuple(step in chosen for step in range(steps))
 
 
-def even_schedule(steps: int, full: int, warmup: int, must: Collection[int] = ()) -> Schedule:
+def thinned(
+    schedule: Sequence[bool], weights: Sequence[float], full: int, must: Collection[int] = ()
+) -> tuple[bool, ...]:
+    """`full` of a schedule's full steps: those that must be, the last, and the rest with equal sums of weights between them."""
+    fulls = [step for step, own in enumerate(schedule) if own]
+    kept = {0, *must} | ({fulls[-1]} if full > len({0, *must}) else set())
+    total, rest = list(accumulate(max(weights[step], 1e-9) for step in fulls)), full - len(kept)
+    for n in range(rest):
+        wanted = total[-1] * (n + 0.5) / rest
+        free = [(abs(at - wanted), step) for at, step in zip(total, fulls, strict=True) if step not in kept]
+        kept.add(min(free)[1])
+    return tuple(step in kept for step in range(len(schedule)))
+
+
+def even_schedule(steps: int, full: int, warmup: int, must: Collection[int] = ()) -> tuple[bool, ...]:
     """`full` full steps: those that must be, the first `warmup`, and the rest evenly spaced up to the last step."""
     chosen = {0, *must}
     chosen |= set(range(min(warmup, full - len(chosen) + 1)))
@@ -94,13 +110,15 @@ def improve(
     seed: int,
     must: Collection[int] = (),
     steps: int | None = None,
+    parts: int = 1,
     goal: float = -math.inf,
 ) -> tuple[Schedule, float]:
     """Takes the best start and moves full steps, one at a time, wherever that lowers the objective; at most so many
     evaluations, and no more once it is down to the goal.
 
     First each full step to a neighbouring place, then to any free one, in an order that the seed decides. A schedule may be
-    that of several trajectories of `steps` steps in a row: full steps stay in theirs, and `must` holds for each.
+    that of several trajectories of `steps` steps in a row: full steps stay in theirs, and `must` holds for each. Where the
+    batch has `parts`, one of them is moved at a time.
     """
     rng = random.Random(seed)
     found: dict[Schedule, float] = {}
@@ -113,7 +131,7 @@ def improve(
     moved = True
     while moved:
         moved = False
-        for schedule in _moves(best, rng, must, steps or len(best)):
+        for schedule in _moves(best, rng, must, steps or len(best), parts):
             if len(found) >= evaluations or found[best] <= goal:
                 break
             if schedule in found:
@@ -125,13 +143,13 @@ def improve(
     return best, found[best]
 
 
-def _moves(schedule: Schedule, rng: random.Random, must: Collection[int], steps: int) -> Sequence[Schedule]:
+def _moves(schedule: Schedule, rng: random.Random, must: Collection[int], steps: int, parts: int) -> Sequence[Schedule]:
     fixed = {0, *must}
-    fulls = [s for s, full in enumerate(schedule) if full and s % steps not in fixed]
-    free = [s for s, full in enumerate(schedule) if not full]
-    pairs = [(a, b) for a in fulls for b in free if a // steps == b // steps]
+    fulls = [s for s, level in enumerate(schedule) if level and s % steps not in fixed]
+    free = [s for s, level in enumerate(schedule) if level < parts]
+    pairs = [(a, b) for a in fulls for b in free if a // steps == b // steps and a != b]
     near = [(a, b) for a, b in pairs if abs(a - b) == 1]
     far = [(a, b) for a, b in pairs if abs(a - b) > 1]
     rng.shuffle(near)
     rng.shuffle(far)
-    return [tuple(s == b or (full and s != a) for s, full in enumerate(schedule)) for a, b in (*near, *far)]
+    return [tuple(level + (s == b) - (s == a) for s, level in enumerate(schedule)) for a, b in (*near, *far)]

@@ -28,7 +28,7 @@ class Past:
     fulls: tuple[int, ...]
 
 
-def past_of(schedule: Sequence[bool], most: int = 3) -> list[Past]:
+def past_of(schedule: Sequence[int], most: int = 3) -> list[Past]:
     """Every cached step of a schedule with its last `most` full steps."""
     found, fulls = [], list[int]()
     for step, full in enumerate(schedule):

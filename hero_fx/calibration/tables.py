@@ -21,9 +21,19 @@ __all__ = ["Features", "Outputs", "Predictor"]
 class Predictor(ABC):
     """What fits the cached steps of one policy."""
 
+    @property
+    def parts(self) -> int:
+        """Of the batch, with full steps of their own."""
+        return 1
+
+    def part_schedules(self, schedule: Schedule) -> tuple[tuple[bool, ...], ...]:
+        """The schedule of each part."""
+        return (tuple(map(bool, schedule)),)
+
     @abstractmethod
     def errors(self, pasts: Sequence[Past], power: float) -> list[float]:
-        """Squared one-step errors for dynamic programming, times how far they move the next latent to that power."""
+        """Squared one-step errors for dynamic programming, times how far they move the next latent to that power; where parts
+        of the batch have full steps of their own, those of the part that has the most."""
 
     @abstractmethod
     def tables(self, schedule: Schedule) -> dict[str, Tensor]:
@@ -38,10 +48,26 @@ class Outputs(Predictor):
     rules: tuple[OutputRule, ...]
     ranks: tuple[int, ...]
     """Of the outputs."""
+    apart: bool = False
+    """Whether the parts of the batch have full steps of their own: then each has tables of its own too."""
+
+    @property
+    def parts(self) -> int:
+        """Of the batch, with full steps of their own."""
+        return self.rules[0].groups if self.apart else 1
+
+    def part_schedules(self, schedule: Schedule) -> tuple[tuple[bool, ...], ...]:
+        """The schedule of each part: where fewer than all are full, they are those that move the latent most."""
+        rank = self.moves().sum(dim=0).argsort(descending=True).argsort().tolist()
+        return tuple(tuple(level > rank[part] for level in schedule) for part in range(self.parts))
+
+    def moves(self) -> Tensor:
+        """[T, groups]: how far an error of each part moves the next latent."""
+        return torch.stack([r.gains for r in self.recordings]).double().mean(dim=(0, 2))
 
     def ruled(self) -> tuple[OutputRule, ...]:
-        """The rules as a plan has them."""
-        return self.rules
+        """The rules as a plan has them: a part of the batch that runs by itself has no parts."""
+        return tuple(replace(rule, groups=1) for rule in self.rules) if self.apart else self.rules
 
     def _gram(self, rule: OutputRule) -> Tensor:
         """[lanes, groups or 1, frames or 1, channels, M, M], summed over trajectories, and over what shares coefficients."""
@@ -72,21 +98,41 @@ class Outputs(Predictor):
             relative = (error.mean(dim=2) / size[None, None, :, None]).mean(dim=2)  # [lanes, groups, pasts]
             weight = gains[at].permute(1, 2, 0)
             weight = weight if relative.shape[1] == weight.shape[1] else weight.mean(dim=1, keepdim=True)
-            total += (relative * weight).sum(dim=(0, 1))
+            of_parts = (relative * weight).sum(dim=0)
+            total += of_parts[self.moves().sum(dim=0).argmax()] if self.apart else of_parts.sum(dim=0)
         return total.tolist()
 
     def tables(self, schedule: Schedule) -> dict[str, Tensor]:
-        pasts, result = past_of(schedule), {}
+        result = {}
         for rule, rank in zip(self.rules, self.ranks, strict=True):
-            found, (lanes, groups, frames, channels) = self._fit(rule, pasts)
-            theta = found.theta.reshape(lanes, groups, frames, channels, len(pasts), found.theta.shape[-1]).float()
-            for lane in range(lanes):
-                table = torch.zeros(len(schedule), THETAS, *_layout(rule, rank, groups, frames, channels))
-                for n, past in enumerate(pasts):
-                    values = theta[lane, :, :, :, n]  # [groups, frames, channels, terms]
-                    table[past.step, : values.shape[-1]] = _place(rule, rank, values.movedim(-1, 0))
-                result[rule.table if lane == 0 else f"{rule.table}@{lane}"] = table
+            if not self.apart:
+                for lane, theta in enumerate(self._theta(rule, past_of(schedule))):
+                    result[_name(rule, lane)] = _table(rule, rank, theta, schedule)
+                continue
+            for part, own in enumerate(self.part_schedules(schedule)):
+                (theta,) = self._theta(rule, past_of(own))
+                result[_name(rule, part)] = _table(rule, rank, theta[part : part + 1], own)
         return result
+
+    def _theta(self, rule: OutputRule, pasts: Sequence[Past]) -> Tensor:
+        """[lanes, groups, frames, channels, pasts, terms]."""
+        found, (lanes, groups, frames, channels) = self._fit(rule, pasts)
+        return found.theta.reshape(lanes, groups, frames, channels, len(pasts), found.theta.shape[-1]).float()
+
+
+def _name(rule: OutputRule, number: int) -> str:
+    """The table of a lane, or of a part of the batch."""
+    return f"{rule.table}@{number}" if number else rule.table
+
+
+def _table(rule: OutputRule, rank: int, theta: Tensor, schedule: Sequence[int]) -> Tensor:
+    """[steps, 5, ...] from [groups, frames, channels, cached steps, terms]."""
+    groups, frames, channels = theta.shape[:3]
+    table = torch.zeros(len(schedule), THETAS, *_layout(rule, rank, groups, frames, channels))
+    for n, past in enumerate(past_of(schedule)):
+        values = theta[..., n, :]
+        table[past.step, : values.shape[-1]] = _place(rule, rank, values.movedim(-1, 0))
+    return table
 
 
 def _layout(rule: OutputRule, rank: int, groups: int, frames: int, channels: int) -> tuple[int, ...]:

@@ -15,7 +15,14 @@ from hero_fx.arguments import whole_number
 from .calling import Calling, current_calling
 from .leaving import leave
 
-__all__ = ["Batch", "batch", "current_batch", "only_call"]
+__all__ = ["CODE", "Batch", "batch", "current_batch", "only_call"]
+
+CODE = (
+    "the model runs code that was compiled outside of hero_fx.batch(...) within one, or the other way round: hero_fx tells the "
+    "two apart by whether autocast keeps casts, which was changed here by torch.autocast(cache_enabled=...) or "
+    "torch.set_autocast_cache_enabled(...); leave it the same for all calls of the model"
+)
+"""What is said where code that was compiled for one request is run in a batch."""
 
 _BATCH: ContextVar[Batch | None] = ContextVar("hero_fx_batch", default=None)
 

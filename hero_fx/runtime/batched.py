@@ -15,12 +15,12 @@ from torch import Tensor
 from hero_fx.passes.slots import StateSlot
 from hero_fx.program import OtherProgram, Program, own_rows
 
-from .batch import Batch, current_batch
+from .batch import CODE, Batch, current_batch
 from .budget import OverBudget
 from .calling import Calling, current_calling
 from .evidence import Evidence, marks
 from .state import Trajectory
-from .stepper import CODE, Stepper
+from .stepper import Stepper
 from .steps import BatchedStep, Placed
 from .timestep import AmbiguousCall
 from .tracker import Call
@@ -141,6 +141,11 @@ class BatchStepper:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         stepper, own = self.find([tensor.shape for tensor in tensors], batch.calls)
         rows = _rows(stepper, tensors, own, len(batch.calls))
+        if stepper.parts > 1:
+            raise NotBatched(
+                "hero_fx.batch: the plan has full steps of their own for parts of a request's batch (apart=True), which run "
+                "one after another: call the model once for each request, or calibrate without apart=True"
+            )
         model = stepper.weights.model(rows.values)
         batch.use(id(model))
         try:

@@ -7,12 +7,12 @@ from math import factorial
 
 import torch
 
-from hero_fx.passes.slots import ScalarSlot
+from hero_fx.passes.slots import RowsSlot, ScalarSlot
 from hero_fx.selection import PatchSampler, Selection
 
 from .tracker import Call
 
-__all__ = ["Selections", "scalar_value"]
+__all__ = ["Constants", "Selections", "scalar_value"]
 
 
 def scalar_value(slot: ScalarSlot, call: Call) -> float:
@@ -32,12 +32,12 @@ class Selections:
     def __init__(self, sampler: PatchSampler, device: torch.device, most: int = 512) -> None:
         self.sampler = sampler
         self.device = device
-        self._known: dict[tuple[bool, ...], tuple[torch.Tensor, ...]] = {}
+        self._known: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
         self._most = most
-        self._frontier: tuple[tuple[bool, ...], Selection] = ((), sampler.start())
+        self._frontier: tuple[tuple[int, ...], Selection] = ((), sampler.start())
         self._lock = threading.Lock()
 
-    def at(self, pattern: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
+    def at(self, pattern: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """Indices [K] on the device, one tensor per draw, for a call that is cached after the calls of `pattern`.
 
         `pattern` says of each call of the lane in this trajectory whether it was full, up to and with this one.
@@ -50,7 +50,7 @@ class Selections:
                 self._known[pattern] = tuple(row.to(self.device) for row in drawn)
             return self._known[pattern]
 
-    def _draw(self, pattern: tuple[bool, ...]) -> torch.Tensor:
+    def _draw(self, pattern: tuple[int, ...]) -> torch.Tensor:
         done, selection = self._frontier
         if pattern[: len(done)] != done or len(done) >= len(pattern):
             done, selection = (), self.sampler.start()
@@ -63,3 +63,27 @@ class Selections:
         self._frontier = (pattern, selection)
         assert drawn is not None, "selections are for cached steps"
         return drawn
+
+
+class Constants:
+    """Small tensors that take few values, each made once for a device, so that none is copied per call."""
+
+    def __init__(self) -> None:
+        self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self._rows: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    def scalar(self, value: float, device: torch.device) -> torch.Tensor:
+        """A 0-d tensor: x and 1 / d take few values."""
+        key = (value, device)
+        if key not in self._scalars:
+            with torch.inference_mode(False):
+                self._scalars[key] = torch.tensor(value, dtype=torch.float32, device=device)
+        return self._scalars[key]
+
+    def rows(self, slot: RowsSlot, part: int, device: torch.device) -> torch.Tensor:
+        """The rows of a part of the batch."""
+        key = (slot.count, part, device)
+        if key not in self._rows:
+            with torch.inference_mode(False):
+                self._rows[key] = torch.arange(part * slot.count, (part + 1) * slot.count, device=device)
+        return self._rows[key]

@@ -83,7 +83,7 @@ class Planned:
                 "hero_fx.calling(session=...) around each call"
             )
 
-    def check(self, call: Call, pattern: tuple[bool, ...], lane: int, timestep: Timestep) -> None:
+    def check(self, call: Call, pattern: tuple[int, ...], lane: int, timestep: Timestep) -> None:
         """Refuses a call that the plan has no coefficients for.
 
         Args:
@@ -108,13 +108,23 @@ class Planned:
                 f"step {call.step} is at timestep {highest:g}, and the plan of {line.num_steps} steps was "
                 f"calibrated at {line.timesteps[call.step]:g}: another number of steps, or another scheduler"
             )
-        if not call.full and pattern != line.schedule[: call.step + 1]:
+        if not call.full and pattern != line.levels[: call.step + 1]:
             # The coefficients are those of other full steps, so there is no warning in place of this error.
             raise RuntimeError(
                 f"step {call.step} of lane {call.lane!r}: the full steps of this trajectory are not those of the plan, since "
                 "the lane was not called at every step. Call the model at every step, or calibrate with the loop as it "
                 "runs; hero_fx.reset() where a new trajectory starts"
             )
+
+    def computed(self, call: Call, before: tuple[int, ...]) -> tuple[bool, ...]:
+        """Of each part of the batch, whether a call computes it. One that the plan leaves out at a full step is forecast only
+        if all calls before, `before`, were as planned."""
+        line = call.schedule
+        if not call.full:
+            return (False,) * self.plan.parts
+        if call.forced or not isinstance(line, Timeline) or before != line.levels[: call.step]:
+            return (True,) * self.plan.parts
+        return tuple(part[call.step] for part in line.parts)
 
     def _differs(self, what: str) -> None:
         if self.mismatch == "error":
@@ -126,7 +136,7 @@ class Planned:
             warn(f"hero_fx: {what}")
 
     def weight(self, slot: TableSlot, call: Call, lane: int, device: torch.device) -> Tensor:
-        """The tensor of a slot at a call, made once per step."""
+        """The tensor of a slot at a call, made once per step; `lane`: or part of the batch."""
         line, own = call.schedule, f"{slot.table}@{lane}"
         assert isinstance(line, Timeline), "cached steps are of one timeline"
         name = own if own in line.coefficients else slot.table

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hero_fx.schedule import Schedule
+from hero_fx.timeline import Timeline
 
 from .timestep import AmbiguousCall
 
@@ -41,12 +42,12 @@ class Undecided:
         return None
 
     def is_full(self, step: int) -> bool:
-        """True where the step is full in all of them.
+        """True where the step is full in all of them, for all of the batch.
 
         Raises:
             AmbiguousCall: it is not, so that it matters which one is followed.
         """
-        if all(schedule.is_full(step) for schedule in self.schedules):
+        if all(schedule.is_full(step) and _is_whole(schedule, step) for schedule in self.schedules):
             return True
         times = ", ".join(f"{self.seen.timesteps[n]:g}" for n in sorted(self.seen.timesteps))
         counts = ", ".join(str(schedule.num_steps) for schedule in self.schedules)
@@ -54,3 +55,7 @@ class Undecided:
             f"step {step}: after the timesteps {times} the trajectory may be one of {counts} steps, and these differ here: say "
             "which with hero_fx.backend(num_steps=...) or hero_fx.calling(num_steps=...)"
         )
+
+
+def _is_whole(schedule: Schedule, step: int) -> bool:
+    return not isinstance(schedule, Timeline) or all(part[step] for part in schedule.parts)

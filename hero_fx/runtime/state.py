@@ -30,8 +30,8 @@ class Trajectory:
 
     tracker: Tracker
     lanes: dict[int | str, dict[StateSlot, torch.Tensor]] = field(default_factory=dict)
-    patterns: dict[int | str, tuple[bool, ...]] = field(default_factory=dict)
-    """Per lane, which calls of the trajectory were full so far: what the selections depend on."""
+    patterns: dict[int | str, tuple[int, ...]] = field(default_factory=dict)
+    """Per lane, which calls of the trajectory were full so far (of how many parts of the batch): selections depend on it."""
     caches: bool = False
     """Whether a call of the present step was cached."""
     lock: threading.RLock = field(default_factory=threading.RLock)

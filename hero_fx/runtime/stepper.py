@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hero_fx.passes.slots import IndexSlot, ScalarSlot, Slot, StateSlot, TableSlot
+from hero_fx.passes.slots import IndexSlot, RowsSlot, ScalarSlot, Slot, StateSlot, TableSlot, of_part
 from hero_fx.policy import Policy
 from hero_fx.program import Program
 from hero_fx.schedule import Schedule
@@ -22,12 +22,12 @@ from hero_fx.step_graphs import StateSpec, StepGraphs
 from hero_fx.warm.called import Called
 from hero_fx.warm.probe import current_probe
 
-from .batch import current_batch, only_call
+from .batch import CODE, current_batch, only_call
 from .budget import Budget, OverBudget
 from .calling import current_session
 from .diffusers_context import Heard, heard
 from .evidence import Evidence, current_owner, marks
-from .filling import Selections, scalar_value
+from .filling import Constants, Selections, scalar_value
 from .inputs import Inputs
 from .planned import Planned
 from .state import StateStore, Trajectory
@@ -37,7 +37,7 @@ from .tracker import Call, Tracker
 from .watch import Watch
 from .weights import Model, Weights
 
-__all__ = ["CODE", "CompiledStep", "Stepper"]
+__all__ = ["CompiledStep", "Stepper"]
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,6 @@ def _tracker(
     chosen = planned.schedule if planned is not None else lambda seen: schedule(seen.num_steps)
     strict = planned is not None
     return Tracker(chosen, roles=inputs.roles, strict=strict, trajectory=before, shared=inputs.shared)
-
-
-CODE = (
-    "the model runs code that was compiled outside of hero_fx.batch(...) within one, or the other way round: hero_fx tells the "
-    "two apart by whether autocast keeps casts, which was changed here by torch.autocast(cache_enabled=...) or "
-    "torch.set_autocast_cache_enabled(...); leave it the same for all calls of the model"
-)
 
 
 class Stepper:
@@ -101,11 +94,13 @@ class Stepper:
         self.selections = Selections(sampler, full.device) if sampler is not None else None
         self.reader = TimestepReader()
         self.planned = planned
+        self.parts = 1 if planned is None else planned.plan.parts
+        """Of the batch, for which the step graphs run one after another."""
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.last: Call | None = None
         self._context = context
         self._watch = watch
-        self._scalars: dict[tuple[float, torch.device], torch.Tensor] = {}
+        self._constants = Constants()
         self.store.forgets = not self._phased
         self._lock = threading.Lock()  # for what sessions share: the reader and the counts
 
@@ -224,14 +219,17 @@ class Stepper:
             if self._watch is not None:
                 self._watch.starts(self, session, model, evidence)
             trajectory.patterns.clear()
-        pattern = (*trajectory.patterns.get(call.lane, ()), call.full)
-        trajectory.patterns[call.lane] = pattern
+        before, computed = trajectory.patterns.get(call.lane, ()), tuple[bool, ...]()
+        if self.planned is not None and self.parts > 1:
+            computed = self.planned.computed(call, before)
+        pattern = trajectory.patterns[call.lane] = (*before, sum(computed) if computed else call.full)
         lane = list(trajectory.patterns).index(call.lane)
         if self.planned is not None:
             self.planned.check(call, pattern, lane, evidence.timestep)
         state = self.store.lane(trajectory, call.lane, fresh=call.full and call.fulls == 0)
-        self._count(call, trajectory)
-        return Placed(call, lane, state, pattern)
+        placed = Placed(call, lane, state, pattern, computed)
+        self._count(placed, trajectory)
+        return placed
 
     def kind(self, call: Call) -> int | None:
         """Which of the cached step graphs a call runs; None for the full one."""
@@ -239,13 +237,23 @@ class Stepper:
 
     def step(self, placed: Placed, inputs: Sequence[Any]) -> Any:
         """Runs the step graph of one call."""
-        kind = self.kind(placed.call)
+        if self.parts == 1:
+            return self._run(placed, self.kind(placed.call), inputs)
+        outputs = []
+        for part, full in enumerate(placed.computed):
+            kind = None if full else self.policy.kind(placed.call.since_full)
+            outputs.append(self._run(replace(placed, part=part), kind, inputs))
+        return tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+    def _run(self, placed: Placed, kind: int | None, inputs: Sequence[Any]) -> Any:
         step = self.full if kind is None else self.cached[kind]
         return step.run(*inputs, *(self.fill(slot, placed, step.device) for slot in step.slots))
 
-    def _count(self, call: Call, trajectory: Trajectory) -> None:
+    def _count(self, placed: Placed, trajectory: Trajectory) -> None:
         """Counts the call, and its step: as cached where some call of it is."""
+        call = placed.call
         with self._lock:
+            self.counts["partial_calls"] += call.full and not all(placed.computed)
             self.last = call
             self.counts["full_calls" if call.full else "cached_calls"] += 1
             if call.new_step:
@@ -267,26 +275,21 @@ class Stepper:
             warn(message)
         else:
             log.info("%s", message)
-        return self.step(Placed(Call(0, 0, True, 0, 0, 0, True, 0), 0, self.store.new_lane(), (True,)), inputs)
+        call, state = Call(0, 0, True, 0, 0, 0, True, 0), self.store.new_lane()
+        return self.step(Placed(call, 0, state, (True,), (True,) * self.parts), inputs)
 
     def fill(self, slot: Slot, placed: Placed, device: torch.device) -> torch.Tensor:
         """What an extra input of a step graph is at a call."""
         match slot:
             case StateSlot():
-                return placed.state[slot]
+                return placed.state[of_part(slot, placed.part)]
             case ScalarSlot():
-                return self._scalar(scalar_value(slot, placed.call), device)
+                return self._constants.scalar(scalar_value(slot, placed.call), device)
             case IndexSlot(layer):
                 assert self.selections is not None
                 return self.selections.at(placed.pattern)[layer or 0]
+            case RowsSlot():
+                return self._constants.rows(slot, placed.part, device)
             case TableSlot():
                 assert self.planned is not None
-                return self.planned.weight(slot, placed.call, placed.lane, device)
-
-    def _scalar(self, value: float, device: torch.device) -> torch.Tensor:
-        """A 0-d tensor on the device, made once per value: x and 1 / d take few values, so none is copied per call."""
-        key = (value, device)
-        if key not in self._scalars:
-            with torch.inference_mode(False):
-                self._scalars[key] = torch.tensor(value, dtype=torch.float32, device=device)
-        return self._scalars[key]
+                return self.planned.weight(slot, placed.call, placed.lane if self.parts == 1 else placed.part, device)

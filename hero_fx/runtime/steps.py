@@ -42,5 +42,9 @@ class Placed:
     lane: int
     """Which call of the step it is, counted from 0."""
     state: dict[StateSlot, torch.Tensor]
-    pattern: tuple[bool, ...]
-    """Of each call of the lane in this trajectory, whether it was full, this one included."""
+    pattern: tuple[int, ...]
+    """Of each call of the lane in this trajectory, whether it was full (of how many parts of the batch), this one included."""
+    computed: tuple[bool, ...] = ()
+    """Of each part of the batch, whether it is computed; empty where the batch has no parts."""
+    part: int = 0
+    """The part that runs."""

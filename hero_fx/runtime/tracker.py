@@ -18,7 +18,6 @@ one); each has features of its own. Where the timestep alone leaves a choice, th
 
 Inputs that are made anew at each call tell nothing; then the order of the calls does. Where that order cannot be
 right (a step has more or fewer calls than the one before, and nothing says which is which), the call is refused.
-
 All of this is host arithmetic on a few numbers and addresses.
 """
 
@@ -50,7 +49,7 @@ class Call:
     lane: int | str
     """Which of the calls of a step: counted from 0, or the name of a named lane."""
     full: bool
-    """Whether this call must compute every layer."""
+    """Whether this call must compute every layer, at least for a part of the batch."""
     since_full: int
     """x of Eq. 6: steps since this lane's last full step; 0 where `full`."""
     gap: int
@@ -61,6 +60,8 @@ class Call:
     """This call starts a trajectory: whatever state there is belongs to another one."""
     trajectory: int
     """Number of the trajectory, from 1; a reset does not start the count anew."""
+    forced: bool = field(default=False, compare=False)
+    """It is full for all of the batch, whatever the schedule says: no features of this trajectory can be trusted."""
     new_step: bool = field(default=True, compare=False)
     """This call is the first one of its step."""
     schedule: Schedule | None = field(default=None, compare=False, repr=False)
@@ -80,8 +81,7 @@ class _Place:
 class Tracker:
     """Follows the calls of one session through their trajectories.
 
-    Not thread-safe: calls of one session are ordered anyway, and their owner holds a lock. A call that raises
-    leaves the tracker as it was.
+    Not thread-safe: who makes a session's calls holds a lock. A call that raises leaves the tracker as it was.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Tracker:
         lanes = Lanes(self._roles, self._max_lanes) if place.starts else self._lanes
         if place.starts:
             self._full_to_the_end = False
-        scheduled = schedule.is_full(place.step) or self._full_to_the_end
+        scheduled = schedule.is_full(place.step)
         past = lanes.get(place.lane)
         if past is None:
             lanes.check_room(evidence)
@@ -181,17 +181,18 @@ class Tracker:
         if new_step:
             self._learn_table(evidence, place.starts)
         if past is None:
-            full, fulls, since, gap = True, 0, 0, 0
+            full, forced, fulls, since, gap = True, True, 0, 0, 0
             lanes.add(place.lane, evidence, place.step)
         else:
             # Between two calls a lane can miss steps, full ones among them; its features are then too old.
-            full = scheduled or any(map(schedule.is_full, range(past.called + 1, place.step)))
-            full |= past.fulls == 0
+            forced = self._full_to_the_end or any(map(schedule.is_full, range(past.called + 1, place.step)))
+            forced |= past.fulls == 0
             if lanes.learn(past, evidence, place.step, sure=self._sure) or self._table == "doubt":
-                if self._shared and not full:
+                if self._shared and not (scheduled or forced):
                     self.reset()  # the doubt is over at the lane's next step, but not what it was about
                     raise by_memory_alone(evidence)
-                full = True
+                forced = True
+            full = scheduled or forced
             fulls, since, gap = past.fulls, place.step - past.full_at, past.gap
             past.called, past.marks = place.step, past.marks if evidence.batched else evidence.marks
             if full:
@@ -201,7 +202,8 @@ class Tracker:
         self.step, self._last, self._direction = place.step, evidence, place.direction
         self._schedule, self._lanes = schedule, lanes
         lanes.saw(evidence)
-        return Call(place.step, place.lane, full, since, gap, fulls, place.starts, self.trajectory, new_step, schedule)
+        of = (since, gap, fulls, place.starts, self.trajectory, forced, new_step, schedule)
+        return Call(place.step, place.lane, full, *of)
 
     def _learn_table(self, evidence: Evidence, starts: bool) -> None:
         """Notes at the first call of a step whether it follows the last one in the scheduler's table."""

@@ -102,10 +102,16 @@ def verify(
         The rows; `.ok` is true if all hold.
 
     Raises:
-        ValueError: the model cannot be accelerated with these options, or `policy="full"`, which rewrites nothing.
+        ValueError: the model cannot be accelerated with these options, or `policy="full"`, which rewrites nothing, or a plan,
+            whose coefficients are for its own schedule.
     """
     backend = backend or dynamo.backend_of(model, Backend) or make_backend()
     config = backend.config
+    if config.plan is not None:
+        raise ValueError(
+            "the backend follows a plan, whose coefficients are for its own schedule and not for a short "
+            "trajectory: verify the policy without plan=; hero_fx.calibrate reports a plan's error on trajectories of its own"
+        )
     if inner is not None:
         config = replace(config, inner=inner, **({} if inner == "inductor" else {"mode": None, "options": None}))
     if config.policy == "full":

@@ -128,8 +128,8 @@ _CODEC = Codec(
     Argument, Weight, Stored, Literal, Output,
     CallSpec, Conditions, TensorSpec, SameAs, Constant,
     Inputs, Roles, StateSpec, PatchSampler,
-    slots.FeatureSlot, slots.GateSlot, slots.IndexSlot, slots.KeySlot, slots.PastSlot, slots.ScalarSlot, slots.ScaleSlot,
-    slots.ScoreSlot, slots.TableSlot, slots.Term,
+    slots.FeatureSlot, slots.GateSlot, slots.IndexSlot, slots.KeySlot, slots.PastSlot, slots.RowsSlot, slots.ScalarSlot,
+    slots.ScaleSlot, slots.ScoreSlot, slots.TableSlot, slots.Term,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ In the order in which they build on each other:
 `moves`           how ops that move, cut or join it do
 `exchange`        how exchanges between processes do
 `follow`          the axis followed through a graph by these rules
+`batch_rows`      the rows of the batch, by the same rules and some of their own: whether they meet
 `memory`          which values share memory, and where the graph writes to it
 `residuals`       the residual adds `x + f(x)`, and what depends on what
 `streams`         residual streams and their tokens

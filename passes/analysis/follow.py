@@ -12,9 +12,8 @@ nothing is guessed. The rules need sizes only, so the analysis changes nothing a
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -28,14 +27,17 @@ from .moves import MOVING
 from .rules import COMPUTING, Rule
 from .tokens import Folded, Info, Lookup, NoRule, Segment, Source, Tokens, normal_dim, rank_of
 
-__all__ = ["RULES", "attends_within", "follow"]
+__all__ = ["RULES", "attends_within", "follow", "token_rule"]
 
 RULES: Mapping[Any, Rule] = {**COMPUTING, **MOVING, **EXCHANGING}
 """By overload; attention ops have a table of their own."""
 
 
 def follow(
-    nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info], whole: Collection[Source] = ()
+    nodes: Iterable[fx.Node],
+    seeds: Mapping[fx.Node, Tokens] | Mapping[fx.Node, Info],
+    whole: Collection[Source] = (),
+    rule_of: Callable[[fx.Node], Rule | None] | None = None,
 ) -> dict[fx.Node, Info]:
     """Tokens of every node that depends on a seed.
 
@@ -43,6 +45,7 @@ def follow(
         nodes: nodes in topological order; those without an argument in the result are passed over.
         seeds: residual streams and their tokens.
         whole: sources of which a step computes all tokens or none: attention among them may be causal.
+        rule_of: the rule of an op, where the axis is another than that of tokens.
 
     Returns:
         The seeds and all followed nodes; a node with several outputs has a tuple.
@@ -72,7 +75,7 @@ def follow(
         if all(known.get(source) is None for source in node.all_input_nodes):
             known[node] = None
             continue
-        rule = partial(_attention, whole=whole) if node.target in ATTENTION else RULES.get(node.target)
+        rule = token_rule(node, whole) if rule_of is None else rule_of(node)
         if rule is None:
             raise NoRule(node, "no rule says what this op does to the token axis")
         try:
@@ -80,6 +83,13 @@ def follow(
         except Folded:
             raise NoRule(node, "it takes a part of an axis into which more than tokens is folded") from None
     return known
+
+
+def token_rule(node: fx.Node, whole: Collection[Source] = ()) -> Rule | None:
+    """What an op does to the token axis."""
+    if node.target in ATTENTION:
+        return lambda node, look: _attention(node, look, whole)
+    return RULES.get(node.target)
 
 
 def _attention(node: fx.Node, look: Lookup, whole: Collection[Source]) -> Info:

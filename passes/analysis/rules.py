@@ -13,7 +13,7 @@ from hero_fx.passes.ops import POINTWISE, argument, dim_of, ints_argument, node_
 
 from .tokens import Info, Lookup, NoRule, Tokens, normal_dim, one_input, rank_of
 
-__all__ = ["COMPUTING", "Rule", "letter_axes"]
+__all__ = ["COMPUTING", "Rule", "einsum_letters", "letter_axes"]
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Node, Lookup], Info]
@@ -132,7 +132,7 @@ def _addmm(node: fx.Node, look: Lookup) -> Tokens:
 
 def _einsum(node: fx.Node, look: Lookup) -> Tokens:
     """The letter of the token axis is in the result; an input from outside that has it is a table, behind the batch."""
-    inputs, result = _letters(node)
+    inputs, result = einsum_letters(node)
     if "." in "".join(inputs) + result or not result:
         raise NoRule(node, "an einsum with `...` or without `->` has no rule")
     terms = list(zip(inputs, nodes_argument(node, "tensors"), strict=True))
@@ -152,7 +152,7 @@ def _einsum(node: fx.Node, look: Lookup) -> Tokens:
     return found.at(result.index(letter))
 
 
-def _letters(node: fx.Node) -> tuple[list[str], str]:
+def einsum_letters(node: fx.Node) -> tuple[list[str], str]:
     """The letters of an einsum's inputs, and those of its result."""
     left, _, right = str(argument(node, "equation")).replace(" ", "").partition("->")
     return left.split(","), right
@@ -165,7 +165,7 @@ def _behind_batch(letters: str, letter: str, first: str) -> bool:
 
 def letter_axes(node: fx.Node, dim: int) -> list[int | None]:
     """Where an einsum's inputs have the letter of axis `dim` of the result; None where they have not."""
-    inputs, result = _letters(node)
+    inputs, result = einsum_letters(node)
     return [letters.index(result[dim]) if result[dim] in letters else None for letters in inputs]
 
 

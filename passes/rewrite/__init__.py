@@ -11,6 +11,7 @@ In the order in which they run (the passes themselves are listed in `hero_fx.sta
 `extrapolate`        cached step: features are estimated from the last full steps, or reused
 `outputs`            what a step graph returns is never feature state
 `weigh`              coefficients of a calibrated plan in place of Taylor's weights
+`rows_of_batch`      forecasts whose parts of the batch run by themselves: a graph for some rows of the batch
 `forecast`           the outputs are estimated, and no layer runs: both its full and its cached step
 `observe`            not for steps: graphs that show their features, for `hero_fx.stability`
 ===================  ==============================================================================================

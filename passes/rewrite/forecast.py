@@ -116,8 +116,10 @@ def _latent(emitter: Emitter, rule: OutputRule, output: fx.Node) -> fx.Node:
     """The noisy latent of an output: an input, or the channels of it that are one; call inside `emitter.before(...)`."""
     assert rule.latent is not None
     source = arguments_of(emitter.gm)[rule.latent]
-    shape, of = value_of(source).shape, value_of(output).shape
-    if shape == of or rule.axis is None:
+    of = value_of(output).shape
+    if value_of(source).shape[:1] != of[:1]:  # the graph computes some rows of the batch
+        source = emitter.call(aten.index_select.default, source, 0, emitter.rows(of[0], value_of(source).device))
+    if value_of(source).shape == of or rule.axis is None:
         return source
     return emitter.call(aten.slice.Tensor, source, rule.axis, rule.start, rule.start + of[rule.axis])
 

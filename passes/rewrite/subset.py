@@ -84,7 +84,16 @@ class Subset:
 
 
 # Ops whose further inputs are weights: never indexed by token, whatever their size.
-_PLAIN = MATMULS | overloads("layer_norm", "rms_norm", "index", "index_select")
+_PLAIN = MATMULS | overloads(
+    "layer_norm",
+    "rms_norm",
+    "index",
+    "index_select",
+    "embedding",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+)
 
 # Of these, the first input is added to the product: it may be a table indexed by token, as a mask is.
 _SUMMED = (aten.addmm.default, aten.baddbmm.default)

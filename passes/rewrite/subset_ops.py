@@ -142,6 +142,12 @@ def _exchange(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
     return subset.emitter.call(node.target, source, parts, parts, argument(node, "group_name"))
 
 
+def _repeat_interleave(subset: Subset, node: fx.Node, tokens: Tokens) -> fx.Node:
+    """Repeats what is kept; the size that was expected of the whole is left out."""
+    source = subset.operand(node, tokens, first_input(node))
+    return subset.emitter.call(node.target, source, argument(node, "repeats"), argument(node, "dim"))
+
+
 def _along_tokens(subset: Subset, node: fx.Node) -> bool:
     """Whether a slice or split is one of the token axis."""
     source = first_input(node)
@@ -175,5 +181,6 @@ _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(overloads("slice_scatter"), _slice_scatter),
     **dict.fromkeys(overloads("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(overloads("einsum"), _einsum),
+    aten.repeat_interleave.self_int: _repeat_interleave,
     **dict.fromkeys(EXCHANGES, _exchange),
 }

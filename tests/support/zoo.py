@@ -46,6 +46,10 @@ class Found:
     """Full steps that went through AOTAutograd."""
 
     @property
+    def normal(self) -> fx.GraphModule:
+        return self.source.normal(())[0]
+
+    @property
     def structure(self) -> Structure:
         return self.source.normal(())[2]
 
