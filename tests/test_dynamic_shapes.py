@@ -36,7 +36,8 @@ class Video(nn.Module):
         frames, height, width = patches.shape[2:]
         tokens = self.back(self.inner(patches.flatten(2).transpose(1, 2), timestep))
         pixels = tokens.reshape(-1, frames, height, width, 4, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
-        return pixels.flatten(5).flatten(3, 4)
+        result: Tensor = pixels.flatten(5).flatten(3, 4)
+        return result
 
 
 @cache

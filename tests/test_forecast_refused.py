@@ -80,7 +80,8 @@ def test_another_model_is_refused() -> None:
     other = fitting(depth=5, config={**FITTING.config, "num_layers": 5})
     plan = plan_of(OutputRule(index=0, axis=2), theta(1, 1, tiny.CHANNELS, 1, 1), other)
     variants = Variants(
-        **{how: hero_fx.backend(plan=plan, inner=tiny.INNER, plan_mismatch=how) for how in ("error", "warn")}
+        error=hero_fx.backend(plan=plan, inner=tiny.INNER),
+        warn=hero_fx.backend(plan=plan, inner=tiny.INNER, plan_mismatch="warn"),
     )
     call, variants.now = toys.torch_compile(tiny.cogvideox(layers=2), variants, fullgraph=True), "warn"
     with torch.no_grad(), pytest.warns(UserWarning, match="calibrated on another model"):
