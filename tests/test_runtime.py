@@ -34,7 +34,7 @@ def test_two_calls_per_step_are_two_lanes() -> None:
         assert toys.same(outputs, toys.alone(call, backend, start, times))
 
 
-class Told(toys.Guided, CacheMixin):  # type: ignore[misc]
+class Told(toys.Guided, CacheMixin):
     """A guided toy that a pipeline can name its calls to."""
 
 
