@@ -1,6 +1,7 @@
 """Compiled trajectories against the eager reference, step by step.
 
-All options run on the step graphs as they are; `AOT` has each of them once more through AOTAutograd.
+All options run on the step graphs as they are; `AOT` has each of them once more through AOTAutograd. Through Inductor:
+test_inductor.py.
 """
 
 from __future__ import annotations
@@ -86,8 +87,10 @@ HERO: dict[str, Any] = {
 PAPER = HERO | {"cache_point": ("pre_gate", "post_gate"), "unsampled": "reuse"}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("rotary", [False, True], ids=["sincos", "rotary"])
+MODELS = pytest.mark.parametrize(("rotary", "batch"), [(False, 1), (True, 2)], ids=["sincos", "rotary"])
+
+
+@MODELS
 @pytest.mark.parametrize("form", ["literal", "collapsed"])
 def test_hero_as_it_is_by_default(batch: int, rotary: bool, form: str) -> None:
     check(HERO, batch=batch, rotary=rotary, form=form)
@@ -101,11 +104,16 @@ def test_hero_as_in_the_paper(interval: int, form: str) -> None:
 
 
 UNSAMPLED = [(how, point) for how in ("reuse", "extrapolate") for point in ("pre_gate", "post_gate")]
+KEYS = ("sampled", "sampled+text", "landmarks", "all")
+# Every two values of two options meet in some row.
+PAIRS = [
+    (keys, ("skip", "live")[(i + j) % 2], *rest)
+    for i, keys in enumerate(KEYS)
+    for j, rest in enumerate([*UNSAMPLED, ("gate", "post_gate")])
+]
 
 
-@pytest.mark.parametrize("keys", ["sampled", "sampled+text", "landmarks", "all"])
-@pytest.mark.parametrize("text", ["skip", "live"])
-@pytest.mark.parametrize(("unsampled", "shallow"), [*UNSAMPLED, ("gate", "post_gate")])
+@pytest.mark.parametrize(("keys", "text", "unsampled", "shallow"), PAIRS)
 def test_hero_keys_text_unsampled_and_gate(keys: str, text: str, unsampled: str, shallow: str) -> None:
     points = (shallow, "post_gate")
     choice: dict[str, Any] = {"keys": keys, "text": text, "unsampled": unsampled, "cache_point": points}
@@ -139,27 +147,31 @@ def test_hero_boundary_gate_and_order(layers: int, deep: str, order: int) -> Non
     check(HERO | choice, interval=3, **choice)
 
 
-@pytest.mark.parametrize(("rotary", "batch"), [(False, 1), (True, 2)], ids=["sincos", "rotary"])
+BASELINES: list[tuple[str, dict[str, Any]]] = [
+    ("fora", {}),
+    ("taylorseer", {"order": 1}),
+    ("taylorseer", {"order": 2}),
+    ("toca", {"text": "skip"}),
+    ("toca", {"text": "live"}),
+    ("duca", {"text": "skip"}),
+    ("duca", {"text": "live"}),
+]
+
+
 @pytest.mark.parametrize("point", ["pre_gate", "post_gate"])
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [
-        ("fora", {}),
-        ("taylorseer", {"order": 1}),
-        ("taylorseer", {"order": 2}),
-        ("toca", {"text": "skip"}),
-        ("toca", {"text": "live"}),
-        ("duca", {"text": "skip"}),
-        ("duca", {"text": "live"}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+    BASELINES,
+    ids=["-".join([policy, *map(str, options.values())]) for policy, options in BASELINES],
 )
-def test_baselines(policy: str, options: dict[str, Any], point: str, rotary: bool, batch: int) -> None:
+def test_baselines(policy: str, options: dict[str, Any], point: str) -> None:
+    """Each on both models: the one in front of the gate, the other behind it, in turns."""
+    rotary = (BASELINES.index((policy, options)) + (point == "pre_gate")) % 2 == 0
     reference = {"policy": policy, "cache_point": (point, point), "interval": 3, **options}
     if policy in ("toca", "duca"):
         reference |= {"grid": tiny.GRID, "ratio": 0.25}
         options = options | {"refresh_ratio": 0.25}
-    check(reference, policy=policy, interval=3, cache_point=point, batch=batch, rotary=rotary, **options)
+    check(reference, policy=policy, interval=3, cache_point=point, batch=1 + rotary, rotary=rotary, **options)
 
 
 TOKENS: dict[str, Any] = {"grid": tiny.GRID, "ratio": 0.25}  # the reference's names
@@ -181,7 +193,8 @@ AOT: list[tuple[dict[str, Any], dict[str, Any]]] = [
 NOT_OF_THE_REFERENCE = ("form", "selection", "refresh_ratio")
 
 
-def on_two_layers(options: dict[str, Any], reference: dict[str, Any], **more: Any) -> None:
+@pytest.mark.parametrize(("options", "reference"), AOT, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_through_aot_autograd(options: dict[str, Any], reference: dict[str, Any]) -> None:
     """One refreshed layer and one that is extrapolated, or two of any other policy."""
     shared = {name: value for name, value in options.items() if name not in NOT_OF_THE_REFERENCE}
     point = shared.get("cache_point")
@@ -190,13 +203,4 @@ def on_two_layers(options: dict[str, Any], reference: dict[str, Any], **more: An
     wanted = reference | shared | {"interval": 3}
     if wanted["policy"] == "hero":
         wanted["refresh_layers"] = 1
-    check(wanted, interval=3, layers=2, **options, **more)
-
-
-@pytest.mark.parametrize(("options", "reference"), AOT, ids=lambda o: "-".join(map(str, o.values())) or "default")
-def test_through_aot_autograd(options: dict[str, Any], reference: dict[str, Any]) -> None:
-    on_two_layers(options, reference, inner="aot_eager")
-
-
-def test_inductor() -> None:
-    on_two_layers({}, HERO, inner="inductor", bound=1e-4)
+    check(wanted, interval=3, layers=2, inner="aot_eager", **options)
