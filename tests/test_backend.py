@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
-from torch._inductor.exc import InductorError
-from torch._inductor.output_code import CompiledFxGraph
 
 import hero_fx
 from hero_fx.passes.analysis.structure import Structure
@@ -21,12 +18,12 @@ from hero_fx.passes.render import op_count
 from hero_fx.passes.rewrite.plan import Extrapolate, Full, Reuse, StepPlan
 
 from .support import tiny, toys
+from .support.toys import run_toy, toy_backend
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-IN_PLACE = (aten.copy_.default, aten.index_copy_.default)
 NOTHING = hero_fx.Stats(
     graphs=0, full_steps=0, cached_steps=0, full_calls=0, cached_calls=0, refused_calls=0, state_bytes=0, sessions=0
 )
@@ -41,15 +38,6 @@ class Inner:
     def __call__(self, gm: Any, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs.append(gm)
         return gm.forward  # type: ignore[no-any-return]
-
-
-def toy_backend(policy: Any = "hero", **options: Any) -> hero_fx.Backend:
-    return hero_fx.backend(policy, **{"inner": tiny.INNER, "grid": toys.GRID, **options})
-
-
-def run_toy(backend: Any, model: Any = None, steps: int = 8, **compile_options: Any) -> list[Tensor]:
-    call = toys.torch_compile(model or toys.toy(), backend=backend, fullgraph=True, **compile_options)
-    return toys.loop(call, toys.latents(), toys.times(steps))
 
 
 def test_one_graph_no_break_no_recompile() -> None:
@@ -111,33 +99,6 @@ def test_as_default_backend_of_a_bare_compile() -> None:
     assert toys.same(ours, run_toy(toy_backend()))
 
 
-@pytest.mark.parametrize("policy", ["hero", "full"])
-def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    asked: list[tuple[Any, Any]] = []
-
-    class Wrapper:
-        def __init__(self, mode: Any, options: Any, dynamic: Any) -> None:
-            asked.append((mode, dict(options)))
-
-        def __call__(self, gm: Any, inputs: Any) -> Any:
-            return gm.forward
-
-    grid = toys.GRID if policy == "hero" else None
-    wanted = 2 if policy == "hero" else 1
-    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", Wrapper)
-    run_toy(toy_backend(policy=policy, grid=grid, inner="inductor", mode="max-autotune", options={"a": 1}))
-    assert asked == [("max-autotune", {"a": 1})] * wanted
-    asked.clear()
-    torch._dynamo.reset()
-    backend = toy_backend(policy=policy, grid=grid, inner="inductor", options={"a": 1, "b": 1})
-    run_toy(backend, options={"b": 2, "c": 3})
-    assert asked == [(None, {"a": 1, "b": 2, "c": 3})] * wanted
-    asked.clear()
-    torch._dynamo.reset()
-    run_toy(toy_backend(policy=policy, grid=grid, inner="inductor", mode="default"), mode="reduce-overhead")
-    assert asked == [("reduce-overhead", {})] * wanted
-
-
 def test_inner_aot_eager_and_callable() -> None:
     inner = Inner()
     results = [run_toy(toy_backend(inner=i)) for i in ("eager", "aot_eager", inner)]
@@ -160,12 +121,6 @@ def test_refresh_layers_by_count_and_share(layers: float, shallow: int) -> None:
     assert op_count(cached, SDPA).total() == shallow
     kinds = {branch.layer: type(strategy).__name__ for branch, strategy in steps.plans[0]}
     assert [kinds[layer] for layer in range(3)] == ["Refresh"] * shallow + ["Extrapolate"] * (3 - shallow)
-
-
-def test_inductor_gives_what_the_graphs_give() -> None:
-    """Tokens chosen by score; HERO is in test_exactness.py, FORA in test_legality.py, a forecast in test_forecast.py."""
-    ours, theirs = (run_toy(toy_backend("toca", inner=inner)) for inner in ("inductor", "eager"))
-    assert tiny.worst(ours, theirs) < 1e-4
 
 
 def test_policy_full_is_the_plain_model() -> None:
@@ -270,27 +225,6 @@ def test_state_addresses_are_stable() -> None:
     assert seen[0] == seen[1] != []
 
 
-def test_cuda_graphs_may_record_both_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor gives CUDA graphs up where a graph writes to an input whose address may change."""
-    compiled: list[tuple[set[int], set[int]]] = []
-    original = CompiledFxGraph.post_compile
-
-    def watched(self: Any, *args: Any) -> Any:
-        compiled.append((set(self.mutated_input_idxs), set(self.fx_kwargs["static_input_idxs"])))
-        return original(self, *args)
-
-    monkeypatch.setattr(CompiledFxGraph, "post_compile", watched)
-    backend = toy_backend(mode="reduce-overhead", inner="inductor")
-    call = toys.torch_compile(toys.toy(), backend=backend, fullgraph=True)
-    toys.loop(call, toys.latents(), toys.times(8))
-    weights = len(list(toys.toy().parameters()))
-    assert len(compiled) == 2
-    for gm, (written, fixed) in zip((backend.graphs[0].full, *backend.graphs[0].cached), compiled, strict=True):
-        assert len(written) == len([n for n in gm.graph.nodes if n.target in IN_PLACE]) > 0
-        assert written <= fixed
-        assert len(fixed) >= weights + len(written)
-
-
 def test_state_dtype_halves_the_bytes() -> None:
     own, half = toy_backend(), toy_backend(state_dtype=torch.bfloat16)
     model = toys.toy()
@@ -325,30 +259,3 @@ def test_one_backend_for_two_models() -> None:
     assert backend.stats().graphs == 2
     assert toys.same(first, run_toy(toy_backend()))
     assert toys.same(second, run_toy(toy_backend(), other))
-
-
-@pytest.mark.parametrize("missing", ["buf144", "x"])
-def test_where_inductor_fails_to_fuse_loops_it_compiles_without_fusion(
-    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What torch 2.13 raises on the CPU where all tokens of two layers are refreshed; other errors stay errors."""
-    theirs = run_toy(toy_backend())
-    torch._dynamo.reset()
-
-    class Wrapper:
-        def __init__(self, mode: Any, options: Any, dynamic: Any) -> None:
-            self.fuses = options.get("max_fusion_size") != 1
-
-        def __call__(self, gm: Any, inputs: Any) -> Any:
-            if self.fuses:
-                raise InductorError(KeyError(missing), None)
-            return gm.forward
-
-    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", Wrapper)
-    with caplog.at_level("WARNING", "hero_fx"):
-        if missing == "x":
-            with pytest.raises(BackendCompilerFailed, match="KeyError: 'x'"):
-                run_toy(toy_backend(inner="inductor"))
-        else:
-            assert toys.same(run_toy(toy_backend(inner="inductor")), theirs)
-    assert caplog.text.count("compiled without fusion") == (2 if missing == "buf144" else 0)

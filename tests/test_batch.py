@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 
 from .support import forecasts, tiny, toys
+from .support.requests import Requests, Spoiled, apart, options, single, together
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-COUNTS = (6, 7, 4, 5)
-"""Steps of each request."""
-
-
-def options(step: int, num_steps: int, session: str, **more: Any) -> hero_fx.Calling:
-    return hero_fx.calling(session=session, step_index=step, num_steps=num_steps, **more)
-
-
-class Requests:
-    """Requests over a toy, each with its own latents, number of steps and timesteps."""
-
-    def __init__(self, call: Callable[..., Any], rows: int = 1) -> None:
-        self.call, self.rows = call, rows
-        self.starts = [toys.latents(rows, seed=i) for i in range(len(COUNTS))]
-        self.times = [tiny.timesteps(count) for count in COUNTS]
-
-    def alone(self, name: str = "alone") -> list[list[Tensor]]:
-        """Every output of each request, one after the other."""
-        outputs: list[list[Tensor]] = []
-        for i, (x, count) in enumerate(zip(self.starts, COUNTS, strict=True)):
-            outputs.append([])
-            for step, t in enumerate(self.times[i]):
-                with options(step, count, f"{name}-{i}"):
-                    outputs[i].append(self.call(x, t.repeat(self.rows)))
-                x = x - outputs[i][-1] / count
-        return outputs
-
-    def mixed(self, seed: int, most: int = len(COUNTS), **more: Any) -> list[list[Tensor]]:
-        """The same, in batches of requests drawn at random: they join and leave at any step."""
-        draw, states = random.Random(seed), list(self.starts)
-        outputs: list[list[Tensor]] = [[] for _ in COUNTS]
-        while live := [i for i, count in enumerate(COUNTS) if len(outputs[i]) < count]:
-            chosen = draw.sample(live, draw.randint(1, min(most, len(live))))
-            calls = [options(len(outputs[i]), COUNTS[i], f"mixed{seed}-{i}") for i in chosen]
-            t = torch.stack([self.times[i][len(outputs[i])] for i in chosen]).repeat_interleave(self.rows)
-            with hero_fx.batch(calls, **more):
-                found = self.call(torch.cat([states[i] for i in chosen]), t)
-            for i, output in zip(chosen, found.split(self.rows), strict=True):
-                outputs[i].append(output)
-                states[i] = states[i] - output / COUNTS[i]
-        return outputs
-
-
-def apart(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]) -> float:
-    """Largest relative error of any output of any request."""
-    return max(tiny.worst(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
 POLICIES: dict[str, dict[str, Any]] = {
     "hero": {},
@@ -109,86 +53,6 @@ def test_compiled_step_graphs_are_as_many_as_buckets() -> None:
     assert backend.stats().graphs == 1
 
 
-def together(
-    call: Any, sessions: str, steps: Sequence[int], t: Tensor | None = None, lane: str | None = None, **more: Any
-) -> Tensor:
-    """One call of a request for each letter, on the latents of seed 0, 1, ..."""
-    words = [options(step, 9, session, lane=lane) for session, step in zip(sessions, steps, strict=True)]
-    latents = torch.cat([toys.latents(1, seed=i) for i in range(len(sessions))])
-    times = tiny.timesteps(9)[list(steps)] if t is None else t
-    with hero_fx.batch(words, **more):
-        result: Tensor = call(latents, times)
-    return result
-
-
-def single(call: Any, session: str, step: int, seed: int, **more: Any) -> Tensor:
-    with options(step, 9, session, **more):
-        result: Tensor = call(toys.latents(1, seed=seed), tiny.timesteps(9)[[step]])
-    return result
-
-
-def test_calls_that_are_no_batch() -> None:
-    call = hero_fx.calling
-    for calls, message in (
-        ([], "must be one hero_fx.calling"),
-        (["a"], "must be one hero_fx.calling"),
-        ([call(step_index=0)], r"calls\[0\] has no session"),
-        ([call(session="a", step_index=0), call(session="b")], r"calls\[1\] has no step_index"),
-        ([call(session="a", step_index=0), call(session="a", step_index=0)], "are of session='a' and lane=None"),
-        (
-            [call(session="a", lane=0, step_index=0), call(session="a", lane=1, step_index=2)],
-            "session='a' is in the batch with step_index=0 and step_index=2",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            hero_fx.batch(calls)  # type: ignore[arg-type]
-    for buckets in ((1, 2), (), (2.5,)):
-        with pytest.raises(ValueError, match="buckets="):
-            hero_fx.batch([call(session="a", step_index=0)], buckets=buckets)  # type: ignore[arg-type]
-    spent = call(session="a", step_index=0)
-    with hero_fx.batch([spent]), pytest.raises(RuntimeError, match="used before"), spent:
-        pass
-    fresh = call(session="a", step_index=0)
-    with hero_fx.batch([call(session="b", step_index=0)]), pytest.raises(RuntimeError, match="within another"):
-        hero_fx.batch([fresh]).__enter__()
-    with call(session="b", step_index=0), pytest.raises(RuntimeError, match="within another"):
-        hero_fx.batch([fresh]).__enter__()
-
-
-def test_what_is_refused_at_a_call() -> None:
-    call, backend = toys.compiled(warmup=1, cooldown=0)
-    with pytest.raises(BackendCompilerFailed, match="call the model for one such request alone before"):
-        together(call, "ab", [0, 0])
-    single(call, "warm-up", 0, 0)
-    expected = [single(call, "c", step, 1) for step in range(2)]
-    together(call, "ab", [0, 0])
-    together(call, "ab", [1, 1])
-    with pytest.raises(
-        BackendCompilerFailed, match=r"L\['timestep'\] is .* \[1\] .* for one request, and .* \[\] .* in a batch of 2"
-    ):
-        together(call, "ab", [2, 2], torch.tensor(500))
-    with hero_fx.batch([options(2, 9, "a"), options(2, 9, "b")]):
-        call(toys.latents(2), tiny.timesteps(9)[[2, 2]])
-        with pytest.raises(RuntimeError, match="called twice within one"):
-            call(toys.latents(2), tiny.timesteps(9)[[2, 2]])
-    both = hero_fx.batch([options(3, 9, "a"), options(3, 9, "b")])
-    with both, hero_fx.calling(session="a"), pytest.raises(RuntimeError, match="entered within"):
-        call(toys.latents(2), tiny.timesteps(9)[[3, 3]])
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with pytest.raises(RuntimeError, match="autocast keeps casts"):
-            call(toys.latents(2), tiny.timesteps(9)[[3, 3]])
-    finally:
-        torch.set_autocast_cache_enabled(True)
-    # A row that is refused leaves none of the others half way: they start anew, full.
-    wrong = hero_fx.batch([options(0, 9, "A"), options(3, 8, "a")])
-    with pytest.raises(ValueError, match="num_steps=8, but this trajectory began with num_steps=9"), wrong:
-        call(torch.cat([toys.latents(1, seed=1)] * 2), tiny.timesteps(9)[[0, 3]])
-    for step in range(2):
-        assert tiny.worst([single(call, "A", step, 1)], [expected[step]]) < 1e-6
-    assert backend.stats().graphs == 1
-
-
 def test_an_ordinary_batch_is_not_taken_for_requests() -> None:
     """The same shapes, before and behind a batch of requests: one request with four rows."""
     call, backend = toys.compiled(warmup=1, cooldown=0)
@@ -200,43 +64,6 @@ def test_an_ordinary_batch_is_not_taken_for_requests() -> None:
     assert tiny.worst([together(call, "abcd", [0, 0, 0, 0])], [four]) < 1e-6
     assert backend.stats().graphs == 2
     assert backend.stats().bytes_by_session["four"] == backend.graphs[1].state_bytes
-
-
-class Spoiled(torch.nn.Module):
-    """A toy with something in front that a batch must not change."""
-
-    def __init__(self, spoil: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner, self.spoil, self.scale = toys.toy(), spoil, 1.0
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        result: Tensor = self.inner(self.spoil(self, latents), timestep)
-        return result
-
-
-def counted(model: Any, x: Tensor) -> Tensor:
-    model.calls.add_(1)
-    result: Tensor = x + model.calls
-    return result
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda _, x: x * 2 if x.shape[0] > 1 else x, "does not run the same ops"),
-        (lambda model, x: x * model.scale, "do not take the same tensors"),
-        (counted, "the model writes to its input or buffer"),
-    ],
-    ids=["goes by the batch", "has changed", "writes"],
-)
-def test_another_program_is_refused(spoil: Any, message: str) -> None:
-    model = Spoiled(spoil).eval().requires_grad_(False)
-    call, _ = toys.compiled(model)
-    single(call, "warm-up", 0, 0)
-    model.scale = 2.0
-    with pytest.raises((BackendCompilerFailed, hero_fx.NotBatched), match=message):
-        together(call, "ab", [0, 0])
 
 
 def test_rows_cannot_act_on_each_other() -> None:

@@ -9,8 +9,9 @@ import pytest
 import hero_fx
 
 from .support import tiny, toys
-from .support.diffusion_pipelines import PIPELINES, STEPS, Variants, latents_of, modular_wan
+from .support.diffusion_pipelines import PIPELINES, STEPS, latents_of, modular_wan
 from .support.tiny import worst
+from .support.tracing import Variants
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -26,7 +27,7 @@ def test_pipelines(name: str) -> None:
     case = PIPELINES[name]()
     hero = hero_fx.backend(**SETTINGS, **case.options)
     exact = hero_fx.backend(**ALL, **case.options)
-    variants = Variants(hero, exact=exact)
+    variants = Variants(hero=hero, exact=exact)
     case.pipe.transformer = toys.torch_compile(case.pipe.transformer, backend=variants, fullgraph=True)
     plain = latents_of(case)
 
@@ -41,6 +42,7 @@ def test_pipelines(name: str) -> None:
     assert tuple(decoded.shape) == case.decoded
     assert bool(decoded.isfinite().all())
 
+    assert not any(graphs.fallbacks for graphs in exact.graphs)
     for backend in (exact, hero):
         stats = backend.stats()
         assert stats.graphs == case.graphs

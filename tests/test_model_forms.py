@@ -20,9 +20,10 @@ from torchao.quantization import (
 import hero_fx
 
 from .support import tiny, toys
-from .support.diffusion_pipelines import zoo
+from .support.examples import example
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+zoo = example("_zoo")
 
 SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1}
 AOT: dict[str, Any] = {"inner": "aot_eager"}

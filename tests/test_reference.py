@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
-from torch.nn import functional
 
 from .reference import Config, Reference, trajectory
-from .reference_parts import attention_received, cell_bonus, differences, drift, value_smallness
+from .reference_parts import differences, drift
+from .support.reference_model import BATCH, GRID, IMAGE, LAYERS, TEXT, cached, close, full, inputs, model_of, sample
 
-BATCH, TEXT, LAYERS, GRID = 2, 7, 3, (3, 3, 5)
-IMAGE = 3 * 3 * 5
 CACHE_POINTS = [("pre_gate", "pre_gate"), ("pre_gate", "post_gate"), ("post_gate", "post_gate")]
 
 
@@ -26,56 +23,7 @@ def rotary(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def model(rotary: bool) -> Any:
-    """A tiny CogVideoX; constant parameters (norms, biases) are randomised so that a missing one shows."""
-    torch.manual_seed(0)
-    model: Any = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=20,
-        text_embed_dim=24,
-        num_layers=LAYERS,
-        sample_width=10,
-        sample_height=6,
-        sample_frames=9,
-        max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=rotary,
-    )
-    for parameter in model.parameters():
-        if bool((parameter == parameter.flatten()[0]).all()):
-            parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model.eval().requires_grad_(False)
-
-
-def inputs(rotary: bool, seed: int) -> dict[str, Any]:
-    """Arguments of one step: other latents and another timestep for every seed."""
-    generator = torch.Generator().manual_seed(seed)
-    tables = torch.Generator().manual_seed(100)
-    angle = torch.randn(IMAGE, 8, generator=tables).repeat_interleave(2, dim=1)
-    return {
-        "hidden_states": torch.randn(BATCH, 3, 4, 6, 10, generator=generator),
-        "encoder_hidden_states": torch.randn(BATCH, TEXT, 24, generator=generator),
-        "timestep": torch.tensor([900 - 50 * seed] * BATCH),
-        "image_rotary_emb": (angle.cos(), angle.sin()) if rotary else None,
-    }
-
-
-def full(reference: Reference, kwargs: dict[str, Any], d: int = 0, fulls: int = 0) -> Tensor:
-    return reference.run(kind="full", x=0, d=d, fulls=fulls, indices=None, **kwargs)
-
-
-def cached(reference: Reference, kwargs: dict[str, Any], x: int, idx: Tensor | None = None) -> Tensor:
-    indices = None if idx is None else lambda layer: idx
-    return reference.run(kind="cached", x=x, d=0, fulls=1, indices=indices, **kwargs)
-
-
-def sample(count: int, seed: int = 5) -> Tensor:
-    return torch.randperm(IMAGE, generator=torch.Generator().manual_seed(seed))[:count]
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    return model_of(rotary)
 
 
 # ---------------------------------------------------------------------------------------------------- full steps
@@ -283,90 +231,6 @@ def test_cache_point_of_each_layer(model: Any, policy: str, points: str) -> None
     assert [reference._cache_point(layer) for layer in range(LAYERS)] == [names[point] for point in points]
 
 
-# --------------------------------------------------------------------------------------------------- toca, duca
-@pytest.mark.parametrize("text", ["skip", "live"])
-@pytest.mark.parametrize("policy", ["toca", "duca"])
-def test_toca_and_duca_refresh_k_tokens(model: Any, rotary: bool, policy: str, text: str) -> None:
-    reference = Reference(model, Config(policy=policy, ratio=0.25, grid=GRID, text=text))
-    full(reference, inputs(rotary, 0))
-    count = round(0.25 * IMAGE)
-    for x in (1, 2, 3):
-        y = dict(reference.y)
-        reference.selected.clear()
-        output = cached(reference, inputs(rotary, x), x)
-        assert output.shape == (BATCH, 3, 4, 6, 10)
-        assert bool(output.isfinite().all())
-        if policy == "duca" and x == 2:
-            assert not reference.selected
-            assert all(torch.equal(y[k][0], reference.y[k][0]) for k in y)
-            continue
-        for layer in range(LAYERS):
-            idx = reference.selected[layer]
-            assert idx.shape == (BATCH, count)
-            assert all(len(set(row.tolist())) == count for row in idx)
-            assert torch.equal(reference.stamp[layer] == x, torch.zeros(BATCH, IMAGE).scatter(1, idx, 1) == 1)
-            assert torch.equal(reference.y[layer, "attn"][0], y[layer, "attn"][0])
-            changed = (reference.y[layer, "ffn"][0] != y[layer, "ffn"][0]).any(dim=2)
-            assert torch.equal(changed[:, TEXT:], reference.stamp[layer] == x)
-            assert bool((changed[:, :TEXT] == (text == "live")).all())
-
-
-@pytest.mark.parametrize("policy", ["toca", "duca"])
-def test_toca_and_duca_on_unchanged_inputs_change_nothing(model: Any, rotary: bool, policy: str) -> None:
-    reference = Reference(model, Config(policy=policy, ratio=0.25, grid=GRID, text="live"))
-    kwargs = inputs(rotary, 0)
-    expected = full(reference, kwargs)
-    close(cached(reference, kwargs, 1), expected)
-    close(cached(reference, kwargs, 2), expected)
-
-
-def test_attention_received_is_the_column_sum_of_attention() -> None:
-    q, k = torch.randn(2, 2, 3, 9, 16)
-    probability = functional.scaled_dot_product_attention(q, k, torch.eye(9).expand(2, 3, 9, 9))
-    received = probability.transpose(2, 3).sum(dim=3)[:, :, 4:].sum(dim=1)
-    score = attention_received(q, k, 4)
-    close(score / score[:, :1], received / received[:, :1])
-    close(score.norm(dim=1), torch.ones(2))
-
-
-def test_value_smallness() -> None:
-    """Norms over two heads of two channels; the text token, however large, does not count."""
-    v = torch.tensor([[[9.0, 9], [3, 0], [0, 1], [0, 0]], [[9, 9], [0, 4], [2, 2], [1, 0]]])[None]
-    close(value_smallness(v, 1), torch.tensor([[0, 1 - 3 / 5, 1 - 1 / 5]]))
-
-
-def test_stale_tokens_go_first(model: Any) -> None:
-    """An age of 9 steps outweighs an age of 1 and the bonus: two steps refresh different halves."""
-    reference = Reference(model, Config(policy="toca", ratio=0.5, grid=GRID))
-    reference.base[0], reference.stamp[0] = torch.zeros(1, IMAGE), torch.zeros(1, IMAGE)
-    first = set(reference._best(0, IMAGE, 8)[0].tolist())
-    second = set(reference._best(0, IMAGE, 9)[0].tolist())
-    assert len(first) == len(second) == round(0.5 * IMAGE)
-    assert not first & second
-
-
-def test_best_of_each_cell_goes_first(model: Any) -> None:
-    """As many tokens as cells and equal scores but for token 1: the bonus decides."""
-    reference = Reference(model, Config(policy="toca", ratio=18 / IMAGE, grid=GRID))
-    reference.base[0], reference.stamp[0] = torch.zeros(1, IMAGE), torch.zeros(1, IMAGE)
-    reference.base[0][0, 1] = 0.1
-    firsts = [0, 2, 4, 10, 12, 14]  # cells of a 3x5 frame: {0 1 5 6} {2 3 7 8} {4 9} {10 11} {12 13} {14}
-    expected = {15 * f + n for f in range(3) for n in firsts} - {0} | {1}
-    assert set(reference._best(0, IMAGE, 1)[0].tolist()) == expected
-
-
-def test_cell_bonus_on_a_grid_that_cells_do_not_divide() -> None:
-    # cells of the 3x3 frame: {0 1 3 4}, {2 5}, {6 7}, {8}
-    score = torch.tensor([[0, 1, 5, 3, 2, 4, 7, 6, 0], [9, 1, 4, 3, 2, 5, 6, 7, -1]]).float()
-    bonus = cell_bonus(torch.cat([score, score.flip(0)], dim=1), (2, 3, 3))
-    first, second = [2, 3, 6, 8], [0, 5, 7, 8]
-    assert [row.nonzero().flatten().tolist() for row in bonus] == [
-        first + [9 + n for n in second],
-        second + [9 + n for n in first],
-    ]
-    assert bonus.unique().tolist() == pytest.approx([0, 0.4])
-
-
 # --------------------------------------------------------------------------------------------------- trajectory
 def test_trajectory_counts_steps(model: Any, rotary: bool) -> None:
     config = Config(policy="hero", refresh_layers=1, order=2, unsampled="extrapolate")
@@ -394,20 +258,11 @@ def test_trajectory_counts_steps(model: Any, rotary: bool) -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("policy", "heroic"),
-        ("keys", "text"),
-        ("text", "fresh"),
-        ("unsampled", "zero"),
-        ("cache_point", ("pre_gate", "gate")),
-        ("cache_point", "pre_gate"),
-        ("order", -1),
-        ("ratio", 0.0),
-        ("ratio", 1.5),
-        ("interval", 0),
-        ("refresh_layers", None),
+        ("policy", "heroic"), ("keys", "text"), ("text", "fresh"), ("unsampled", "zero"), ("cache_point", ("pre_gate", "gate")),
+        ("cache_point", "pre_gate"), ("order", -1), ("ratio", 0.0), ("ratio", 1.5), ("interval", 0), ("refresh_layers", None),
         ("refresh_layers", -1),
     ],
-)
+)  # fmt: skip
 def test_bad_config_is_refused(argument: str, value: Any) -> None:
     options: dict[str, Any] = {"policy": "hero", "refresh_layers": 1, argument: value}
     with pytest.raises(ValueError, match=argument):

@@ -69,7 +69,8 @@ def listen() -> None:
 def entered(module: torch.nn.Module | None) -> Heard | None:
     """The context that a module was in before anyone listened: only the suspended generator of its `cache_context` still
     holds it. Where there are several, none is taken for this thread's."""
-    if module is None or _HEARD.get() is not None:
+    # Asked first, since looking through all objects there are takes a while.
+    if module is None or not hasattr(module, "cache_context") or _HEARD.get() is not None:
         return None
     found = [
         frame.f_locals

@@ -153,3 +153,14 @@ def times(steps: int, batch: int = 2) -> list[Tensor]:
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     """Equal bit for bit."""
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def toy_backend(policy: Any = "hero", **options: Any) -> hero_fx.Backend:
+    """A backend for a toy."""
+    return hero_fx.backend(policy, **{"inner": tiny.INNER, "grid": GRID, **options})
+
+
+def run_toy(backend: Any, model: Any = None, steps: int = 8, **compile_options: Any) -> list[Tensor]:
+    """A closed loop over a toy that is compiled with a backend."""
+    call = torch_compile(model or toy(), backend=backend, fullgraph=True, **compile_options)
+    return loop(call, latents(), times(steps))
