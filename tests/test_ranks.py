@@ -19,7 +19,7 @@ import hero_fx
 from hero_fx.passes.analysis.follow import follow
 from hero_fx.passes.analysis.tokens import IMAGE, NoRule, Segment, Tokens
 
-from .support import ranks, tiny, toys
+from .support import ranks, ranks_joint, tiny, toys
 from .support.ranks import OWN, POLICIES, RANKS, STEPS, Seen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +43,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
 class _Given:
     """In place of a stepper's selections: the tokens that the ranks sampled, one after the other."""
 
-    def __init__(self, own: list[Tensor]) -> None:
-        self._own = iter(own)
+    def __init__(self, own: list[Tensor], tokens: int = OWN) -> None:
+        """`tokens`: of each rank."""
+        self._own, self._tokens = iter(own), tokens
 
     def at(self, pattern: tuple[bool, ...]) -> tuple[Tensor, ...]:
         own = next(self._own)
-        return (torch.cat([own + rank * OWN for rank in range(RANKS)]),)
+        return (torch.cat([own + rank * self._tokens for rank in range(RANKS)]),)
 
 
 def alone(name: str, selections: list[Tensor]) -> list[Tensor]:
@@ -91,6 +92,23 @@ def test_ranks_refresh_the_same_tokens_of_their_own(seen: list[Seen], name: str)
     assert toys.same(one, other)
     assert len({tuple(drawn.tolist()) for drawn in one}) > 1
     assert {rank.grids[name] for rank in seen} == {(1, 4, 6)}
+
+
+def test_joint_attention_of_text_and_image(seen: list[Seen]) -> None:
+    """Each rank has a part of the text and a part of the image: the tokens of a rank follow those of the rank before."""
+    given = {name: _Given(run.selections, 12) for name, run in seen[0].joint.items()}
+    alone = ranks_joint.run_all(ranks_joint.flux(), given)
+    for rank in seen:
+        for name, run in rank.joint.items():
+            assert run.full == alone[name].full == [step in ranks_joint.FULL for step in range(ranks_joint.STEPS)]
+            assert tiny.worst(run.outputs, alone[name].outputs) < 1e-5, name
+            refreshed = 1 if name in ("hero", "live text") else 0
+            assert run.exchanges == (2 * 4, refreshed * 4), name
+            assert toys.same(run.selections, seen[0].joint[name].selections)
+
+
+def test_a_model_of_several_processes_is_verified(seen: list[Seen]) -> None:
+    assert [rank.failed for rank in seen] == [[]] * RANKS
 
 
 def test_weights_that_are_sharded(seen: list[Seen]) -> None:

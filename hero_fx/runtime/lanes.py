@@ -98,6 +98,14 @@ class Lanes:
             log.info("step %d is full: some of its conditioning is not that of the step before", step)
         return bool(lane.doubt)
 
+    def made_anew(self) -> bool:
+        """Whether some lane has conditioning that lies in other memory at each call, and none that stays."""
+        return any(
+            lane.steady is not None and not lane.doubt and lane.steady.isdisjoint(self._roles.conditioning)
+            for lane in self._lanes.values()
+            if self._roles.conditioning
+        )
+
     def _fitting(self, evidence: Evidence) -> dict[int | str, Lane]:
         """The lanes that a call can be of, going by its name, or by inputs that stay the same: those that fit best."""
         if evidence.told:

@@ -129,6 +129,8 @@ class Stepper:
             session = current_session() if said is None or said.session is None else said.session
             evidence = self._evidence(inputs, model)
             trajectory, call = self.place(session, model, evidence)
+            if self._watch is not None and not session:
+                self._watch.goes_on(trajectory.tracker, evidence)
         except (AmbiguousCall, ValueError) as error:
             if self.strict:
                 raise

@@ -117,7 +117,7 @@ class Tracker:
         self._last: Evidence | None = None
         self._direction = 0
         self._full_to_the_end = False
-        self._lanes = Lanes(self._roles, self._max_lanes)
+        self.lanes = Lanes(self._roles, self._max_lanes)
         # Whether the steps so far were views of one table; "doubt" where the second was of another than the first.
         self._table: Literal["same", "doubt", "no"] | None = None
         self._sure = False  # the present step is the next one in the table
@@ -127,7 +127,7 @@ class Tracker:
 
         Where coefficients are for the full steps of a schedule alone, the rest of the trajectory is full.
         """
-        self._lanes.lose()
+        self.lanes.lose()
         self._full_to_the_end = self._strict
 
     def starts(self, evidence: Evidence) -> bool:
@@ -170,7 +170,7 @@ class Tracker:
         place = self._locate(evidence)
         finished = self.finished if place.starts else self._finished
         schedule = self._schedule_of(evidence, place, lambda: finished + elsewhere())
-        lanes = Lanes(self._roles, self._max_lanes) if place.starts else self._lanes
+        lanes = Lanes(self._roles, self._max_lanes) if place.starts else self.lanes
         if place.starts:
             self._full_to_the_end = False
         scheduled = schedule.is_full(place.step)
@@ -200,7 +200,7 @@ class Tracker:
                 past.full_at, past.gap, past.fulls, since = place.step, gap, fulls + 1, 0
         self.trajectory, self._finished = self.trajectory + int(place.starts), finished
         self.step, self._last, self._direction = place.step, evidence, place.direction
-        self._schedule, self._lanes = schedule, lanes
+        self._schedule, self.lanes = schedule, lanes
         lanes.saw(evidence)
         of = (since, gap, fulls, place.starts, self.trajectory, forced, new_step, schedule)
         return Call(place.step, place.lane, full, *of)
@@ -241,29 +241,29 @@ class Tracker:
             return start
         if index is not None:
             lane = (
-                self._lanes.of_this_step(evidence, step, same_entry=self._moved_in_table(evidence) == 0)
+                self.lanes.of_this_step(evidence, step, same_entry=self._moved_in_table(evidence) == 0)
                 if index == step
-                else self._lanes.of_next_step(evidence)
+                else self.lanes.of_next_step(evidence)
             )
             if index < step or lane is None:
                 return start
             return _Place(False, index, self._direction or self._change(evidence), lane)
         change = 0
         if self._is_same_time(evidence):
-            lane = self._lanes.of_this_step(evidence, step, same_entry=self._moved_in_table(evidence) == 0)
+            lane = self.lanes.of_this_step(evidence, step, same_entry=self._moved_in_table(evidence) == 0)
             if lane is not None:
                 return _Place(False, step, self._direction, lane)
         else:
             change = self._change(evidence)
         if self._is_over() or change * self._direction < 0 or self._is_other_table(evidence):
             return start
-        lane = self._lanes.of_next_step(evidence)
+        lane = self.lanes.of_next_step(evidence)
         if lane is None:
             if self._shared:
                 raise by_memory_alone(evidence)
             log.info("a trajectory starts at timestep %s: its conditioning is new", evidence.timestep)
             return start
-        self._lanes.check_order(evidence, step)
+        self.lanes.check_order(evidence, step)
         return _Place(False, step + 1, self._direction or change, lane)
 
     def _is_over(self) -> bool:

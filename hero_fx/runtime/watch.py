@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hero_fx.stack import warn
 
 from .evidence import Evidence
+from .tracker import Tracker
 from .weights import Model
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ class Watch:
                     continue
                 self._say(*_message(stepper, other, other is not stepper and model.shares(its_model), same_shapes))
                 return
+
+    def goes_on(self, tracker: Tracker, evidence: Evidence) -> None:
+        """Is told of a call without a session that was placed in a trajectory."""
+        if evidence.step_index is not None or evidence.timestep.table is not None or not tracker.lanes.made_anew():
+            return
+        self._say(
+            "restart",
+            "hero_fx: the model's conditioning lies in other memory at each call. If a trajectory is cut short, and the next "
+            "one starts further along, nothing tells the two apart: the next one would take features of the first. Enter "
+            "hero_fx.session(...) for each trajectory, or call hero_fx.reset() where one is cut short",
+        )
 
     def finished(self, stepper: Stepper, session: str, model: Model) -> int:
         """How many trajectories of a session other graphs of a model have finished."""

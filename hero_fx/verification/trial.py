@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hero_fx.config import Config
+from hero_fx.passes.analysis.exchange import collectives
 from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 from hero_fx.runtime.calling import Session, calling, session
 
@@ -65,6 +67,8 @@ class Trial:
 
     def _choose(self, example: Example, config: Config) -> dict[str, Config]:
         self.example, self.plans = example, example.steps.plans
+        # Processes that run a model together must agree on every call, so each call is named.
+        self._lane = "only" if collectives(example.steps.normal) else None
         self.mask = short_schedule(config, self.plans)
         self.config = with_schedule(config, self.mask)
         self.calls = example.trajectory(len(self.mask), seed=0)
@@ -127,16 +131,28 @@ class Trial:
         return outputs
 
     def step(
-        self, variant: Variant, call: Call, model: Any = None, kept: list[list[Tensor]] | None = None
+        self,
+        variant: Variant,
+        call: Call,
+        model: Any = None,
+        kept: list[list[Tensor]] | None = None,
+        index: int | None = None,
     ) -> list[Tensor]:
-        """A copy of the outputs of one call."""
+        """A copy of the outputs of one call; `index`: its step, where that is to be said."""
         self.example.restore()
         if _reuses_outputs(self.config):
             torch.compiler.cudagraph_mark_step_begin()
-        returned = self.compiled(variant, model or self.model, call)
+        with self._word(index):
+            returned = self.compiled(variant, model or self.model, call)
         if kept is not None:
             kept.append(returned)
         return [tensor.clone() for tensor in returned]
+
+    def _word(self, index: int | None) -> AbstractContextManager[object]:
+        """What is said of a call: no more than has to be, since the rest is to be told from the call itself."""
+        if index is None and self._lane is None:
+            return nullcontext()
+        return calling(lane=self._lane, step_index=index)
 
     def last_run(self, variant: Variant) -> list[list[Tensor]]:
         """The outputs of a variant that no other check needs: its state is freed."""
@@ -182,8 +198,7 @@ class Trial:
         outputs = list[list[Tensor]]()
         with self.session():
             for index in range(len(self.mask)):
-                with calling(step_index=index):
-                    outputs.append(self.step(variant, self.calls[0]))
+                outputs.append(self.step(variant, self.calls[0], index=index))
         return worst(outputs, [outputs[0]] * len(outputs))
 
     def _sessions(self, alone: Outputs) -> float:

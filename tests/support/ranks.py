@@ -24,6 +24,7 @@ from hero_fx.fingerprint import model_config
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
+from . import ranks_joint
 from .tiny import randomized
 
 RANKS = 2
@@ -62,6 +63,10 @@ class Seen:
     """all_to_all in the full and in the cached step graph."""
     grids: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    joint: dict[str, ranks_joint.Run] = field(default_factory=dict)
+    """By policy, of a model whose attention is over text and image tokens together."""
+    failed: list[str] = field(default_factory=list)
+    """The rows of `hero_fx.verify` that do not hold."""
 
 
 def wan() -> Any:
@@ -179,6 +184,19 @@ def sharded(seen: Seen) -> None:
     seen.errors["fsdp of blocks"] = message(lambda: trajectory(call))
 
 
+def joint(seen: Seen) -> None:
+    """A model of text and image tokens, and what `hero_fx.verify` says of it."""
+    model = ranks_joint.flux()
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
+    call = {**ranks_joint.inputs(), "timestep": torch.full((2,), 0.9)}
+    with torch.no_grad():
+        model(**call)
+    seen.joint = ranks_joint.run_all(model)
+    backend = hero_fx.backend(inner="eager", grid=(1, 4, 6))
+    checks = hero_fx.verify(model, backend=backend, show=False, **call).checks
+    seen.failed = [str(check) for check in checks if not check.ok]
+
+
 def main(rank: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -195,6 +213,7 @@ def main(rank: int, folder: Path) -> None:
     for name in POLICIES:
         run(name, model, seen)
     refusals(model, seen)
+    joint(seen)
     sharded(seen)
     torch.save(vars(seen), folder / f"{rank}.pt")
     dist.destroy_process_group()
