@@ -6,37 +6,40 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
-from torch import Tensor, fx
+from torch import Tensor
 
 import hero_fx
-from hero_fx.passes.analysis.follow import follow
-from hero_fx.passes.analysis.tokens import IMAGE, NoRule, Segment, Tokens
 
 from .support import ranks, ranks_joint, tiny, toys
+from .support.once import made_once
 from .support.ranks import OWN, POLICIES, RANKS, STEPS, Seen
+from .support.tracing import Variants
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_ranks(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-m", "tests.support.ranks", str(rank), str(folder)] for rank in range(RANKS)]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
+    try:
+        assert [process.wait(timeout=900) for process in processes] == [0] * RANKS
+    finally:
+        for process in processes:
+            process.kill()  # one that waits for the other forever
+            process.wait()
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     """By rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-m", "tests.support.ranks", str(rank), str(folder)] for rank in range(RANKS)]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()  # one that waits for the other forever
+    folder = made_once(tmp_path_factory, "ranks", run_ranks)
     return [Seen(**torch.load(folder / f"{rank}.pt", weights_only=False)) for rank in range(RANKS)]
 
 
@@ -52,26 +55,32 @@ class _Given:
         return (torch.cat([own + rank * self._tokens for rank in range(RANKS)]),)
 
 
-def alone(name: str, selections: list[Tensor]) -> list[Tensor]:
-    """The outputs of one process that refreshes the same tokens."""
+@pytest.fixture(scope="module")
+def alone(seen: list[Seen]) -> dict[str, list[Tensor]]:
+    """By policy, the outputs of one process that refreshes the tokens that the ranks did."""
     torch._dynamo.reset()
-    backend = ranks.backend(name)
-    call = toys.torch_compile(ranks.wan(), backend=backend, fullgraph=True)
+    names = (*POLICIES, "fsdp")
+    variants = Variants(**{name: ranks.backend(name) for name in names})
+    call = toys.torch_compile(ranks.wan(), backend=variants, fullgraph=True)
 
-    def given() -> None:
-        (stepper,) = backend.steppers
-        if selections and not isinstance(stepper.selections, _Given):
-            stepper.selections = _Given(selections)  # type: ignore[assignment]
+    def outputs(name: str) -> list[Tensor]:
+        variants.now, selections = name, seen[0].selections.get(name, []) if name in POLICIES else []
 
-    return ranks.trajectory(call, given)
+        def given() -> None:
+            (stepper,) = variants.backends[name].steppers
+            if selections and not isinstance(stepper.selections, _Given):
+                stepper.selections = _Given(selections)  # type: ignore[assignment]
+
+        return ranks.trajectory(call, given)
+
+    return {name: outputs(name) for name in names}
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_ranks_give_what_one_process_gives(seen: list[Seen], name: str) -> None:
-    expected = alone(name, seen[0].selections.get(name, []))
+def test_ranks_give_what_one_process_gives(seen: list[Seen], alone: dict[str, list[Tensor]], name: str) -> None:
     for rank in seen:
         assert rank.full[name] == [step in ranks.FULL for step in range(STEPS)]
-        assert tiny.worst(rank.outputs[name], expected) < 1e-5
+        assert tiny.worst(rank.outputs[name], alone[name]) < 1e-5
 
 
 def test_names_alone_tell_steps_by_their_timesteps(seen: list[Seen]) -> None:
@@ -111,12 +120,11 @@ def test_a_model_of_several_processes_is_verified(seen: list[Seen]) -> None:
     assert [rank.failed for rank in seen] == [[]] * RANKS
 
 
-def test_weights_that_are_sharded(seen: list[Seen]) -> None:
+def test_weights_that_are_sharded(seen: list[Seen], alone: dict[str, list[Tensor]]) -> None:
     """FSDP2, each rank with all tokens."""
-    expected = alone("fsdp", [])
     for rank in seen:
         assert rank.full["fsdp"] == [step in ranks.FULL for step in range(STEPS)]
-        assert tiny.worst(rank.outputs["fsdp"], expected) < 1e-5
+        assert tiny.worst(rank.outputs["fsdp"], alone["fsdp"]) < 1e-5
 
 
 REFUSALS = {
@@ -135,32 +143,6 @@ REFUSALS = {
 def test_what_ranks_might_decide_differently_is_refused(seen: list[Seen], what: str) -> None:
     for rank in seen:
         assert re.search(REFUSALS[what], rank.errors[what], re.DOTALL), rank.errors[what]
-
-
-@pytest.mark.parametrize(
-    ("shape", "dim", "outer", "parts", "reason"),
-    [
-        ((4, 6), 1, 1, [[2, 2], [2, 2]], ""),
-        ((24,), 0, 4, [[12, 12], [12, 12]], ""),
-        ((24,), 0, 2, [[8, 8, 8], [8, 8, 8]], "it cuts the token axis between ranks"),
-        ((24,), 0, 2, [[12, 12], [16, 8]], "parts of different sizes"),
-    ],
-)
-def test_the_token_axis_through_an_exchange(
-    shape: tuple[int, ...], dim: int, outer: int, parts: list[list[int]], reason: str
-) -> None:
-    graph = fx.Graph()
-    given = graph.placeholder("x")
-    exchange = graph.call_function(torch.ops._c10d_functional.all_to_all_single.default, (given, *parts, "0"))
-    result = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (exchange,))
-    for node in graph.nodes:
-        node.meta["val"] = torch.empty(shape)
-    tokens = Tokens(dim, (Segment(IMAGE, 0, 6),), outer)
-    if reason:
-        with pytest.raises(NoRule, match=reason):
-            follow(graph.nodes, {given: tokens})
-    else:
-        assert follow(graph.nodes, {given: tokens})[result] == replace(tokens, exchanged=True)
 
 
 def test_ring_attention_is_refused() -> None:

@@ -26,6 +26,7 @@ from hero_fx.plan import Plan, Timeline
 
 from . import ranks_joint
 from .tiny import randomized
+from .tracing import Variants
 
 RANKS = 2
 GRID = (2, 4, 6)
@@ -122,9 +123,8 @@ def trajectory(
     return outputs
 
 
-def run(name: str, model: Any, seen: Seen) -> None:
-    torch._dynamo.reset()
-    hero = backend(name)
+def run(name: str, call: Any, hero: hero_fx.Backend, seen: Seen) -> None:
+    """A trajectory of a compiled model, and what there is to see of it."""
 
     def after() -> None:
         (stepper,) = hero.steppers
@@ -134,11 +134,24 @@ def run(name: str, model: Any, seen: Seen) -> None:
         if stepper.selections is not None and not stepper.last.full:
             seen.selections.setdefault(name, []).append(stepper.selections.at(tuple(pattern))[0])
 
-    seen.outputs[name] = trajectory(torch.compile(model, backend=hero, fullgraph=True), after)
+    seen.outputs[name] = trajectory(call, after)
     (graphs,) = hero.graphs
     counts = [hero_fx.op_count(gm)["_c10d_functional.all_to_all_single"] for gm in (graphs.full, graphs.cached[0])]
     seen.exchanges[name] = counts[0], counts[1]
     seen.grids[name] = graphs.sampler and graphs.sampler.grid
+
+
+def of_each_policy(model: Any, seen: Seen) -> None:
+    """Dynamo traces the model once, for all that run and all that are refused."""
+    refused = {name: hero_fx.backend(inner="eager", **options) for name, options in REFUSED.items()}
+    variants = Variants(**{name: backend(name) for name in POLICIES}, **refused)
+    call = torch.compile(model, backend=variants, fullgraph=True)
+    for name in POLICIES:
+        variants.now = name
+        run(name, call, variants.backends[name], seen)
+    for name in REFUSED:
+        variants.now = name
+        seen.errors[name] = message(lambda: trajectory(call))
 
 
 def message(call: Callable[[], object]) -> str:
@@ -150,10 +163,6 @@ def message(call: Callable[[], object]) -> str:
 
 
 def refusals(model: Any, seen: Seen) -> None:
-    for name, options in REFUSED.items():
-        torch._dynamo.reset()
-        call = torch.compile(model, backend=hero_fx.backend(inner="eager", **options), fullgraph=True)
-        seen.errors[name] = message(lambda call=call: trajectory(call))  # type: ignore[misc]
     torch._dynamo.reset()
     fora: Any = torch.compile(model, backend=backend("fora"), fullgraph=True)
     with torch.no_grad():
@@ -175,7 +184,8 @@ def sharded(seen: Seen) -> None:
     mesh = init_device_mesh("cpu", (RANKS,))
     model = wan()
     fully_shard(model, mesh=mesh)
-    run("fsdp", model, seen)
+    hero = backend("fsdp")
+    run("fsdp", torch.compile(model, backend=hero, fullgraph=True), hero, seen)
     torch._dynamo.reset()
     model = wan()
     for block in model.blocks:
@@ -210,8 +220,7 @@ def main(rank: int, folder: Path) -> None:
         model(
             **inputs(), timestep=torch.tensor([9.0, 9.0])
         )  # the hooks look the model's arguments up at their first call
-    for name in POLICIES:
-        run(name, model, seen)
+    of_each_policy(model, seen)
     refusals(model, seen)
     joint(seen)
     sharded(seen)
