@@ -76,14 +76,14 @@ def test_a_model_that_compiles_again_at_every_step_is_warned_of() -> None:
 
 def test_a_batch_that_changes_in_the_middle_is_warned_of() -> None:
     call, _ = guided()
-    times = plain_times()
+    times, words = plain_times(), text(1)
     with torch.no_grad():
         for t in times[:3]:
-            call(toys.latents(), t, text(1))
+            call(toys.latents(), t, words)
         with pytest.warns(
             UserWarning, match=r"changed their shape in the middle.*latents \[2, 30, 6\] -> \[1, 30, 6\]"
         ):
-            call(toys.latents()[:1], times[3][:1], text(1)[:1])
+            call(toys.latents()[:1], times[3][:1], words[:1])
 
 
 def test_state_goes_with_the_model_and_with_its_code() -> None:

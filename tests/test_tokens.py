@@ -24,12 +24,12 @@ UNARY = [
     "neg", "abs", "square", "sqrt", "rsqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "relu", "silu", "gelu",
     "softplus", "elu", "leaky_relu", "hardtanh", "erf", "mish", "hardswish", "reciprocal", "floor", "round", "sign",
     "isnan", "nan_to_num", "logical_not", "clone", "contiguous", "detach", "alias", "conj", "resolve_conj",
-    "zeros_like", "ones_like", "log1p", "expm1", "log2", "exp2", "tan", "atan", "ceil", "trunc", "log_sigmoid",
-    "hardsigmoid", "relu6", "isinf", "isfinite", "real",
+    "zeros_like", "ones_like", "log1p", "expm1", "log2", "exp2", "tan", "atan", "rad2deg", "deg2rad", "ceil", "trunc",
+    "log_sigmoid", "hardsigmoid", "relu6", "isinf", "isfinite", "real",
 ]  # fmt: skip
 BINARY = [
     "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
-    "logical_or", "logaddexp", "atan2", "fmod", "remainder", "floor_divide", "true_divide", "float_power",
+    "logical_or", "logical_xor", "logaddexp", "atan2", "fmod", "remainder", "floor_divide", "true_divide", "float_power",
 ]  # fmt: skip
 
 
@@ -100,6 +100,8 @@ EXAMPLES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     ),
     "expand": (lambda x: x.unsqueeze(0).unsqueeze(3).expand(7, -1, -1, 3, -1).expand(2, 7, -1, -1, -1, -1), ()),
     "bits": (lambda x: aten.bitwise_or(aten.bitwise_and(x > 0, x < 1), aten.bitwise_not(x > 2)), ()),
+    "angles": (lambda x: aten.asin(torch.tanh(x)) + aten.acos(torch.tanh(x)), ()),
+    "bits by Python's operators": (lambda x: ((x > 0) & (x < 1)) | ((x > 2) ^ (x > 3)), ()),
     "fill": (lambda x: x * aten.fill(x, 2.0) + aten.full_like(x, 3.0), ()),
     "complex numbers": (lambda x: torch.imag(torch.complex(x, x + 1) * torch.polar(x.abs(), x)), ()),
     "flip and roll of channels": (lambda x: x.flip(2).roll(1, -1), ()),
