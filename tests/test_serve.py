@@ -242,7 +242,15 @@ def test_metrics_are_what_prometheus_reads(engine: Any) -> None:
         for sample in family.samples
     }
     of = stats["tasks"][TASK]
-    for name in ("full_steps", "cached_steps", "full_calls", "cached_calls", "refused_calls", "evictions"):
+    for name in (
+        "full_steps",
+        "cached_steps",
+        "full_calls",
+        "partial_calls",
+        "cached_calls",
+        "refused_calls",
+        "evictions",
+    ):
         assert samples[f"hero_fx_{name}_total", "first", TASK] == of[name]
     for name in ("sessions", "state_bytes", "graphs"):
         assert samples[f"hero_fx_{name}", "first", TASK] == of[name]

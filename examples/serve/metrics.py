@@ -16,6 +16,7 @@ COUNTERS = {
     "full_steps": "Steps that computed every layer",
     "cached_steps": "Steps that used cached features",
     "full_calls": "Calls of the model that computed every layer",
+    "partial_calls": "Of the full calls those that computed a part of the batch alone",
     "cached_calls": "Calls of the model that used cached features",
     "refused_calls": "Calls that could not be told apart and ran in full",
     "evictions": "Times that a session's state was freed for another one's",
