@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import hero_fx
+from hero_fx.calibration.choose import _starts as starts_of
+from hero_fx.calibration.record import Recording
 from hero_fx.calibration.search import improve, thinned
+from hero_fx.calibration.tables import Outputs
 from hero_fx.passes.analysis.batch_rows import follow_batch
 from hero_fx.passes.analysis.tokens import NoRule
 from hero_fx.passes.render import graph_diff, render
@@ -130,9 +134,14 @@ def guided(x: Tensor) -> tuple[Tensor]:
     return (without + 3 * (having - without),)
 
 
+def shuffled(x: Tensor) -> tuple[Tensor]:
+    """Without a batch: the first axis is that of channels."""
+    return (F.pixel_unshuffle(F.pixel_shuffle(x[..., :3], 2), 2),)
+
+
 @pytest.mark.parametrize(
     "function",
-    [centred, halves_swapped, normalized_over_all, as_tokens, by_the_first, against_each_other, guided],
+    [shuffled, centred, halves_swapped, normalized_over_all, as_tokens, by_the_first, against_each_other, guided],
 )
 def test_rows_that_meet_are_refused(function: Any) -> None:
     with pytest.raises(NoRule):
@@ -354,6 +363,19 @@ def test_calibration_finds_which_part_needs_more_full_steps() -> None:
     assert "in part" in str(found)
 
 
+@pytest.mark.parametrize("full", range(4, 16))
+def test_any_number_of_full_steps_has_a_start(full: int) -> None:
+    gains = torch.linspace(0, 1, 8)[:, None, None] * torch.tensor([0.1, 1.0])
+    gram = {"out0": torch.eye(16).expand(1, 2, 1, 3, 16, 16)}
+    recording = Recording(tuple(map(float, range(8, 0, -1))), gram, {}, gains)
+    outputs = Outputs((recording,), (OutputRule(index=0, axis=1, groups=2, latent="x"),), (4,), apart=True)
+    job: Any = SimpleNamespace(parts=2, timesteps=recording.timesteps, must=frozenset({0, 3}))
+    for start in starts_of(job, outputs, full):
+        assert sum(start) == full
+        assert start[0] == start[3] == 2
+        assert max(start) <= 2
+
+
 def test_calibration_refuses_what_has_no_parts() -> None:
     def run(call: Any, i: int) -> Tensor:
         sample = numbers(1, 3, 4, 4, seed=i)
@@ -394,5 +416,7 @@ def test_a_schedule_that_is_given_is_kept() -> None:
     assert found.plan.timelines[0].schedule == line.schedule
     with pytest.raises(ValueError, match=r"start: the plan has 2 full steps, and budget=3"):
         hero_fx.calibrate(model, run, budget=3, start=start, **options)
+    with pytest.raises(ValueError, match=r"start: the plan has 2 full steps, and budget=1.3 allows"):
+        hero_fx.calibrate(model, run, budget=1.3, start=start, **options)
     with pytest.raises(ValueError, match=r"start: the plan has 1 part\(s\) .* the calibration is for 2 and 1"):
         hero_fx.calibrate(model, run, budget=2, start=start, apart=True, **options)

@@ -150,12 +150,11 @@ def _starts(job: Job, predictor: Predictor, full: int) -> Sequence[Schedule]:
     others, moves, found = job.parts - 1, predictor.moves(), list[Schedule]()
     late = moves[:, moves.sum(dim=0).argmin()].tolist()
     for share in SHARES:
-        fewer = max(len(job.must), round(share * full / job.parts))
-        more = full - others * fewer
-        if len(job.must) <= fewer <= more <= steps:
-            for first in _alike(job, predictor, more)[:: 1 if share == SHARES[0] else 2]:
-                some = thinned(first, late, fewer, job.must)
-                found.append(tuple(int(a) + others * int(b) for a, b in zip(first, some, strict=True)))
+        least = max(len(job.must), math.ceil((full - steps) / others))
+        fewer = min(max(least, round(share * full / job.parts)), full // job.parts)
+        for first in _alike(job, predictor, full - others * fewer)[:: 1 if share == SHARES[0] else 2]:
+            some = thinned(first, late, fewer, job.must)
+            found.append(tuple(int(a) + others * int(b) for a, b in zip(first, some, strict=True)))
     return found
 
 

@@ -126,7 +126,7 @@ def calibrate(
             and the conditional half into one call: for policy `"forecast"`, and models whose rows of the batch do not meet.
             Each part then runs by itself. It gains most where guidance is weak at early steps (CogVideoX's dynamic form).
         start: a plan with as many full steps, whose schedule is tried first; with `search=1` it is kept, and coefficients are
-            fitted alone.
+            fitted alone. With `max_error` it is tried where the full steps are as many.
         history: how many past outputs a forecast is made from, 1 to 3.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
         weights: by name, how much the logarithm of a distance counts where schedules and candidates are compared; 1 where
@@ -233,6 +233,11 @@ def _candidate(
                     f"{share * parts:.0%} of a full one, and {least // parts} have to be full"
                 )
                 return None
+            if job.start is not None and sum(job.start) != full * phases:
+                raise ValueError(
+                    f"start: the plan has {sum(job.start) / parts / phases:g} full steps, and budget={budget} allows "
+                    f"{full / parts:g} with policy {policy!r}: make both agree"
+                )
             schedule = best(evaluate, full)
     error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]

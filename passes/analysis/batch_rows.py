@@ -73,20 +73,19 @@ def _attention(node: fx.Node, look: Lookup) -> Info:
     op = ATTENTION[node.target]
     operands = op.operands(node)
     rows = look(operands[0])
-    if op.refused and op.dim == -3:
-        raise NoRule(node, op.refused)
+    if reason := op.ordered(node, whole=True):
+        raise NoRule(node, reason)
     within = {rank_of(operands[0]) + op.dim, rank_of(operands[0]) - 1}
     if rows is None or rows.dim in within or any(look(n) != rows for n in operands[1:]):
         raise NoRule(node, "its queries, keys and values do not have the same rows in front")
     mask = argument(node, op.mask or "")
     if (of_mask := look(mask)) is not None and of_mask.at(of_mask.dim + rank_of(operands[0]) - rank_of(mask)) != rows:
         raise NoRule(node, "its mask has other rows")
-    more = [n for n in node.all_input_nodes if n not in (*operands, mask) and look(n) is not None]
-    if more:
-        raise NoRule(node, f"it reads {more[0].name}, and no rule says what that is")
     value = value_of(node)
     if not isinstance(value, (tuple, list)):
         return rows
+    if isinstance(mask, fx.Node) and of_mask is None:
+        raise NoRule(node, "its mask comes from no input, and may have rows of its own")
     if any(user.args[1] != 0 and user.users for user in node.users):
         raise NoRule(node, "more of its results are used than what attention gives")
     return (rows, *[None] * (len(value) - 1))
@@ -95,7 +94,9 @@ def _attention(node: fx.Node, look: Lookup) -> Info:
 def _in_front(node: fx.Node, look: Lookup) -> Info:
     """Ops that take the first axis for a batch, whatever they do along the others."""
     source, rows = one_input(node, look)
-    if rows.dim or (node.target in PROJECTIONS and rank_of(source) != rank_of(node_argument(node, "weight"))):
+    # Without a batch the first axis is that of channels, which these ops mix.
+    batched = node.target not in _CONVOLUTIONS or rank_of(source) == rank_of(node_argument(node, "weight"))
+    if rows.dim or not batched or (node.target in _SHUFFLES and rank_of(source) < 4):
         raise NoRule(node, "it works along the rows")
     value = value_of(node)
     return (rows, *[None] * (len(value) - 1)) if isinstance(value, (tuple, list)) else rows
@@ -145,15 +146,20 @@ def _embedding(node: fx.Node, look: Lookup) -> Info:
     return rows
 
 
+_CONVOLUTIONS = PROJECTIONS - overloads("linear") | overloads(
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+)
+_SHUFFLES = overloads("pixel_shuffle", "pixel_unshuffle")
+
 _ROWS: Mapping[object, Rule] = {
     **dict.fromkeys(
-        overloads(
-            "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-            "group_norm", "native_group_norm", "instance_norm", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d",
+        _CONVOLUTIONS
+        | _SHUFFLES
+        | overloads(
+            "group_norm", "instance_norm", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d",
             "max_pool3d",
             "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d",
-            "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "pixel_shuffle",
-            "pixel_unshuffle",
+            "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
         ),
         _in_front,
     ),

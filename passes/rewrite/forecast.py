@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from hero_fx.passes.emit import Emitter, value_of
-from hero_fx.passes.slots import PastSlot, TableSlot, Term
+from hero_fx.passes.slots import PastSlot, RowsSlot, TableSlot, Term, slots_of
 
 __all__ = ["THETAS", "ForecastOutputs", "OutputRule", "RecordOutputs", "arguments_of", "combination", "outputs_of"]
 
@@ -117,8 +117,9 @@ def _latent(emitter: Emitter, rule: OutputRule, output: fx.Node) -> fx.Node:
     assert rule.latent is not None
     source = arguments_of(emitter.gm)[rule.latent]
     of = value_of(output).shape
-    if value_of(source).shape[:1] != of[:1]:  # the graph computes some rows of the batch
-        source = emitter.call(aten.index_select.default, source, 0, emitter.rows(of[0], value_of(source).device))
+    rows = next((node for node, slot in slots_of(emitter.gm) if isinstance(slot, RowsSlot)), None)
+    if rows is not None:
+        source = emitter.call(aten.index_select.default, source, 0, rows)
     if value_of(source).shape == of or rule.axis is None:
         return source
     return emitter.call(aten.slice.Tensor, source, rule.axis, rule.start, rule.start + of[rule.axis])

@@ -46,7 +46,7 @@ class KeepRows:
 
     def apply(self, gm: fx.GraphModule) -> int:
         """Raises NoRule where rows are not known to be independent."""
-        batch = value_of(outputs_of(gm)[0]).shape[0]
+        batch = value_of(next(value for value in outputs_of(gm) if isinstance(value, fx.Node))).shape[0]
         infos = follow_batch(gm, batch)
         emitter = Emitter(gm)
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
