@@ -344,6 +344,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"history": 4}, "history=4"),
     ({"by": ("channels",)}, "by=.*'frames', 'batch'"),
     ({"samples": 0}, "samples=0"),
+    ({"closed_loop": -1}, "closed_loop=-1"),
 ]
 
 

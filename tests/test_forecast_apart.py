@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import hero_fx
 from hero_fx.calibration.choose import _starts as starts_of
 from hero_fx.calibration.record import Recording
+from hero_fx.calibration.samples import Track
 from hero_fx.calibration.search import improve, thinned
 from hero_fx.calibration.tables import Outputs
 from hero_fx.passes.analysis.batch_rows import follow_batch
@@ -367,7 +368,7 @@ def test_calibration_finds_which_part_needs_more_full_steps() -> None:
 def test_any_number_of_full_steps_has_a_start(full: int) -> None:
     gains = torch.linspace(0, 1, 8)[:, None, None] * torch.tensor([0.1, 1.0])
     gram = {"out0": torch.eye(16).expand(1, 2, 1, 3, 16, 16)}
-    recording = Recording(tuple(map(float, range(8, 0, -1))), gram, {}, gains)
+    recording = Recording(tuple(map(float, range(8, 0, -1))), gram, {}, gains, Track({}, {}))
     outputs = Outputs((recording,), (OutputRule(index=0, axis=1, groups=2, latent="x"),), (4,), apart=True)
     job: Any = SimpleNamespace(parts=2, timesteps=recording.timesteps, must=frozenset({0, 3}))
     for start in starts_of(job, outputs, full):

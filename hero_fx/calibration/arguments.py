@@ -25,7 +25,7 @@ def numbers_of(name: str, given: int | Sequence[int], start: int) -> tuple[int, 
 def check(
     num_steps: int, budget: int | float | None, max_error: float | Mapping[str, float] | None, policies: Sequence[str],
     search: int, full_steps: Collection[int], scenes: tuple[int, ...], holdout: tuple[int, ...], history: int, samples: int,
-    by: Collection[str], phases: int, apart: bool = False,
+    by: Collection[str], phases: int, apart: bool = False, closed_loop: int = 1,
 ) -> None:  # fmt: skip
     """Raises ValueError for arguments of `calibrate` that mean nothing."""
     for name, value, least in (
@@ -33,6 +33,7 @@ def check(
         ("search", search, 1),
         ("samples", samples, 1),
         ("phases", phases, 1),
+        ("closed_loop", closed_loop, 0),
     ):
         whole_number(name, value, least)
     _check_budget(num_steps, budget, max_error)

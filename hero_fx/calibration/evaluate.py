@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from hero_fx.backends import Backend
 from hero_fx.plan import Plan, Timeline
 from hero_fx.runtime.calling import session
@@ -77,6 +80,21 @@ class Store:
         if self.path is not None and self.path.exists():
             self.known = json.loads(self.path.read_text())
 
+    def tables(self, name: str) -> dict[str, Tensor] | None:
+        """Tables that were kept under a name."""
+        path = self._file(name)
+        return load_file(path) if path is not None and path.exists() else None
+
+    def put_tables(self, name: str, tables: Mapping[str, Tensor]) -> None:
+        """Keeps tables."""
+        if (path := self._file(name)) is not None:
+            part = path.with_suffix(".part")
+            save_file({key: table.contiguous() for key, table in tables.items()}, part)
+            part.replace(path)
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.path is None else self.path.with_name(f"{name}.safetensors")
+
     def put(self, key: str, found: Mapping[str, float]) -> None:
         self.known[key] = dict(found)
         if self.path is not None:
@@ -109,8 +127,20 @@ class Evaluator:
     ) -> None:
         """`predictors`: by phase."""
         self.job, self.base, self.predictors, self.chosen, self.compiled = job, base, predictors, chosen, compiled
+        self.rounds = 0
+        """In which coefficients were fitted again."""
         self.tried: dict[Schedule, dict[str, float]] = {}
         """Every schedule that was run, and its error."""
+
+    def refitted(self, predictors: Sequence[Predictor], rounds: int) -> Evaluator:
+        """The same with coefficients that were fitted again, in so many rounds."""
+        found = Evaluator(self.job, self.base, predictors, self.chosen, self.compiled)
+        found.tried, found.rounds = self.tried, rounds
+        return found
+
+    def name(self, schedule: Schedule) -> str:
+        """Of the file with the coefficients that were fitted again."""
+        return f"closed-loop-{self._key(schedule, self.job.recorder.samples)}"
 
     def error(self, schedule: Schedule) -> dict[str, float]:
         """Distances to full compute, mean over the trajectories that are searched on."""
@@ -122,26 +152,39 @@ class Evaluator:
 
     def errors(self, schedule: Schedule, numbers: Sequence[int]) -> dict[str, float]:
         """Distances to full compute, mean over trajectories."""
-        plan, total = None, dict[str, float]()
+        followed = False
         for i in numbers:
-            key = self._key(schedule, i)
-            if key not in self.job.store.known:
-                if plan is None:
-                    plan = plan_for(self.job, self.base, self.predictors, schedule)
-                    self.chosen.follow(plan)
-                self.chosen.reset()
-                sample = self.job.run_alone(self.compiled, i)
-                self.job.store.put(key, self.job.distances(sample, self.job.finals[i]))
-            for name, value in self.job.store.known[key].items():
+            if not self.knows(schedule, i):
+                if not followed:
+                    self.follow(schedule)
+                followed = True
+                self.run(schedule, i)
+        total = dict[str, float]()
+        for i in numbers:
+            for name, value in self.job.store.known[self._key(schedule, i)].items():
                 total[name] = total.get(name, 0.0) + value / len(numbers)
         return total
+
+    def knows(self, schedule: Schedule, i: int) -> bool:
+        """Whether trajectory i has been run by a schedule."""
+        return self._key(schedule, i) in self.job.store.known
+
+    def follow(self, schedule: Schedule) -> None:
+        """What runs from now on goes by a schedule."""
+        self.chosen.follow(plan_for(self.job, self.base, self.predictors, schedule))
+
+    def run(self, schedule: Schedule, i: int) -> None:
+        """Runs trajectory i by the schedule that is followed, and keeps how far it leads from full compute."""
+        self.chosen.reset()
+        sample = self.job.run_alone(self.compiled, i)
+        self.job.store.put(self._key(schedule, i), self.job.distances(sample, self.job.finals[i]))
 
     def _key(self, schedule: Schedule, i: int) -> str:
         """All that the result depends on, so far as it is known here: not the weights, for which a folder is."""
         of = [
             self.base["policy"], str(self.base.get("outputs")), str(self.base.get("options")), self.job.scenes, i,
             "".join(str(int(level)) for level in schedule), *["apart"] * (self.predictors[0].parts > 1),
-            str(self.job.timesteps),
+            str(self.job.timesteps), *[f"closed loop {self.rounds}"] * (self.rounds > 0),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]
 

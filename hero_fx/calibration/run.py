@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from hero_fx.plan import Plan, as_plan
 from .arguments import check, numbers_of
 from .choose import Bound, OutOfBound, best, bound_of, fewest
 from .evaluate import Distances, Evaluator, Job, Run, Store, log_sum, plan_for
+from .followed import Followed, refine
 from .record import Recorder
 from .report import Calibration, Candidate, Tried
 from .settle import measured, parts_of, record, start_of, weights_of
@@ -78,6 +79,7 @@ def calibrate(
     apart: bool = False,
     start: Plan | str | Path | None = None,
     history: int = 3,
+    closed_loop: int = 1,
     distances: Distances = relative_l2,
     weights: Mapping[str, float] | None = None,
     samples: int = 2048,
@@ -128,6 +130,9 @@ def calibrate(
         start: a plan with as many full steps, whose schedule is tried first; with `search=1` it is kept, and coefficients are
             fitted alone. With `max_error` it is tried where the full steps are as many.
         history: how many past outputs a forecast is made from, 1 to 3.
+        closed_loop: how many rounds fit the coefficients of the schedule again, to trajectories that follow the plan, so that
+            every cached step leads back to full compute; 0: none. A round runs all fitted trajectories. Outputs without a
+            noisy latent keep their coefficients.
         distances: (sample, full compute's) -> distances by name, all above 0 unless equal; by default relative L2 norms.
         weights: by name, how much the logarithm of a distance counts where schedules and candidates are compared; 1 where
             nothing is said.
@@ -144,7 +149,10 @@ def calibrate(
     """
     fitted = numbers_of("scenes", scenes, 0)
     held = numbers_of("holdout", holdout, max(fitted) + 1)
-    check(num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases, apart)
+    check(
+        num_steps, budget, max_error, policies, search, full_steps, fitted, held, history, samples, by, phases, apart,
+        closed_loop,
+    )  # fmt: skip
     notes = [f"num_steps={num_steps}: {_FEW}"] if num_steps <= FEW else []
     for note in notes:
         log.warning("%s", note)
@@ -171,7 +179,8 @@ def calibrate(
         bound = None if max_error is None else bound_of(max_error, measured(job))
         wanted = budget if bound is None else bound
         assert wanted is not None, "one of the two is given"
-        candidates = [c for policy in policies if (c := _candidate(job, policy, wanted, by, history)) is not None]
+        of_policies = [_candidate(job, policy, wanted, by, history, closed_loop) for policy in policies]
+    candidates = [candidate for candidate in of_policies if candidate is not None]
     if not candidates:
         why = "; ".join(f"{policy}: {reason}" for policy, reason in recorder.unsupported.items())
         asked = f"budget={budget!r}" if bound is None else f"max_error={max_error!r}"
@@ -196,7 +205,7 @@ def _forgotten(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _candidate(
-    job: Job, policy: str, budget: int | float | Bound, by: Collection[str], history: int
+    job: Job, policy: str, budget: int | float | Bound, by: Collection[str], history: int, closed_loop: int
 ) -> Candidate | None:
     unsupported = job.recorder.unsupported
     if policy in unsupported:
@@ -205,7 +214,8 @@ def _candidate(
     steps, phases = len(job.timesteps), len(predictors)
     plan = plan_for(job, base, predictors, (job.parts,) * (steps * phases))
     chosen = backend(plan=plan, **job.options)
-    compiled = torch.compile(job.model, backend=chosen, fullgraph=True)
+    followed = Followed(chosen, plan.outputs, job.recorder.nearby())
+    compiled = torch.compile(job.model, backend=followed, fullgraph=True)
     job.run_alone(compiled, job.scenes[0])  # compiles: FLOPs are counted from its graphs
     graphs = chosen.graphs[-1]
     plain = max(1, flops(graphs.normal).total)
@@ -239,12 +249,24 @@ def _candidate(
                     f"{full / parts:g} with policy {policy!r}: make both agree"
                 )
             schedule = best(evaluate, full)
+    if policy == "forecast" and closed_loop:
+        evaluate = refine(evaluate, followed, schedule, closed_loop, _score(job, budget))
     error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
-        policy=policy, plan=plan_for(job, base, predictors, schedule, error=error, speed=speed(full)), error=error,
+        policy=policy, plan=plan_for(job, base, evaluate.predictors, schedule, error=error, speed=speed(full)), error=error,
         speed=speed(full), share=share, score=log_sum(error, job.weights), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
+
+
+def _score(job: Job, budget: int | float | Bound) -> Callable[[Mapping[str, float]], float]:
+    """What the coefficients of a schedule are compared by: where there is a bound, none beyond it is better than one within."""
+
+    def score(error: Mapping[str, float]) -> float:
+        beyond = isinstance(budget, Bound) and budget.excess(error) > 0
+        return math.inf if beyond else log_sum(error, job.weights)
+
+    return score
 
 
 def _predictors(job: Job, policy: str, by: Collection[str], history: int) -> tuple[list[Predictor], dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Fit", "Past", "fit", "past_of"]
+__all__ = ["Fit", "Past", "fit", "gram", "past_of"]
 
 RIDGE = 1e-3
 """Of the diagonal: holds back coefficients of regressors that hardly differ. With 1e-4 errors of the cached steps before are
@@ -47,6 +47,11 @@ class Fit:
     """[cells, steps, terms]: θ0 .. of the regressors, in the order of `hero_fx.passes.forecast`."""
     error: Tensor
     """[cells, steps]: squared residual."""
+
+
+def gram(values: Tensor) -> Tensor:
+    """Inner products [..., M, M] of values [..., M, positions], per position."""
+    return (values @ values.transpose(-2, -1)) / values.shape[-1]
 
 
 def fit(gram: Tensor, pasts: Sequence[Past], *, steps: int, history: int, latent: bool, scale: bool = True) -> Fit:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hero_fx.passes.rewrite.forecast import THETAS, OutputRule
 
-from .record import Recording, frames_axis
+from .record import Recording
+from .samples import frames_axis
 from .search import Schedule
 from .solve import Fit, Past, fit, past_of
 
@@ -58,6 +59,8 @@ class Outputs(Predictor):
 
     def part_schedules(self, schedule: Schedule) -> tuple[tuple[bool, ...], ...]:
         """The schedule of each part: where fewer than all are full, they are those that move the latent most."""
+        if not self.apart:
+            return (tuple(map(bool, schedule)),)
         rank = self.moves().sum(dim=0).argsort(descending=True).argsort().tolist()
         return tuple(tuple(level > rank[part] for level in schedule) for part in range(self.parts))
 
@@ -103,16 +106,26 @@ class Outputs(Predictor):
         return total.tolist()
 
     def tables(self, schedule: Schedule) -> dict[str, Tensor]:
-        result = {}
-        for rule, rank in zip(self.rules, self.ranks, strict=True):
-            if not self.apart:
-                for lane, theta in enumerate(self._theta(rule, past_of(schedule))):
-                    result[_name(rule, lane)] = _table(rule, rank, theta, schedule)
-                continue
-            for part, own in enumerate(self.part_schedules(schedule)):
-                (theta,) = self._theta(rule, past_of(own))
-                result[_name(rule, part)] = _table(rule, rank, theta[part : part + 1], own)
+        result: dict[str, Tensor] = {}
+        for rule in self.rules:
+            if self.apart:
+                thetas = [
+                    self._theta(rule, past_of(own))[0, part : part + 1]
+                    for part, own in enumerate(self.part_schedules(schedule))
+                ]
+            else:
+                thetas = [*self._theta(rule, past_of(schedule))]
+            result |= self.placed(rule, schedule, thetas)
         return result
+
+    def placed(self, rule: OutputRule, schedule: Schedule, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tables from coefficients [groups, frames, channels, cached steps, terms], one for each lane, or for each part of the
+        batch where they have full steps of their own."""
+        own, rank = self.part_schedules(schedule), self.ranks[self.rules.index(rule)]
+        return {
+            _name(rule, number): _table(rule, rank, theta, own[number if self.apart else 0])
+            for number, theta in enumerate(thetas)
+        }
 
     def _theta(self, rule: OutputRule, pasts: Sequence[Past]) -> Tensor:
         """[lanes, groups, frames, channels, pasts, terms]."""
