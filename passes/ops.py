@@ -204,9 +204,9 @@ _READ_ONLY = {"flex_attention"}
 
 def is_operator(node: fx.Node) -> bool:
     """False for calls that run a graph or a kernel of their own, and for those that enter and leave regions of autocast."""
-    if isinstance(node.target, HigherOrderOperator):
-        return node.target.name() in _READ_ONLY
-    return isinstance(node.target, OpOverload) or node.target is operator.getitem
+    if isinstance(node.target, OpOverload) or node.target is operator.getitem:
+        return True
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() in _READ_ONLY
 
 
 def writes(node: fx.Node) -> list[fx.Node]:

@@ -81,7 +81,13 @@ def op_count(gm: fx.GraphModule | fx.Graph, *ops: Op) -> Counter[str]:
     With `ops`, given as `"aten.add"`, `torch.ops.aten.add` or one of its overloads, only these are returned,
     also where their count is 0.
     """
-    counts: Counter[str] = Counter(_packet_name(node) for node in _calls(_graph(gm), set()))
+    counts = Counter[str]()
+    names: dict[int, str] = {}  # by identity, since ops are slow to hash, and to say their names
+    for node in _calls(_graph(gm), set()):
+        key = id(node if node.op != "call_function" else node.target)
+        if key not in names:
+            names[key] = _packet_name(node)
+        counts[names[key]] += 1
     if not ops:
         return counts
     return Counter({name: counts[name] for name in map(_requested_name, ops)})

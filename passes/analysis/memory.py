@@ -15,6 +15,8 @@ import operator
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,13 +35,14 @@ class Memory:
     def __init__(self, graph: fx.Graph) -> None:
         nodes = list(graph.nodes)
         self._position = {node: i for i, node in enumerate(nodes)}
-        self._above: dict[object, object] = {}
+        self._above: dict[fx.Node | int, fx.Node | int] = {}
+        """Nodes and storages that share memory, as trees: whatever has the same root lies in the same memory."""
         for node in nodes:
             for storage in _storages(node):
                 self._join(node, storage)
             for source in _may_show(node):
                 self._join(node, source)
-        self._writes: dict[object, list[int]] = defaultdict(list)
+        self._writes: dict[fx.Node | int, list[int]] = defaultdict(list)
         self._opaque: list[int] = []
         for i, node in enumerate(nodes):
             for written in writes(node):
@@ -49,26 +52,25 @@ class Memory:
             if node.op == "call_function" and not is_operator(node):
                 self._opaque.append(i)
         self._returned = {self._memory(node) for node in graph.output_node().all_input_nodes}
-        self._shown: dict[object, list[fx.Node]] = defaultdict(list)
-        for node in nodes:
-            self._shown[self._memory(node)].append(node)
 
-    def _memory(self, item: object) -> object:
-        path = []
-        while item in self._above:
-            path.append(item)
-            item = self._above[item]
-        self._above.update(dict.fromkeys(path, item))
+    def _memory(self, item: fx.Node | int) -> fx.Node | int:
+        above = self._above.get(item)
+        while above is not None:
+            further = self._above.get(above)
+            if further is not None:  # the next look-up has half the way
+                self._above[item] = further
+            item, above = above, further
         return item
 
-    def _join(self, a: object, b: object) -> None:
+    def _join(self, a: fx.Node | int, b: fx.Node | int) -> None:
         a, b = self._memory(a), self._memory(b)
-        if a is not b and a != b:
+        if a != b:
             self._above[a] = b
 
     def shown(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values may lie in the memory of a node's, itself included, in order."""
-        return self._shown[self._memory(node)]
+        memory = self._memory(node)
+        return [other for other in self._position if self._memory(other) == memory]
 
     def written(self, node: fx.Node, after: fx.Node | None = None, before: fx.Node | None = None) -> bool:
         """Whether the memory of a value is written to at all, or by a call between two others."""
@@ -89,12 +91,12 @@ class Memory:
         return self._memory(node) in self._returned
 
 
-def _storages(node: fx.Node) -> Iterator[object]:
+def _storages(node: fx.Node) -> Iterator[int]:
     value = node.meta.get("val")
     for part in value if isinstance(value, (tuple, list)) else (value,):
         storage = storage_of(part)
         if storage is not None:
-            yield "storage", storage
+            yield storage
 
 
 def _may_show(node: fx.Node) -> list[fx.Node]:
@@ -103,13 +105,21 @@ def _may_show(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target is operator.getitem:
         return node.all_input_nodes
-    if not isinstance(node.target, OpOverload) or _copies(node):
+    if not isinstance(node.target, OpOverload):
         return []
-    if node.target in SILENT_VIEWS:
+    shown = _shown_by(node.target)
+    if shown == frozenset() or _copies(node):
+        return []
+    if shown is None:
         sources = list(nodes_in(node.args))
         return sources if len(sources) == 1 or node.target is not aten.einsum.default else []
-    shown = shown_by(node.target)
-    return list(nodes_in(value for name, value in arguments_of(node) if name in shown)) if shown else []
+    return list(nodes_in(value for name, value in arguments_of(node) if name in shown))
+
+
+@cache
+def _shown_by(op: OpOverload[..., Any]) -> frozenset[str] | None:
+    """The parameters whose memory a result may lie in; None where the op's schema is silent about them."""
+    return None if op in SILENT_VIEWS else shown_by(op)
 
 
 def _copies(node: fx.Node) -> bool:

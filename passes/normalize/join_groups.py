@@ -44,15 +44,17 @@ class JoinGroups:
 
     def apply(self, gm: fx.GraphModule) -> int:
         emitter, sites, gone = Emitter(gm), 0, set[fx.Node]()
-        memory = Memory(gm.graph)
+        memory: Memory | None = None  # made where it is asked for
         for node in list(gm.graph.nodes):
             axis = None if node in gone else _split_axis(node)
             region = [] if axis is None else _region(node)
-            if axis is not None and region and _still(memory, node, region):
+            if axis is None or not region:
+                continue
+            memory = memory or Memory(gm.graph)
+            if _still(memory, node, region):
                 _join(emitter, node, region, axis)
                 gone.update(region)
-                memory = Memory(gm.graph)
-                sites += 1
+                memory, sites = None, sites + 1
         return sites
 
 

@@ -44,16 +44,11 @@ class UnflattenProducts:
     name: str = "unflatten_products"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        memory = Memory(gm.graph)
-        found = [
-            node
-            for node in gm.graph.nodes
-            if node.target is aten.mm.default
-            and _is_flat(node.args[0])
-            and not memory.written(node.args[0])
-            and not memory.written(node)
-        ]
-        emitter = Emitter(gm)
+        products = [n for n in gm.graph.nodes if n.target is aten.mm.default and _is_flat(n.args[0])]
+        if not products:
+            return 0
+        memory, emitter = Memory(gm.graph), Emitter(gm)
+        found = [node for node in products if not memory.written(node.args[0]) and not memory.written(node)]
         for node in found:
             flat, matrix = node.args
             with emitter.before(node):

@@ -60,6 +60,8 @@ class MergeCaches:
     name: str = "merge_caches"
 
     def apply(self, gm: fx.GraphModule) -> int:
+        if not self.merges:
+            return 0
         emitter, memory = Emitter(gm), Memory(gm.graph)
         inputs = {slot: node for node, slot in slots_of(gm)}
         sites = 0
