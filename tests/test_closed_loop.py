@@ -127,6 +127,7 @@ def test_the_closed_loop_is_nearer(name: str) -> None:
     """On trajectories that were not fitted, with the same full steps."""
     run, options = RUNS[name]
     found, before = (calibrated(run, closed_loop=rounds, **options) for rounds in (1, 0))
+    assert "fitted again: in the closed loop, round 1" in str(found.plan)
     assert found.plan.timelines[0].levels == before.plan.timelines[0].levels
     assert found.candidates[0].error["sample"] < 0.9 * before.candidates[0].error["sample"]
 

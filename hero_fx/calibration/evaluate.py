@@ -134,7 +134,9 @@ class Evaluator:
 
     def refitted(self, predictors: Sequence[Predictor], rounds: int) -> Evaluator:
         """The same with coefficients that were fitted again, in so many rounds."""
-        found = Evaluator(self.job, self.base, predictors, self.chosen, self.compiled)
+        notes = {"fitted again": f"in the closed loop, round {rounds}"} if rounds else {}
+        base = {**self.base, "notes": {**self.base["notes"], **notes}}
+        found = Evaluator(self.job, base, predictors, self.chosen, self.compiled)
         found.tried, found.rounds = self.tried, rounds
         return found
 

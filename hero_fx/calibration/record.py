@@ -150,7 +150,7 @@ class Recorder:
         def tap(values: Sequence[Any]) -> dict[str, Tensor]:
             step.run(*values, *[state[slot] if isinstance(slot, StateSlot) else one for slot in step.slots])
             return {
-                f"{policy}/{name}": rows(state[s.slot].flatten(0, -2), self.feature_samples, self.seed).clone()
+                f"{policy}/{name}": rows(state[s.slot].flatten(0, -2), self.feature_samples, self.seed)
                 for name, s in read.items()
             }
 
