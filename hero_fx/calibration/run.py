@@ -254,8 +254,9 @@ def _candidate(
     error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
     return Candidate(
-        policy=policy, plan=plan_for(job, evaluate.base, evaluate.predictors, schedule, error=error, speed=speed(full)), error=error,
-        speed=speed(full), share=share, score=log_sum(error, job.weights), state_bytes=graphs.state_bytes, tried=tuple(tried),
+        policy=policy, error=error, speed=speed(full),
+        plan=plan_for(job, evaluate.base, evaluate.predictors, schedule, error=error, speed=speed(full)),
+        share=share, score=log_sum(error, job.weights), state_bytes=graphs.state_bytes, tried=tuple(tried),
     )  # fmt: skip
 
 
