@@ -66,9 +66,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+gc.disable()  # while tests are imported
+
+
 @pytest.fixture(autouse=True, scope="session")
 def imports_are_no_garbage() -> None:
     """Tracing makes many objects, and each full collection would walk all modules: a seventh of the time of the suite."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 50)
