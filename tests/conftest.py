@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 # What Dynamo does behind each of a thousand compiles, and no test looks at: collect garbage, and flush the processor's caches
 # to measure how long the guards take.
 torch._dynamo.config.run_gc_after_compile = False
-guards.profile_guard_manager = lambda *_: 0.0
+vars(guards)["profile_guard_manager"] = lambda *_: 0.0
 
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
 # be rendered after each pass.
@@ -66,9 +66,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+gc.disable()  # while tests are imported
+
+
 @pytest.fixture(autouse=True, scope="session")
 def imports_are_no_garbage() -> None:
     """Tracing makes many objects, and each full collection would walk all modules: a seventh of the time of the suite."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 50)

@@ -17,7 +17,7 @@ from hero_fx.passes.slots import StateSlot
 from .support import tiny
 
 aten = torch.ops.aten
-STEPS = 14
+STEPS = 9
 
 
 OPTIONS: list[dict[str, Any]] = [

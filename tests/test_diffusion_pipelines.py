@@ -22,7 +22,16 @@ SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1, "pa
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan_two_experts"])
+# What they show, another one shows too.
+ALIKE = ("cogvideox_i2v", "cosmos", "qwen_image", "wan_i2v")
+ROWS = [
+    pytest.param(name, marks=pytest.mark.exhaustive if name in ALIKE else ())
+    for name in PIPELINES
+    if name != "wan_two_experts"
+]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_pipelines(name: str) -> None:
     case = PIPELINES[name]()
     hero = hero_fx.backend(**SETTINGS, **case.options)

@@ -1,4 +1,4 @@
-"""Ten thousand trajectories of one compiled model, interleaved in a generated order: each is what it is alone."""
+"""Thousands of trajectories of one compiled model, interleaved in a generated order: each is what it is alone."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ class Request:
     done: int = 0
 
 
-def test_ten_thousand_requests_do_not_mix_and_leave_nothing() -> None:
+def test_thousands_of_requests_do_not_mix_and_leave_nothing() -> None:
     call, backend = _compiled()
     alone = []
     for seed in range(SEEDS):
         alone.append(toys.loop(call, toys.latents(batch=1, seed=seed), _times()))
         hero_fx.reset()
     draw = random.Random(0)
-    _serve(call, range(1000), alone, draw)
+    _serve(call, range(500), alone, draw)
     tensors = _live_tensors()
-    _serve(call, range(1000, 10_000), alone, draw)
+    _serve(call, range(500, 3000), alone, draw)
     assert _live_tensors() <= tensors
     stats = backend.stats()
     assert (stats.sessions, stats.state_bytes, stats.evictions) == (0, 0, 0)
-    assert stats.full_calls > 1.9 * 9_900
-    assert stats.cached_calls > 9_600
+    assert stats.full_calls > 1.9 * 2_970
+    assert stats.cached_calls > 2_850
 
 
 def _compiled() -> tuple[Any, hero_fx.Backend]:

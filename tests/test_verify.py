@@ -46,7 +46,16 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
+FURTHER = ("literal", "duca")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=pytest.mark.exhaustive if name in FURTHER else ())
+        for name, options in POLICIES.items()
+    ],
+)
 def test_a_sound_model_holds(options: dict[str, Any]) -> None:
     assert failed(verified(toys.toy(), **options)) == set()
 

@@ -33,16 +33,19 @@ TWINS = (
 )  # fmt: skip
 NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
 WHOLE = [name for name in zoo.ZOO if name not in BROKEN]
-# One of each family: what is not the default, or not of one model alone, is shown on these.
+# One of each family. What is not the default runs on these, and on all others where exhaustive tests are asked for.
 FAMILIES = (
     "auraflow", "cogvideox_rotary", "cosmos3", "dit", "ernie_image", "flux", "hunyuan_video", "kandinsky6_sr", "latte", "ltx",
     "lumina_next", "mochi", "pixart", "proteina", "qwen_image", "sana", "sd3", "stable_audio", "transformer_2d", "wan", "wan_vace",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "policy"), [*((name, "hero") for name in WHOLE), *((name, "lean") for name in FAMILIES)]
-)
+def by_family(names: list[str], *more: object) -> list[Any]:
+    """A row for each model, with further arguments; all but one of each family are exhaustive."""
+    return [pytest.param(name, *more, marks=() if name in FAMILIES else pytest.mark.exhaustive) for name in names]
+
+
+@pytest.mark.parametrize(("name", "policy"), [*((name, "hero") for name in WHOLE), *by_family(WHOLE, "lean")])
 def test_through_aot_autograd(name: str, policy: str) -> None:
     """Default options: full steps give what the model gives, cached steps what the literal form gives as it is."""
     model = found(name)
@@ -60,7 +63,7 @@ def test_through_aot_autograd(name: str, policy: str) -> None:
 FEW = ("ltx", "flux", "latte")
 
 
-@pytest.mark.parametrize(("name", "order"), [*((name, 2) for name in FAMILIES), *((name, 0) for name in FEW)])
+@pytest.mark.parametrize(("name", "order"), [*by_family(NAMES, 2), *((name, 0) for name in FEW)])
 def test_baselines(name: str, order: int) -> None:
     """Full steps are the model's own bit for bit, cached steps what hooks give.
 
@@ -144,7 +147,7 @@ def test_hero(name: str, unsampled: str) -> None:
     close(ours, hooked(model, reference, lambda pattern: selections.at(pattern)[0]))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_family(NAMES))
 def test_hero_on_all_tokens_is_full_compute(name: str) -> None:
     model = found(name)
     run, _ = model.stepper(policy="hero", refresh_layers=1.0, refresh_ratio=1.0, text="live")

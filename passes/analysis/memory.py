@@ -14,8 +14,8 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -69,8 +69,14 @@ class Memory:
 
     def shown(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values may lie in the memory of a node's, itself included, in order."""
-        memory = self._memory(node)
-        return [other for other in self._position if self._memory(other) == memory]
+        return self._by_memory[self._memory(node)]
+
+    @cached_property
+    def _by_memory(self) -> Mapping[fx.Node | int, list[fx.Node]]:
+        nodes: dict[fx.Node | int, list[fx.Node]] = defaultdict(list)
+        for node in self._position:
+            nodes[self._memory(node)].append(node)
+        return nodes
 
     def written(self, node: fx.Node, after: fx.Node | None = None, before: fx.Node | None = None) -> bool:
         """Whether the memory of a value is written to at all, or by a call between two others."""
