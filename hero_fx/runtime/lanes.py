@@ -32,7 +32,7 @@ class Lane:
     """Step of its first call."""
     name: str | None
     marks: tuple[Mark, ...]
-    """Of its last call."""
+    """Of its last call that was no batch's: memory of a batch tells nothing. Empty as long as there was none."""
     steady: frozenset[int] | None = None
     """Positions of marks that were the same at its first two steps; None before the second."""
     doubt: frozenset[int] = frozenset()
@@ -42,7 +42,7 @@ class Lane:
 
     def same(self, evidence: Evidence) -> frozenset[int]:
         """The positions at which a call shows what this lane's last call showed."""
-        pairs = zip(self.marks, evidence.marks, strict=True)
+        pairs = zip(self.marks, evidence.marks, strict=bool(self.marks))
         return frozenset(p for p, (mine, other) in enumerate(pairs) if mine == other)
 
     def places(self) -> tuple[object, ...]:
@@ -51,6 +51,8 @@ class Lane:
 
     def alike(self, other: Lane) -> bool:
         """Whether nothing but their order tells the calls of two lanes apart."""
+        if not (self.marks and other.marks):
+            return self.name == other.name
         known = self.steady if other.steady is None else other.steady
         if known is None or (self.steady is not None and self.steady != known):
             return known is None and self.name == other.name and self.places() == other.places()
@@ -73,7 +75,7 @@ class Lanes:
 
     def add(self, key: int | str, evidence: Evidence, step: int) -> None:
         """A lane's first call."""
-        self._lanes[key] = Lane(step, step, 0, 1, step, evidence.name, evidence.marks)
+        self._lanes[key] = Lane(step, step, 0, 1, step, evidence.name, () if evidence.batched else evidence.marks)
 
     def lose(self) -> None:
         """The features of all lanes are gone."""
@@ -90,6 +92,8 @@ class Lanes:
         """Notes which inputs of a lane stay the same; true where that leaves a doubt, so that the call must be full."""
         if lane.steady is not None:
             lane.doubt, lane.first = frozenset(), ()
+            return False
+        if evidence.batched or not lane.marks:
             return False
         lane.steady, lane.first = lane.same(evidence), lane.marks
         told = evidence.step_index is not None or sure
@@ -127,7 +131,7 @@ class Lanes:
         mine = tuple(mark.place for mark in evidence.marks)
         if not any(mine) and not any(any(lane.places()) for lane in named.values()):
             return named
-        return {key: lane for key, lane in named.items() if lane.places() == mine}
+        return {key: lane for key, lane in named.items() if not lane.marks or lane.places() == mine}
 
     def of_this_step(self, evidence: Evidence, step: int, *, same_entry: bool) -> int | str | None:
         """The lane of another call at the timestep of the step; None where the call must be of the next step."""
@@ -174,7 +178,7 @@ class Lanes:
         neither are the calls in between of that lane."""
         if evidence.name is not None or evidence.batched:
             return False
-        last = {(p, lane.marks[p]) for lane in self._lanes.values() for p in self._roles.conditioning}
+        last = {(p, lane.marks[p]) for lane in self._lanes.values() if lane.marks for p in self._roles.conditioning}
         return any((p, evidence.marks[p]) in self._seen - last for p in self._roles.conditioning)
 
     def _knows(self, evidence: Evidence) -> bool:
