@@ -134,6 +134,8 @@ class Held:
     def evict(self) -> None:
         self.nbytes = 0
 
+    def settle(self) -> None: ...
+
     def holders(self) -> list[Held]:
         return [self]
 

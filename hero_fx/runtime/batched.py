@@ -5,24 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hero_fx.passes.slots import StateSlot
 from hero_fx.program import OtherProgram, Program, own_rows
 
 from .batch import CODE, Batch, current_batch
 from .budget import OverBudget
 from .calling import Calling, current_calling
 from .evidence import Evidence, marks
+from .rows import Rows, rows_of
 from .state import Trajectory
 from .stepper import Stepper
 from .steps import BatchedStep, Placed
 from .timestep import AmbiguousCall
+from .together import in_order, together
 from .tracker import Call
 from .weights import Model
 
@@ -37,48 +37,6 @@ each request, and how many requests."""
 
 class NotBatched(ValueError):
     """A batch that is not known to be what the model makes of each request alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The inputs of a batch, as inputs of the graph of one request."""
-
-    values: tuple[Any, ...]
-    own: tuple[bool, ...]
-    """Which of them have rows for each request, along a first axis."""
-    strides: tuple[tuple[int, ...], ...]
-    """Of the inputs of one request, as they were compiled for."""
-
-    def of(self, request: int) -> list[Any]:
-        """The inputs of one request."""
-        return [value[request] if own else value for value, own in zip(self.values, self.own, strict=True)]
-
-    def alone(self, request: int) -> list[Any]:
-        """The same, laid out as the graph of one request was compiled for.
-
-        Raises:
-            ValueError: it was compiled for one value, expanded, and the request has several.
-        """
-        pairs = zip(self.of(request), self.own, self.strides, strict=True)
-        return [_laid_out(value, stride) if own else value for value, own, stride in pairs]
-
-    def together(self, requests: Sequence[int]) -> list[Any]:
-        """The inputs of several requests, those of their own along a new first axis."""
-        index = list(requests)
-        return [value[index] if own else value for value, own in zip(self.values, self.own, strict=True)]
-
-
-def _laid_out(value: Tensor, stride: Sequence[int]) -> Tensor:
-    if all(size == 1 or a == b for size, a, b in zip(value.shape, value.stride(), stride, strict=True)):
-        return value
-    one = value[tuple(slice(1) if step == 0 else slice(None) for step in stride)]
-    if not torch.equal(one.expand_as(value), value):
-        raise ValueError(
-            f"the model was called for one request with an input {tuple(value.shape)} that was one value, expanded, and "
-            "the batch has several values for a request: call the model for one request with such an input too"
-        )
-    result = torch.empty_strided(one.shape, stride, dtype=value.dtype, device=value.device).copy_(one)
-    return result.expand_as(value)
 
 
 class BatchStepper:
@@ -140,7 +98,8 @@ class BatchStepper:
             raise RuntimeError("hero_fx.calling is entered within hero_fx.batch, which says of each request what it is")
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         stepper, own = self.find([tensor.shape for tensor in tensors], batch.calls)
-        rows = _rows(stepper, tensors, own, len(batch.calls))
+        assert stepper.program is not None
+        rows = rows_of(stepper.program, tensors, own, len(batch.calls))
         if stepper.parts > 1:
             raise NotBatched(
                 "hero_fx.batch: the plan has full steps of their own for parts of a request's batch (apart=True), which run "
@@ -193,8 +152,11 @@ class BatchStepper:
                 if len(part) == 1:
                     outputs[part[0]] = stepper.step(placed[part[0]], rows.alone(part[0]))
                     continue
-                step = self._step(stepper, kind, rows.own, batch.bucket(len(part)))
-                outputs |= zip(part, _together(stepper, step, placed, part, batch.bucket(len(part)), rows), strict=True)
+                bucket, part = batch.bucket(len(part)), in_order(placed, part)
+                step = self._step(stepper, kind, rows.own, bucket)
+                outputs |= zip(part, together(stepper, step, placed, part, bucket, rows), strict=True)
+        for own in placed:
+            own.state.settle()  # those whose stack others of the batch have left
         return [outputs[i] for i in range(len(placed))]
 
     def _step(self, stepper: Stepper, kind: int | None, own: tuple[bool, ...], count: int) -> BatchedStep:
@@ -217,23 +179,6 @@ def _forget(found: Iterable[tuple[Trajectory, Call]]) -> None:
     """The trajectories of calls that failed start anew."""
     for trajectory, _ in found:
         trajectory.tracker.reset()
-
-
-def _rows(stepper: Stepper, tensors: Sequence[Tensor], own: Sequence[bool], requests: int) -> Rows:
-    """The inputs of the graph of one request, which may have numbers among them that the batch's has not."""
-    assert stepper.program is not None
-    left = iter(zip(tensors, own, strict=True))
-    values: list[Any] = []
-    flags = []
-    for value in stepper.program.inputs:
-        if value.kind is None:
-            values.append(value.value)
-            flags.append(False)
-            continue
-        tensor, has_rows = next(left)
-        values.append(tensor.unflatten(0, (requests, -1)) if has_rows else tensor)
-        flags.append(has_rows)
-    return Rows(tuple(values), tuple(flags), tuple(value.stride for value in stepper.program.inputs))
 
 
 def _evidence(stepper: Stepper, calls: Sequence[Calling], rows: Rows) -> list[Evidence]:
@@ -261,25 +206,3 @@ def _evidence(stepper: Stepper, calls: Sequence[Calling], rows: Rows) -> list[Ev
             )
         )
     return found
-
-
-def _together(
-    stepper: Stepper, step: BatchedStep, placed: Sequence[Placed], part: Sequence[int], bucket: int, rows: Rows
-) -> list[tuple[Tensor, ...]]:
-    """Runs the step graph of several requests on theirs; the rest of the bucket repeats the last one, and is left out."""
-    padded = [*part, *[part[-1]] * (bucket - len(part))]
-    device = step.step.device
-    extra = []
-    for slot in step.step.slots:
-        if isinstance(slot, StateSlot) and slot not in step.read:
-            own = placed[part[0]].state[slot]
-            extra.append(own.new_empty((bucket, *own.shape)))
-        else:
-            extra.append(torch.stack([stepper.fill(slot, placed[i], device) for i in padded]))
-    outputs = step.step.run(*rows.together(padded), *extra)
-    for slot, values in zip(step.step.slots, extra, strict=True):
-        if slot in step.written:
-            assert isinstance(slot, StateSlot)
-            for number, i in enumerate(part):
-                placed[i].state[slot].copy_(values[number])
-    return [tuple(output[number] for output in outputs) for number in range(len(part))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,6 +35,9 @@ class Holder(Protocol):
 
     def evict(self) -> None:
         """Frees the state; the next call of each lane is full."""
+
+    def settle(self) -> None:
+        """Frees the memory that it shared with holders that are gone."""
 
 
 class Store(Protocol):
@@ -94,11 +97,11 @@ class Budget:
                 break
             if holder.lock.acquire(blocking=False):  # not while a call of it runs
                 try:
-                    held -= holder.nbytes
                     holder.evict()
                     self.evictions += 1
                 finally:
                     holder.lock.release()
+                held = _settled(holders)
         self._forget([holder for holder in holders if holder is not own and not holder.nbytes])
         if held + nbytes > most:
             raise OverBudget(
@@ -112,3 +115,14 @@ class Budget:
         for holder in without[: max(0, len(without) - MOST_EVICTED)]:
             for store in list(self._stores):
                 store.forget(holder)
+
+
+def _settled(holders: Sequence[Holder]) -> int:
+    """The bytes that are held once none are for holders that are gone. No call uses its state while it asks for room."""
+    for holder in holders:
+        if holder.lock.acquire(blocking=False):
+            try:
+                holder.settle()
+            finally:
+                holder.lock.release()
+    return sum(holder.nbytes for holder in holders)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hero_fx.passes.slots import StateSlot
 from hero_fx.step_graphs import StateSpec
 
 from .budget import Budget, Holder
 from .calling import watch_state
 from .evidence import Evidence, Owner
+from .lane_state import LaneState, Stack
 from .timestep import AmbiguousCall
 from .tracker import Tracker
 from .weights import Model
@@ -24,12 +24,12 @@ __all__ = ["StateStore", "Trajectory"]
 _MOST_OWNERS = 16
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Trajectory:
     """Where one session's denoising loop stands in one model, and its feature state by lane."""
 
     tracker: Tracker
-    lanes: dict[int | str, dict[StateSlot, torch.Tensor]] = field(default_factory=dict)
+    lanes: dict[int | str, LaneState] = field(default_factory=dict)
     patterns: dict[int | str, tuple[int, ...]] = field(default_factory=dict)
     """Per lane, which calls of the trajectory were full so far (of how many parts of the batch): selections depend on it."""
     caches: bool = False
@@ -47,12 +47,25 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes of feature state held."""
-        return sum(t.nbytes for lane in list(self.lanes.values()) for t in lane.values())
+        return sum(lane.nbytes for lane in list(self.lanes.values()))
 
     def evict(self) -> None:
         """Frees the state; the next call of each lane is full."""
-        self.lanes.clear()
+        stacks = self.free()
         self.tracker.forget_features()
+        for stack in stacks:
+            stack.dissolve()
+
+    def free(self) -> set[Stack]:
+        """Frees the state; returns the stacks that it was in, which are to be dissolved."""
+        lanes = list(self.lanes.values())
+        self.lanes.clear()
+        return {stack for lane in lanes if (stack := lane.free()) is not None}
+
+    def settle(self) -> None:
+        """Gives lanes tensors of their own that shared memory with lanes that are gone."""
+        for lane in list(self.lanes.values()):
+            lane.settle()
 
     def claim(self, owner: Owner, evidence: Evidence, new: Callable[[int], Tracker]) -> None:
         """Notes where a call without a session comes from.
@@ -109,24 +122,26 @@ class StateStore:
             found = [(model, t) for (name, model), t in self._trajectories.items() if name == session]
         yield from found
 
-    def lane(self, trajectory: Trajectory, lane: int | str, *, fresh: bool) -> dict[StateSlot, torch.Tensor]:
+    def lane(self, trajectory: Trajectory, lane: int | str, *, fresh: bool) -> LaneState:
         """The state of a lane; `fresh` zeroes it in place, so that addresses stay what compiled graphs know."""
         if lane not in trajectory.lanes:
             # It takes the place of lanes that only past trajectories called: names such as "request 7" do not pile up.
             for old in trajectory.lanes.keys() - trajectory.patterns.keys():
-                del trajectory.lanes[old]
+                if (stack := trajectory.lanes.pop(old).free()) is not None:
+                    stack.dissolve()
             with self.budget.room(sum(spec.nbytes for spec in self.specs), trajectory):
-                trajectory.lanes[lane] = self.new_lane()
+                trajectory.lanes[lane] = self.new_lane(trajectory)
         elif fresh:
-            for tensor in trajectory.lanes[lane].values():
+            for tensor in trajectory.lanes[lane].tensors.values():
                 tensor.zero_()
         return trajectory.lanes[lane]
 
-    def new_lane(self) -> dict[StateSlot, torch.Tensor]:
-        """State tensors of zeros."""
+    def new_lane(self, trajectory: Trajectory | None = None) -> LaneState:
+        """State tensors of zeros; `trajectory`: whose they are, None for those of one call."""
         # Plain tensors even under torch.inference_mode: a later call outside of it must be able to update them.
         with torch.inference_mode(False):
-            return {spec.slot: torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in self.specs}
+            zeros = {spec.slot: torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in self.specs}
+        return LaneState(zeros, trajectory)
 
     def drop(self, session: str | None = None) -> None:
         """Forgets one session, or all of them, and frees their state."""
@@ -138,8 +153,17 @@ class StateStore:
 
     def _drop(self, chosen: Callable[[str, Model], bool]) -> None:
         with self._lock:
-            for key in [key for key in self._trajectories if chosen(*key)]:
-                del self._trajectories[key]
+            gone = [self._trajectories.pop(key) for key in list(self._trajectories) if chosen(*key)]
+            stacks = set[Stack]()
+            for trajectory in gone:
+                if trajectory.lock.acquire(blocking=False):
+                    try:
+                        if not trajectory.running:  # else its state is freed when its call ends
+                            stacks |= trajectory.free()
+                    finally:
+                        trajectory.lock.release()
+            for stack in stacks:
+                stack.dissolve()
 
     def holders(self) -> list[Trajectory]:
         """All trajectories."""

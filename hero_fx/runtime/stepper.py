@@ -239,6 +239,7 @@ class Stepper:
 
     def step(self, placed: Placed, inputs: Sequence[Any]) -> Any:
         """Runs the step graph of one call."""
+        placed.state.own()
         if self.parts == 1:
             return self._run(placed, self.kind(placed.call), inputs)
         outputs = []
@@ -284,7 +285,7 @@ class Stepper:
         """What an extra input of a step graph is at a call."""
         match slot:
             case StateSlot():
-                return placed.state[of_part(slot, placed.part)]
+                return placed.state.tensors[of_part(slot, placed.part)]
             case ScalarSlot():
                 return self._constants.scalar(scalar_value(slot, placed.call), device)
             case IndexSlot(layer):

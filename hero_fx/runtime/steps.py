@@ -9,6 +9,7 @@ import torch
 from hero_fx.dynamo import Compiled
 from hero_fx.passes.slots import Slot, StateSlot
 
+from .lane_state import LaneState
 from .tracker import Call
 
 __all__ = ["BatchedStep", "CompiledStep", "Placed"]
@@ -41,7 +42,7 @@ class Placed:
     call: Call
     lane: int
     """Which call of the step it is, counted from 0."""
-    state: dict[StateSlot, torch.Tensor]
+    state: LaneState
     pattern: tuple[int, ...]
     """Of each call of the lane in this trajectory, whether it was full (of how many parts of the batch), this one included."""
     computed: tuple[bool, ...] = ()
