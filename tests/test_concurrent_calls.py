@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -168,6 +170,50 @@ def test_generators_that_take_turns(kind: str) -> None:
     gc.collect()
     loop = Loop(call, 3, text(3))
     loop.step(plain_times()[0])  # whatever the order in which the generators were closed, their sessions are left
+
+
+def test_streams_that_take_turns_and_are_cut_short() -> None:
+    """Sync and async generators, a task for each step. Who is aborted in the middle drops its session and disturbs nobody."""
+    call, backend = guided()
+    times = plain_times()
+    expected = [lone(call, toys.latents(seed=seed), times, text(seed)) for seed in range(6)]
+    hero_fx.reset()
+
+    def sync_stream(seed: int) -> Generator[Tensor, None, None]:
+        loop = Loop(call, seed, text(seed))
+        try:
+            for step, t in enumerate(times):
+                with hero_fx.calling(session=f"request {seed}", step_index=step):
+                    loop.step(t)
+                yield loop.outputs[-1]
+        finally:
+            hero_fx.session(f"request {seed}").drop()
+
+    async def async_stream(seed: int) -> AsyncIterator[Tensor]:
+        with closing(sync_stream(seed)) as stream:
+            while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+                yield piece
+
+    async def step(stream: Any) -> Tensor | None:
+        return next(stream, None) if isinstance(stream, Iterator) else await anext(stream, None)
+
+    async def serve() -> list[list[Tensor]]:
+        draw, found = random.Random(0), [list[Tensor]() for _ in expected]
+        streams: dict[int, Any] = {seed: (sync_stream if seed % 2 else async_stream)(seed) for seed in range(6)}
+        while streams:
+            seed = draw.choice(list(streams))
+            if seed in (2, 3) and len(found[seed]) == 4:
+                stream = streams.pop(seed)
+                stream.close() if seed % 2 else await stream.aclose()
+            elif (piece := await asyncio.create_task(step(streams[seed]))) is None:
+                del streams[seed]
+            else:
+                found[seed].append(piece)
+        return found
+
+    for seed, outputs in enumerate(asyncio.run(serve())):
+        assert toys.same(outputs, expected[seed][: 4 if seed in (2, 3) else None])
+    assert (backend.stats().sessions, backend.stats().state_bytes) == (0, 0)
 
 
 def test_a_context_manager_of_ones_own_around_a_session() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hero_fx
 from hero_fx.runtime.lane_state import LaneState
@@ -95,7 +96,7 @@ def test_requests_that_come_and_go_hold_what_is_counted() -> None:
     requests = Requests(call)
     alone = requests.alone()
     hero_fx.reset()
-    draw, outputs, states = random.Random(0), [[] for _ in COUNTS], list(requests.starts)  # type: ignore[var-annotated]
+    draw, outputs, states = random.Random(0), [list[Tensor]() for _ in COUNTS], list(requests.starts)
     while live := [i for i, count in enumerate(COUNTS) if len(outputs[i]) < count]:
         chosen = draw.sample(live, draw.randint(1, len(live)))
         calls = [options(len(outputs[i]), COUNTS[i], f"{i}") for i in chosen]
