@@ -8,7 +8,7 @@ request after the other or all in one call. Seconds are per request and step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
@@ -21,9 +21,11 @@ from tqdm import tqdm
 import hero_fx
 from _model import CONDITION, LATENT, Setting, rotary, world_model
 
-__all__ = ["table", "throughput"]
+__all__ = ["SYSTEMS", "table", "throughput"]
 
-WAYS = ("inductor, in turn", "inductor, together", "hero, in turn", "hero, together")
+SYSTEMS = ("inductor", "hero", "forecast")
+Extrapolated = Callable[[tuple[bool, ...], Tensor], hero_fx.Plan]
+"""Makes a forecast plan of a schedule and timesteps."""
 
 
 class Requests:
@@ -65,7 +67,7 @@ class Requests:
         return (time.perf_counter() - start) / (2 * len(self.at))
 
     def _word(self, part: list[int]) -> AbstractContextManager[Any]:
-        if not self.name.startswith("hero"):
+        if self.name.startswith("inductor"):
             return nullcontext()
         return hero_fx.batch(
             [hero_fx.calling(session=f"{self.name}-{i}", step_index=self.at[i], num_steps=self.steps) for i in part],
@@ -84,17 +86,27 @@ class Requests:
             )
 
 
-def _ways(preset: Setting, requests: int, rounds: int, inner: str) -> Iterator[tuple[str, Requests]]:
+def _ways(
+    preset: Setting, names: Sequence[str], plan: Extrapolated, requests: int, rounds: int, inner: str
+) -> Iterator[tuple[str, Requests]]:
     model, steps = world_model(preset), requests + 2 * rounds + 3
-    plain = torch.compile(model, backend=inner, fullgraph=True, dynamic=False)
-    hero = torch.compile(model, backend=hero_fx.backend(interval=2, warmup=1, inner=inner), fullgraph=True)
-    for name in WAYS:
-        yield name, Requests(name, preset, hero if name.startswith("hero") else plain, requests, steps)
+    for name in names:
+        backend: Any = inner
+        if name == "hero":
+            backend = hero_fx.backend(interval=2, warmup=1, inner=inner)
+        if name == "forecast":
+            mask = tuple(step % 2 == 0 for step in range(steps))
+            backend = hero_fx.backend(plan=plan(mask, torch.linspace(999, 19, steps).round()), inner=inner)
+        call = torch.compile(model, backend=backend, fullgraph=True, dynamic=False if name == "inductor" else None)
+        for way in ("in turn", "together"):
+            yield f"{name}, {way}", Requests(f"{name}, {way}", preset, call, requests, steps)
 
 
-def throughput(preset: Setting, requests: int, rounds: int, inner: str) -> dict[str, list[float]]:
-    """Seconds per request and step of each way, for each round that counts."""
-    ways = dict(_ways(preset, requests, rounds, inner))
+def throughput(
+    preset: Setting, names: Sequence[str], plan: Extrapolated, requests: int, rounds: int, inner: str
+) -> dict[str, list[float]]:
+    """Seconds per request and step of each way, for each round that counts; `names` of `SYSTEMS`."""
+    ways = dict(_ways(preset, names, plan, requests, rounds, inner))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name, of in tqdm(ways.items(), leave=False, desc="warm-up"):
         of.warm_up()
@@ -108,10 +120,11 @@ def throughput(preset: Setting, requests: int, rounds: int, inner: str) -> dict[
 
 def table(seconds: dict[str, list[float]]) -> str:
     """One row for each way: seconds as median (lowest .. highest), and how many times more steps a second."""
-    first = median(seconds[WAYS[0]])
+    name, times = next(iter(seconds.items()))
+    first = median(times)
     rows = [
-        [name, f"{median(s):.4g} ({min(s):.4g} .. {max(s):.4g})", f"{1 / median(s):.3g}", f"{first / median(s):.2f}"]
-        for name, s in seconds.items()
+        [way, f"{median(s):.4g} ({min(s):.4g} .. {max(s):.4g})", f"{1 / median(s):.3g}", f"{first / median(s):.2f}"]
+        for way, s in seconds.items()
     ]
-    headers = ["", "seconds a request\nand step", "steps\na second", f"over\n{WAYS[0]}"]
+    headers = ["", "seconds a request\nand step", "steps\na second", f"over\n{name}"]
     return tabulate(rows, headers=headers, disable_numparse=True)

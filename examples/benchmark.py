@@ -305,13 +305,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rounds {arguments.rounds}: at least 1")
     if arguments.requests is not None and arguments.requests < 2:
         parser.error(f"--requests {arguments.requests}: at least 2")
+    batched = [name for name in _benchmark_batch.SYSTEMS if name in names]
+    if arguments.requests is not None and not batched:
+        parser.error(
+            f"--systems {arguments.systems}: with --requests choose from {', '.join(_benchmark_batch.SYSTEMS)}"
+        )
     if preset.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--preset {arguments.preset} needs a CUDA device, and torch finds none; on a CPU: --preset small")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.requests is not None:
         with torch.no_grad():
-            seconds = _benchmark_batch.throughput(preset, arguments.requests, arguments.rounds, arguments.inner)
+            seconds = _benchmark_batch.throughput(
+                preset, batched, extrapolated, arguments.requests, arguments.rounds, arguments.inner
+            )
         print(json.dumps(seconds, indent=1) if arguments.json else _benchmark_batch.table(seconds))
         return
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):

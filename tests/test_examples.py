@@ -63,7 +63,9 @@ def test_benchmark_as_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_benchmark_of_requests_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark("--requests", "3", "--json")
     seconds = json.loads(capsys.readouterr().out)
-    assert list(seconds) == ["inductor, in turn", "inductor, together", "hero, in turn", "hero, together"]
+    assert list(seconds) == [
+        f"{of}, {way}" for of in ("inductor", "hero", "forecast") for way in ("in turn", "together")
+    ]
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in seconds.values())
     assert "over" in example("_benchmark_batch").table(seconds)
 
@@ -114,6 +116,7 @@ def test_benchmark_options_of_every_system_are_allowed() -> None:
         ("--systems hero,nero", "--systems: nero is unknown; choose from eager, inductor, hero,"),
         ("--rounds 0", "--rounds 0: at least 1"),
         ("--requests 1", "--requests 1: at least 2"),
+        ("--requests 2 --systems eager", "--systems eager: with --requests choose from inductor, hero, forecast"),
         ("--preset aether", "--preset aether needs a CUDA device"),
     ],
 )
