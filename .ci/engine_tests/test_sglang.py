@@ -105,6 +105,20 @@ def test_requests_do_not_mix(wan: Any, server_args: Any, monkeypatch: pytest.Mon
     assert 0 < error < 0.1, error
 
 
+def test_the_vae_is_left_to_the_engine(hooks: Any, server_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoding stage compiles it by a call that hero_fx has no hook on."""
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.decoding import DecodingStage
+    from sglang.multimodal_gen.runtime.utils.torch_compile import ActiveTargetCompiledCallable
+
+    from hero_fx.engines import sglang
+
+    monkeypatch.setattr(sglang, "new_backend", lambda mode: pytest.fail("hero_fx is asked to compile a VAE"))
+    vae, stage = torch.nn.Linear(1, 1), DecodingStage.__new__(DecodingStage)
+    stage._compiled_vae_decode = ActiveTargetCompiledCallable()
+    stage._get_vae_decode_fn(vae, server_args, decode_fn=vae.forward)
+    assert stage._compiled_vae_decode.target_id == id(vae)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
