@@ -150,3 +150,25 @@ def test_a_session_that_is_dropped_while_its_batch_runs() -> None:
         if step == 1:
             assert tiny.worst(found.split(1), [outputs[1] for outputs in alone]) < 1e-6
     assert (dropped, lanes_held(backend)) == ([True], 2)
+
+
+def test_a_session_that_is_dropped_as_its_call_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, once the call has found its trajectory: it computes in full, for its features are gone."""
+    call, backend = toys.compiled(warmup=1, cooldown=0)
+    expected = single(call, "other", 0, 0), single(call, "a", 0, 0)
+    store = backend.steppers[0].store
+    find = store.trajectory
+
+    def find_and_drop(*of: Any) -> Any:
+        found = find(*of)
+        store.drop("a")
+        return found
+
+    monkeypatch.setattr(store, "trajectory", find_and_drop)
+    before = backend.stats().full_calls
+    x = toys.latents(1, seed=0)
+    with options(1, 9, "a"):
+        found = call(x, tiny.timesteps(9)[[1]])
+    assert backend.stats().full_calls == before + 1
+    assert tiny.worst([found], [toys.toy()(x, tiny.timesteps(9)[[1]])]) < 1e-5
+    assert torch.equal(*expected)

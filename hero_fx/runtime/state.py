@@ -160,6 +160,7 @@ class StateStore:
                     try:
                         if not trajectory.running:  # else its state is freed when its call ends
                             stacks |= trajectory.free()
+                            trajectory.tracker.reset()  # a call of another thread may have found it just before
                     finally:
                         trajectory.lock.release()
             for stack in stacks:
