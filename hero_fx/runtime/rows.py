@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Rows:
 
     def of(self, request: int) -> list[Any]:
         """The inputs of one request."""
-        return [value[request] if own else value for value, own in zip(self.values, self.own, strict=True)]
+        return [value[request] if own else value for value, own in self._pairs]
 
     def alone(self, request: int) -> list[Any]:
         """The same, laid out as the graph of one request was compiled for.
@@ -39,10 +40,13 @@ class Rows:
 
     def together(self, requests: Sequence[int]) -> list[Any]:
         """The inputs of several requests, those of their own along a new first axis."""
-        index = list(requests)
-        run = index == list(range(index[0], index[0] + len(index)))
-        which = slice(index[0], index[-1] + 1) if run else index  # neighbours need no copy
-        return [value[which].contiguous() if own else value for value, own in zip(self.values, self.own, strict=True)]
+        if all(b == a + 1 for a, b in pairwise(requests)):  # neighbours need no copy
+            return [value[requests[0] : requests[-1] + 1].contiguous() if own else value for value, own in self._pairs]
+        return [torch.stack([value[i] for i in requests]) if own else value for value, own in self._pairs]
+
+    @property
+    def _pairs(self) -> Iterator[tuple[Any, bool]]:
+        return zip(self.values, self.own, strict=True)
 
 
 def _laid_out(value: Tensor, stride: Sequence[int]) -> Tensor:
