@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,23 @@ from hero_fx.runtime.lane_state import LaneState
 from .support import tiny, toys
 from .support.requests import COUNTS, Requests, apart, options, single, together
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad")
+Compiled = tuple[Any, hero_fx.Backend]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Compiled]:
+    torch._dynamo.reset()
+    yield toys.compiled(warmup=1, cooldown=0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def toy(compiled: Compiled) -> Iterator[Compiled]:
+    """One that all tests share, without trajectories."""
+    hero_fx.reset()
+    yield compiled
+    hero_fx.reset()
 
 
 def lane(backend: hero_fx.Backend, session: str) -> LaneState:
@@ -42,8 +58,8 @@ def lanes_held(backend: hero_fx.Backend) -> float:
     return held(backend) / backend.graphs[0].state_bytes
 
 
-def test_requests_that_stay_together_keep_one_stack() -> None:
-    call, backend = toys.compiled(warmup=1, cooldown=0)
+def test_requests_that_stay_together_keep_one_stack(toy: Compiled) -> None:
+    call, backend = toy
     single(call, "warm-up", 0, 0)
     together(call, "ab", [0, 0])
     stack = lane(backend, "a").stack
@@ -75,9 +91,9 @@ def be_dropped(call: Any) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_alone, leave_for_another, leave_in_part, be_dropped])
-def test_who_is_left_has_tensors_of_its_own(leave: Callable[[Any], None]) -> None:
+def test_who_is_left_has_tensors_of_its_own(toy: Compiled, leave: Callable[[Any], None]) -> None:
     """And goes on as it would have: b and c stay behind where a leaves."""
-    call, backend = toys.compiled(warmup=1, cooldown=0)
+    call, backend = toy
     alone = [[single(call, f"alone-{i}", step, i) for step in range(3)] for i in range(3)]
     hero_fx.reset()
     together(call, "abc", [0, 0, 0], buckets=(3,))
@@ -90,9 +106,9 @@ def test_who_is_left_has_tensors_of_its_own(leave: Callable[[Any], None]) -> Non
     assert lanes_held(backend) == backend.stats().sessions
 
 
-def test_requests_that_come_and_go_hold_what_is_counted() -> None:
+def test_requests_that_come_and_go_hold_what_is_counted(toy: Compiled) -> None:
     """Some run alone, some together, some in buckets that they do not fill; who is done is dropped, at once or later."""
-    call, backend = toys.compiled(warmup=1, cooldown=0)
+    call, backend = toy
     requests = Requests(call)
     alone = requests.alone()
     hero_fx.reset()
@@ -152,9 +168,9 @@ def test_a_session_that_is_dropped_while_its_batch_runs() -> None:
     assert (dropped, lanes_held(backend)) == ([True], 2)
 
 
-def test_a_session_that_is_dropped_as_its_call_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_is_dropped_as_its_call_begins(toy: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, once the call has found its trajectory: it computes in full, for its features are gone."""
-    call, backend = toys.compiled(warmup=1, cooldown=0)
+    call, backend = toy
     expected = single(call, "other", 0, 0), single(call, "a", 0, 0)
     store = backend.steppers[0].store
     find = store.trajectory
