@@ -2,7 +2,7 @@
 
     python examples/shapes/fidelity.py --cache FOLDER [--results examples/shapes/results] [--clips 32] [--intervals 2,3,4,6]
 
-Methods at equal numbers of full steps, calibrated plans fitted to four training clips, and as rivals plain sampling and other
+Methods at equal numbers of full steps, calibrated plans fitted to eight training clips, and as rivals plain sampling and other
 solvers with as many evaluations as HERO's FLOPs allow. Relative L2 on final latents, against full compute and against
 converged sampling from the same noise, over held-out clips. What is sampled is kept in `--cache`, so a run can be cut off.
 """
@@ -36,6 +36,8 @@ from shapes.pipeline import STEPS, WEIGHTS, ShapesPipeline
 from shapes.report import SOLVERS, paired, plot, table
 
 METHODS = (HERO, "HERO reuse", "TaylorSeer 1")
+FITTED = 8
+"""Training clips that plans are fitted to."""
 
 
 def solver(name: str) -> Any:
@@ -94,7 +96,7 @@ class Runner:
 
     def plan(self, full_steps: int) -> hero_fx.Plan:
         """The calibrated plan with so many full steps, fitted to training clips; kept in the cache."""
-        path = self.cache / f"plan-{self.known}-{self.num_steps}-{full_steps}-{self.search}.safetensors"
+        path = self.cache / f"plan-{self.known}-{self.num_steps}-{full_steps}-{self.search}-{FITTED}.safetensors"
         if full_steps not in self._plans and path.exists():
             self._plans[full_steps] = hero_fx.Plan.load(path)
         if full_steps not in self._plans:
@@ -119,6 +121,8 @@ class Runner:
     def _key(self, setting: Setting) -> str:
         code = "" if setting.options is None and setting.plan is None else self.code
         of = [self.known, code, self.num_steps, self.search, setting.key, self.clips]
+        if setting.plan is not None:
+            of.append(FITTED)
         return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
 
 
@@ -151,7 +155,7 @@ def calibrated(weights: Path, num_steps: int, full_steps: int, search: int, fold
         return denoise(pipeline, TRAINING, [i], num_steps)
 
     return hero_fx.calibrate(
-        pipeline.transformer, run, num_steps=num_steps, budget=full_steps, scenes=4, holdout=2, search=search,
+        pipeline.transformer, run, num_steps=num_steps, budget=full_steps, scenes=FITTED, holdout=2, search=search,
         by=("frames",), folder=folder, inner="eager",
     )  # fmt: skip
 
