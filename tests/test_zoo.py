@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' own
 
 # These break the graph by themselves, without hero_fx: a branch on values of tensors, or sizes that depend on them.
 BROKEN = ("hunyuan_video_15", "lumina2", "omnigen", "wan_animate_2", "qwen_image_21", "hidream_image")
-# Their graphs differ from another's here in sizes alone: they run once per policy, through AOTAutograd.
+# Their graphs differ from another's here in sizes alone: they run where exhaustive tests are asked for, through AOTAutograd.
 TWINS = (
     "cogvideox", "cogview3plus", "bria", "longcat_image", "ovis_image", "chronoedit", "qwen_image_edit", "flux_controlnet",
     "sd3_controlled", "sd3_controlnet", "qwen_image_controlled", "qwen_image_controlnet", "hunyuan_dit_controlnet",
@@ -33,19 +33,25 @@ TWINS = (
 )  # fmt: skip
 NAMES = [name for name in zoo.ZOO if name not in BROKEN + TWINS]
 WHOLE = [name for name in zoo.ZOO if name not in BROKEN]
-# One of each family. What is not the default runs on these, and on all others where exhaustive tests are asked for.
+# One of each family. All kinds of tests run on these, and on all others where exhaustive tests are asked for.
 FAMILIES = (
     "auraflow", "cogvideox_rotary", "cosmos3", "dit", "ernie_image", "flux", "hunyuan_video", "kandinsky6_sr", "latte", "ltx",
     "lumina_next", "mochi", "pixart", "proteina", "qwen_image", "sana", "sd3", "stable_audio", "transformer_2d", "wan", "wan_vace",
 )  # fmt: skip
+# Other branches, or others around them, than the one of their family has.
+UNLIKE = (
+    "ace_step", "allegro", "anyflow", "cosmos", "dreamlite", "flux2", "framepack", "helios", "hunyuan_dit", "kandinsky5", "ltx2",
+    "nucleus_moe", "prior", "sana_video", "t5_film", "z_image",
+)  # fmt: skip
 
 
-def by_family(names: list[str], *more: object) -> list[Any]:
-    """A row for each model, with further arguments; all but one of each family are exhaustive."""
-    return [pytest.param(name, *more, marks=() if name in FAMILIES else pytest.mark.exhaustive) for name in names]
+def by_family(names: list[str], *more: object, others: tuple[str, ...] = ()) -> list[Any]:
+    """A row for each model, with further arguments; all but one of each family and `others` are exhaustive."""
+    default = FAMILIES + others
+    return [pytest.param(name, *more, marks=() if name in default else pytest.mark.exhaustive) for name in names]
 
 
-@pytest.mark.parametrize(("name", "policy"), [*((name, "hero") for name in WHOLE), *by_family(WHOLE, "lean")])
+@pytest.mark.parametrize(("name", "policy"), [*by_family(WHOLE, "hero", others=UNLIKE), *by_family(WHOLE, "lean")])
 def test_through_aot_autograd(name: str, policy: str) -> None:
     """Default options: full steps give what the model gives, cached steps what the literal form gives as it is."""
     model = found(name)
