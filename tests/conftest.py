@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch._dynamo import guards
 from torch._dynamo.utils import counters
 from torch._logging import _internal
+
+from .support.quick import collect_seldom, compile_quickly
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
@@ -22,10 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else a program for eac
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
-# What Dynamo does behind each of a thousand compiles, and no test looks at: collect garbage, and flush the processor's caches
-# to measure how long the guards take.
-torch._dynamo.config.run_gc_after_compile = False
-vars(guards)["profile_guard_manager"] = lambda *_: 0.0
+compile_quickly()
 
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
 # be rendered after each pass.
@@ -71,11 +69,7 @@ gc.disable()  # while tests are imported
 
 @pytest.fixture(autouse=True, scope="session")
 def imports_are_no_garbage() -> None:
-    """Tracing makes many objects, and each full collection would walk all modules: a seventh of the time of the suite."""
-    gc.enable()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(200_000, 20, 50)
+    collect_seldom()
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
 from . import ranks_joint
+from .quick import collect_seldom, compile_quickly
 from .tiny import randomized
 from .tracing import Variants
 
@@ -39,7 +40,6 @@ FULL = (0, 3, 6)
 POLICIES: dict[str, dict[str, Any]] = {
     "hero": {**SCHEDULE, "inner": "aot_eager"},
     "sampled keys": {**SCHEDULE, "keys": "sampled", "grid": GRID},
-    "no refresh": {**SCHEDULE, "refresh_layers": 0},
     "fora": {**SCHEDULE, "policy": "fora"},
     "taylorseer": {**SCHEDULE, "policy": "taylorseer"},
     "forecast": {"policy": "forecast", "inner": "eager"},
@@ -210,6 +210,8 @@ def joint(seen: Seen) -> None:
 def main(rank: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    compile_quickly()
+    collect_seldom()
     torch.accelerator.device_count = lambda: RANKS  # what diffusers asks; there are none
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     seen, model = Seen(), wan()

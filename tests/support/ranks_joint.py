@@ -22,7 +22,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "hero": {**SCHEDULE, "grid": (1, 4, 6)},
     "live text": {**SCHEDULE, "text": "live", "keys": "sampled", "grid": (1, 4, 6)},
     "no refresh": {**SCHEDULE, "refresh_layers": 0},
-    "fora": {**SCHEDULE, "policy": "fora"},
 }
 
 
