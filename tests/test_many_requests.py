@@ -1,4 +1,4 @@
-"""Thousands of trajectories of one compiled model, interleaved in a generated order: each is what it is alone."""
+"""Ten thousand trajectories of one compiled model, interleaved in a generated order: each is what it is alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hero_fx.passes.rewrite.forecast import OutputRule
 from .support import tiny, toys
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-AT_ONCE, SEEDS, STEPS = 32, 24, 3
+AT_ONCE, SEEDS, STEPS = 32, 24, 2
 GIVEN_UP = 0.02
 """Of the calls, so many are the last one of a request that is given up."""
 
@@ -44,32 +44,32 @@ class Request:
     done: int = 0
 
 
-def test_thousands_of_requests_do_not_mix_and_leave_nothing() -> None:
+def test_ten_thousand_requests_do_not_mix_and_leave_nothing() -> None:
     call, backend = _compiled()
     alone = []
     for seed in range(SEEDS):
         alone.append(toys.loop(call, toys.latents(batch=1, seed=seed), _times()))
         hero_fx.reset()
     draw = random.Random(0)
-    _serve(call, range(500), alone, draw)
+    _serve(call, range(1000), alone, draw)
     tensors = _live_tensors()
-    _serve(call, range(500, 3000), alone, draw)
+    _serve(call, range(1000, 10_000), alone, draw)
     assert _live_tensors() <= tensors
     stats = backend.stats()
     assert (stats.sessions, stats.state_bytes, stats.evictions) == (0, 0, 0)
-    assert stats.full_calls > 1.9 * 2_970
-    assert stats.cached_calls > 2_850
+    assert stats.full_calls >= 10_000
+    assert stats.cached_calls > 9_700
 
 
 def _compiled() -> tuple[Any, hero_fx.Backend]:
     """A model of one product, whose cached steps are forecast: next to all of the time is what serving takes."""
     torch.manual_seed(0)
     model = Product().eval().requires_grad_(False)
-    rule = OutputRule(index=0, axis=None, latent="latents", history=2)
+    rule = OutputRule(index=0, axis=None, history=1)
     line = hero_fx.Timeline(
-        schedule=(True, True, False),
+        schedule=(True, False),
         timesteps=tuple(float(time[0]) for time in _times()),
-        coefficients={rule.table: 0.3 * torch.randn(STEPS, 5, 1)},
+        coefficients={rule.table: 0.3 * torch.randn(STEPS, 1)},
     )
     plan = hero_fx.Plan(policy="forecast", timelines=(line,), outputs=(rule,))
     backend = hero_fx.backend(plan=plan, inner=tiny.INNER)
