@@ -23,7 +23,7 @@ ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, 
 
 
 # What they show, another one shows too.
-ALIKE = ("cogvideox_i2v", "cosmos", "qwen_image", "wan_i2v")
+ALIKE = ("cogvideox_i2v", "cosmos", "flux", "qwen_image", "wan_i2v")
 ROWS = [
     pytest.param(name, marks=pytest.mark.exhaustive if name in ALIKE else ())
     for name in PIPELINES

@@ -31,7 +31,7 @@ def benchmark(*arguments: str) -> None:
 
 
 def test_benchmark_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["eager", "inductor", "hero", "duca", "forecast"]
+    names = ["eager", "inductor", "hero", "forecast"]
     benchmark("--json", "--systems", ",".join(names))
     report = json.loads(capsys.readouterr().out)
     assert list(report["systems"]) == names
@@ -42,7 +42,7 @@ def test_benchmark_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert of["failed"] is None
         assert of["speedup_over_eager"] > 0
         assert of["speedup_over_inductor"] > 0
-        assert ("cached_s" in of) == (name in ("hero", "duca", "forecast"))
+        assert ("cached_s" in of) == (name in ("hero", "forecast"))
     forecast, hero = report["systems"]["forecast"], report["systems"]["hero"]
     assert forecast["ratio_by_flops"] == 0 < forecast["ratio"] < hero["ratio"]
     assert 0 < hero["ratio_by_flops"] < 1 < hero["speedup_by_flops"] < 2
@@ -132,7 +132,7 @@ def test_benchmark_says_what_is_wrong(
 def test_benchmark_frees_the_state_of_each_system_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("benchmark")
     preset = replace(module.PRESETS["tiny"], dtype=torch.bfloat16)
-    bench = module.Bench(preset, ["hero", "inductor", "taylorseer"], 2, "eager")
+    bench = module.Bench(preset, ["hero", "inductor"], 2, "eager")
     bench.preset = replace(preset, device="cuda")  # from here on it believes so
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)

@@ -125,7 +125,7 @@ def test_a_batch_that_changes_keeps_the_plan() -> None:
     assert backend.stats().graphs == 2
 
 
-@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("history", [1, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 @pytest.mark.parametrize("latent", [True, False])
 def test_trajectories_equal_the_equation(history: int, latent: bool) -> None:
     graphs = check("aot_eager" if history == 3 else tiny.INNER, history, latent).graphs[0]
