@@ -125,7 +125,7 @@ def test_the_vae_is_left_to_the_engine(hooks: Any, server_args: Any, monkeypatch
         ({"enable_torch_compile": False}, "--enable-torch-compile is not given"),
         ({"regional_compile": True}, "needs the whole transformer"),
         ({"enable_breakable_cuda_graph": True}, "--enable-breakable-cuda-graph false"),
-        ({"ulysses_degree": 2}, "sequence parallelism"),
+        ({"ulysses_degree": 2}, "degree 2.*--num-gpus 1"),
     ],
 )
 def test_settings_that_leave_hero_fx_out_are_refused(

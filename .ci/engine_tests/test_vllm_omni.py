@@ -57,8 +57,10 @@ def test_the_loader_puts_hero_fx_into_the_runner(runner_class: Any) -> None:
         ({"enforce_eager": True}, "leave it out"),
         ({"diffusion_compile_granularity": "regional"}, "--diffusion-compile-granularity full"),
         ({"cache_backend": "tea_cache"}, "cache_backend='tea_cache' caches too"),
-        ({"step_execution": True}, "step execution mixes requests"),
-        ({"parallel_config": SimpleNamespace(sequence_parallel_size=2)}, "sequence parallelism"),
+        (
+            {"parallel_config": SimpleNamespace(sequence_parallel_size=2)},
+            "sequence_parallel_size=2, under which",
+        ),
     ],
 )
 def test_settings_that_leave_hero_fx_out_are_refused(runner_class: Any, changed: dict[str, Any], words: str) -> None:

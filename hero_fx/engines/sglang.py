@@ -56,6 +56,7 @@ def _check_engine(original: Callable[..., None], stage: Any, module: object) -> 
             f"this version of SGLang has no {missing[0]}, which hero_fx needs: use 0.5.23, or unset {VARIABLE}"
         )
     arguments = stage.server_args
+    degree = max(arguments.sp_degree or 1, arguments.ulysses_degree or 1, arguments.ring_degree or 1)
     refused = {
         "--enable-torch-compile is not given": not arguments.enable_torch_compile,
         "--regional-compile compiles single layers, and HERO needs the whole transformer: leave it out": (
@@ -64,8 +65,9 @@ def _check_engine(original: Callable[..., None], stage: Any, module: object) -> 
         "breakable CUDA graphs replace torch.compile: add --enable-breakable-cuda-graph false": (
             arguments.enable_breakable_cuda_graph
         ),
-        "sequence parallelism (--sp-degree) is not served through this engine yet: set it to 1": (
-            max(arguments.sp_degree or 1, arguments.ulysses_degree or 1, arguments.ring_degree or 1) > 1
+        f"sequence parallelism is on (degree {degree}; SGLang takes it for GPUs that nothing else uses), and hero_fx is not "
+        "tested with its exchanges: set --num-gpus 1, one server for each GPU (or see docs/operations.md, Several GPUs)": (
+            degree > 1
         ),
         "Cache-DiT (SGLANG_CACHE_DIT_ENABLED) caches too: unset it": stage._cache_dit_requested(),
     }
