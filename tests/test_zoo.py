@@ -3,7 +3,7 @@ and what AOTAutograd makes of the step graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,20 +38,15 @@ FAMILIES = (
     "auraflow", "cogvideox_rotary", "cosmos3", "dit", "ernie_image", "flux", "hunyuan_video", "kandinsky6_sr", "latte", "ltx",
     "lumina_next", "mochi", "pixart", "proteina", "qwen_image", "sana", "sd3", "stable_audio", "transformer_2d", "wan", "wan_vace",
 )  # fmt: skip
-# Other branches, or others around them, than the one of their family has.
-UNLIKE = (
-    "ace_step", "allegro", "anyflow", "cosmos", "dreamlite", "flux2", "framepack", "helios", "hunyuan_dit", "kandinsky5", "ltx2",
-    "nucleus_moe", "prior", "sana_video", "t5_film", "z_image",
-)  # fmt: skip
 
 
-def by_family(names: list[str], *more: object, others: tuple[str, ...] = ()) -> list[Any]:
+def by_family(names: list[str], *more: object, others: Collection[str] = ()) -> list[Any]:
     """A row for each model, with further arguments; all but one of each family and `others` are exhaustive."""
-    default = FAMILIES + others
+    default = {*FAMILIES, *others}
     return [pytest.param(name, *more, marks=() if name in default else pytest.mark.exhaustive) for name in names]
 
 
-@pytest.mark.parametrize(("name", "policy"), [*by_family(WHOLE, "hero", others=UNLIKE), *by_family(WHOLE, "lean")])
+@pytest.mark.parametrize(("name", "policy"), [*by_family(WHOLE, "hero", others=NAMES), *by_family(WHOLE, "lean")])
 def test_through_aot_autograd(name: str, policy: str) -> None:
     """Default options: full steps give what the model gives, cached steps what the literal form gives as it is."""
     model = found(name)
