@@ -35,7 +35,7 @@ def picture(worlds: Mapping[str, Any], path: Path, *, given: Collection[int]) ->
     farthest = max([float(x.max()) for x in away.values()], default=1.0) or 1.0
     rows = [
         *((f"RGB\n{name}", x.movedim(2, -1), None, 1.0) for name, x in rgb.items()),
-        *((f"|{name} -\n{names[1]}|\nwhite: {farthest:.2f}", x, "gray", farthest) for name, x in away.items()),
+        *((f"|{name} -\n{names[1]}|\nwhite: {farthest:.1g}", x, "gray", farthest) for name, x in away.items()),
         *((f"disparity\n{name}", x, "magma", brightest) for name, x in disparity.items()),
     ]
     figure, axes = plt.subplots(
