@@ -126,6 +126,9 @@ class Steps:
                         raise
                     log.warning("requests of these sizes are computed one after another: %s", error)
                     self._apart.add(sizes)
+                    # A branch of guidance may have taken this step already: the step is full then, for all branches.
+                    for state in states:
+                        hero_fx.session(state.request_id).drop()
             from vllm_omni.diffusion.worker.input_batch import InputBatch
 
             found = [run(InputBatch.make_batch([state]), [state], **kwargs) for state in states]
