@@ -34,7 +34,8 @@ class Step:
         """`named`: branches are told by the order of calls."""
         self._states = states
         self._named = named
-        self._calls = 0
+        self.calls = 0
+        """Calls of the transformer that were begun."""
 
     def next_call(self) -> Batch | Calling:
         """What is said of the next call of the transformer."""
@@ -43,8 +44,8 @@ class Step:
                 "the pipeline calls its transformer outside of denoise_step, where nothing says whose call it is: leave "
                 f"step_execution (and streaming_output, which needs it) out, or unset {VARIABLE}"
             )
-        lane = f"branch {self._calls}" if self._named else None
-        self._calls += 1
+        lane = f"branch {self.calls}" if self._named else None
+        self.calls += 1
         calls = [
             hero_fx.calling(
                 session=state.request_id, lane=lane, step_index=state.step_index, num_steps=state.total_steps or None
@@ -103,9 +104,9 @@ class Steps:
             together: they may stay so. It takes code for any number of rows.
         """
 
-        def run(batch: Any, states: Sequence[Any], **kwargs: Any) -> Any:
+        def run(batch: Any, states: Sequence[Any], step: Step, **kwargs: Any) -> Any:
             self._sessions.update(state.request_id for state in states)
-            with _entered(Step(states, named=as_rows)):
+            with _entered(step):
                 found = original(batch, states=states, **kwargs)
             if len(states) == 1 and as_rows and found is not None:
                 self._sizes.add(_sizes(batch, 1))
@@ -115,23 +116,26 @@ class Steps:
         def denoise_step(input_batch: Any, *, states: Sequence[Any] | None = None, **kwargs: Any) -> Any:
             states = list(input_batch.states if states is None else states)
             if len(states) == 1:
-                return run(input_batch, states, **kwargs)
+                return run(input_batch, states, Step(states, named=as_rows), **kwargs)
             # What a batch is compared with is one such request alone.
             sizes = _sizes(input_batch, len(states))
             if as_rows and together and _alike(input_batch, states) and sizes in self._sizes - self._apart:
+                step = Step(states, named=as_rows)
                 try:
-                    return run(input_batch, states, **kwargs)
+                    return run(input_batch, states, step, **kwargs)
                 except Exception as error:
                     if not isinstance(getattr(error, "inner_exception", error), NotBatched):
                         raise
                     log.warning("requests of these sizes are computed one after another: %s", error)
                     self._apart.add(sizes)
-                    # A branch of guidance may have taken this step already: the step is full then, for all branches.
-                    for state in states:
-                        hero_fx.session(state.request_id).drop()
+                    if step.calls > 1:  # a branch of guidance has taken this step: it is full then, for all branches
+                        for state in states:
+                            hero_fx.session(state.request_id).drop()
             from vllm_omni.diffusion.worker.input_batch import InputBatch
 
-            found = [run(InputBatch.make_batch([state]), [state], **kwargs) for state in states]
+            found = [
+                run(InputBatch.make_batch([state]), [state], Step([state], named=as_rows), **kwargs) for state in states
+            ]
             return None if any(rows is None for rows in found) else torch.cat(found)
 
         return denoise_step
