@@ -249,7 +249,7 @@ def _candidate(
                     f"{full / parts:g} with policy {policy!r}: make both agree"
                 )
             schedule = best(evaluate, full)
-    if policy == "forecast" and closed_loop:
+    if closed_loop and any(rule.latent is not None for rule in plan.outputs):
         evaluate = refine(evaluate, followed, schedule, closed_loop, _score(job, budget))
     error, full = evaluate.errors(schedule, job.holdout), sum(schedule) // phases
     tried = [Tried(s, sum(s) // phases, e, speed(sum(s) // phases)) for s, e in evaluate.tried.items()]
