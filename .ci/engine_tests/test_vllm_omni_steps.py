@@ -14,8 +14,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+import hero_fx
 from hero_fx.engines import vllm_omni
 from hero_fx.engines.settings import EngineError
+from hero_fx.runtime.batched import NotBatched
 
 STEPS = 12
 PARALLEL = SimpleNamespace(ring_degree=1, sequence_parallel_size=1, ulysses_degree=1, use_hsdp=False)
@@ -224,3 +226,35 @@ def test_a_call_that_nothing_tells_apart_is_refused(engine: Engine) -> None:
         pytest.raises(EngineError, match=r"outside of denoise_step.*step_execution"),
     ):
         engine.runner.pipeline.transformer(hidden_states=torch.ones(1, 16, 16))
+
+
+def test_a_second_branch_of_guidance_that_is_another_program(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first branch has taken the step by then. The requests take it again from a full step, each by itself."""
+    fails_at = 5
+    for seed in "01":
+        name = f"anew{seed}"
+        for turn in range(STEPS):
+            if turn == fails_at:
+                hero_fx.session(name).drop()
+            engine.step({name: 5} if turn == 0 else {}, [name] if turn else [])
+
+    transformer = engine.runner.pipeline.transformer
+    forward, calls = transformer.forward, 0
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * fails_at + 2:
+            raise NotBatched("the second branch")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "forward", fails_once)
+    engine.run({"late0": 0, "late1": 0}, {"late0": 5, "late1": 5})
+    assert calls == 2 * fails_at + 2 + 2 * 2 * (
+        STEPS - fails_at
+    )  # together, then the two that failed, then one after another
+    for seed in "01":
+        late, anew, alone = (engine.results[f"{name}{seed}"] for name in ("late", "anew", "alone"))
+        torch.testing.assert_close(late, anew, rtol=0, atol=1e-5)
+        assert float((anew - alone).abs().max()) > 1e-3  # the step would have been a cached one
+    assert engine.backend.stats().sessions == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_fx import Backend
@@ -26,16 +28,20 @@ def trace(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         return make_fx(function, pre_dispatch=True)(*[to_fake(mode, value) for value in inputs])
 
 
+class _Kept(Exception):
+    """There is a graph, and nothing else is wanted."""
+
+
 def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
     """The one Dynamo graph of a call, and its example inputs."""
     graphs: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def keep(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         graphs.append((gm, list(inputs)))
-        return gm.forward
+        raise _Kept
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), suppress(BackendCompilerFailed):  # Dynamo need not make guards, nor run the model
         torch.compile(model, backend=keep, fullgraph=True)(*args, **kwargs)
     (graph,) = graphs
     return graph
