@@ -59,11 +59,11 @@ def random_schedule(steps: int, full: int, seed: int) -> tuple[bool, ...]:
     return tuple(step in chosen for step in range(steps))
 
 
-def rivals(interval: int, steps: int, fewer: int, cache_dit: bool) -> list[Setting]:
-    """The rivals of HERO with a full step every `interval` of `steps`; `fewer`: as many plain steps as its FLOPs allow."""
+def rivals(interval: int, steps: int, cache_dit: bool) -> list[Setting]:
+    """The rivals of HERO with a full step every `interval` of `steps`: solvers evaluate the model as often as it has full steps."""
     mask = even(steps, interval)
     full = sum(mask)
-    found = [Setting(f"{title}, {fewer} steps", steps=fewer, solver=name) for name, title in SOLVERS.items()]
+    found = [Setting(f"{title}, {full} steps", steps=full, solver=name) for name, title in SOLVERS.items()]
     found.append(Setting(f"growing window, N={interval}", {"schedule": growing(steps, full)}))
     found += [
         Setting(f"random schedule {seed}, N={interval}", {"schedule": random_schedule(steps, full, seed)})

@@ -12,7 +12,7 @@ truth. To the *rendered truth*: whether anyone would notice; in planning the tru
 methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included, and with timesteps that are not rounded.
 
 With `--plans` stand calibrated plans with as many full steps as HERO, fitted to training scenes alone; with `--rivals`
-DPM-Solver++ 2M and UniPC at as many evaluations as HERO's FLOPs allow, other schedules of HERO with as many full steps
+DPM-Solver++ 2M and UniPC with as many evaluations of the model as HERO has full steps, other schedules of HERO with as many
 (`others`), and `cache-dit`, which must be installed, with HERO's full steps.
 
 Depth is aligned by the median of the ratios, one scale per clip; camera trajectories by Sim(3). ± is half of the 95 % bootstrap
@@ -86,7 +86,7 @@ class Bench:
                     settings.append(Setting(f"{APART}, N={interval}", plan=fulls, apart=True))
             known = {row["name"] for row in result}
             if more:
-                found = rivals(interval, self.plain.steps, steps, cache_dit="cache-dit" in more)
+                found = rivals(interval, self.plain.steps, cache_dit="cache-dit" in more)
                 settings += [s for s in found if s.name not in known and ("others" in more or s.cache_dit is not None)]
             rows = self.rows(settings, f"N={interval}")
             base = next(row for row in rows if row.setting is hero)

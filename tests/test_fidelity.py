@@ -275,14 +275,14 @@ def rivals(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_rivals_and_plans(rivals: Path) -> None:
     found = rows(rivals)
     fewer = next(name for name in found if name.startswith("plain, "))
-    steps = found[fewer]["steps"]
+    evaluations = found["HERO, N=3"]["full_steps"]
     assert set(found) == {
         *("full compute", fewer, "HERO, N=3", "FORA, N=3", "plan, N=3", "growing window, N=3"),
         *(f"random schedule {seed}, N=3" for seed in range(3)),
-        *(f"{name}, {steps} steps" for name in ("DPM-Solver++ 2M", "UniPC")),
+        *(f"{name}, {evaluations} steps" for name in ("DPM-Solver++ 2M", "UniPC")),
     }
     fulls = {name: row["full_steps"] for name, row in found.items() if name.endswith("N=3")}
-    assert set(fulls.values()) == {found["HERO, N=3"]["full_steps"]}
+    assert set(fulls.values()) == {evaluations}
     assert found["plan, N=3"]["speed_total"] > found["HERO, N=3"]["speed_total"]
     distances = {name: row["metrics"]["rgb_l2"]["mean"] for name, row in found.items() if name != "full compute"}
     unlike = [distance for name, distance in distances.items() if not name.startswith("random")]
