@@ -60,7 +60,7 @@ def random_schedule(steps: int, full: int, seed: int) -> tuple[bool, ...]:
 
 
 def rivals(interval: int, steps: int, cache_dit: bool) -> list[Setting]:
-    """The rivals of HERO with a full step every `interval` of `steps`: solvers evaluate the model as often as it has full steps."""
+    """The rivals of HERO with a full step every `interval` of `steps`; solvers evaluate the model once for each full step."""
     mask = even(steps, interval)
     full = sum(mask)
     found = [Setting(f"{title}, {full} steps", steps=full, solver=name) for name, title in SOLVERS.items()]
