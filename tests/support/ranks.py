@@ -1,4 +1,4 @@
-"""Two processes that share the tokens of one small Wan, and what each of them saw: `python -m tests.support.ranks RANK FOLDER`.
+"""Two processes that share the tokens of one small Wan, and what each of them saw: `python -m tests.support.ranks FOLDER`.
 
 The processes start once; `tests/test_ranks.py` compares what they saw with one process that has all tokens.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +25,7 @@ from hero_fx.fingerprint import model_config
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
-from . import ranks_joint
+from . import ranks_joint, toys
 from .quick import collect_seldom, compile_quickly
 from .tiny import randomized
 from .tracing import Variants
@@ -202,16 +203,12 @@ def joint(seen: Seen) -> None:
     with torch.no_grad():
         model(**call)
     seen.joint = ranks_joint.run_all(model)
-    backend = hero_fx.backend(inner="eager", grid=(1, 4, 6))
+    backend = hero_fx.backend(inner="eager", refresh_layers=0)
     checks = hero_fx.verify(model, backend=backend, show=False, **call).checks
     seen.failed = [str(check) for check in checks if not check.ok]
 
 
-def main(rank: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    compile_quickly()
-    collect_seldom()
+def of_rank(rank: int, folder: Path) -> None:
     torch.accelerator.device_count = lambda: RANKS  # what diffusers asks; there are none
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     seen, model = Seen(), wan()
@@ -230,5 +227,15 @@ def main(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    """The ranks are forks of this process, which imports and compiles for the first time, both of which take seconds, once."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    compile_quickly()
+    toys.run_toy(toys.toy_backend(), steps=1)
+    collect_seldom()
+    torch.multiprocessing.start_processes(of_rank, args=(folder,), nprocs=RANKS, start_method="fork")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
