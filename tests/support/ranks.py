@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 
 import hero_fx
 from hero_fx.fingerprint import model_config
@@ -153,6 +154,18 @@ def of_each_policy(model: Any, seen: Seen) -> None:
     for name in REFUSED:
         variants.now = name
         seen.errors[name] = message(lambda: trajectory(call))
+    variants.now = "fora"
+    refused_calls(model, call, seen)
+
+
+def refused_calls(model: Any, fora: Any, seen: Seen) -> None:
+    hero_fx.reset()
+    with torch.no_grad():
+        seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
+        # As most pipelines of diffusers do: names alone.
+        seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
+        trajectory(fora, named=model.cache_context, steps=range(3))
+        seen.errors["cut short"] = message(lambda: trajectory(fora, named=model.cache_context, steps=range(5, 7)))
 
 
 def message(call: Callable[[], object]) -> str:
@@ -163,19 +176,30 @@ def message(call: Callable[[], object]) -> str:
     return ""
 
 
-def refusals(model: Any, seen: Seen) -> None:
+class Summed(torch.nn.Module):
+    """A toy whose output all ranks sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.toy()
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        group: Any = dist.group.WORLD
+        result: Tensor = all_reduce(self.inner(latents, timestep), "sum", group)
+        return result
+
+
+def refused_at_once(seen: Seen) -> None:
+    """What cannot be done with a model of several processes, whichever it is."""
     torch._dynamo.reset()
-    fora: Any = torch.compile(model, backend=backend("fora"), fullgraph=True)
-    with torch.no_grad():
-        seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
-        # As most pipelines of diffusers do: names alone.
-        seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
-        trajectory(fora, named=model.cache_context, steps=range(3))
-        seen.errors["cut short"] = message(lambda: trajectory(fora, named=model.cache_context, steps=range(5, 7)))
-    seen.errors["save"] = message(lambda: hero_fx.save(fora, "never.hero"))
+    model, latents, times = Summed().eval(), toys.latents(), toys.times(STEPS)
+    call: Any = torch.compile(model, backend=hero_fx.backend("fora", inner="eager"), fullgraph=True)
+    with torch.no_grad(), hero_fx.calling(lane="only", step_index=0):
+        call(latents, times[0])
+    seen.errors["save"] = message(lambda: hero_fx.save(call, "never.hero"))
     seen.errors["calibrate"] = message(
         lambda: hero_fx.calibrate(
-            model, lambda model, scene: trajectory(model)[-1], num_steps=STEPS, budget=2.0, inner="eager"
+            model, lambda model, scene: toys.loop(model, latents, times)[-1], num_steps=STEPS, budget=2.0, inner="eager"
         )
     )
 
@@ -220,7 +244,7 @@ def of_rank(rank: int, folder: Path) -> None:
             **inputs(), timestep=torch.tensor([9.0, 9.0])
         )  # the hooks look the model's arguments up at their first call
     of_each_policy(model, seen)
-    refusals(model, seen)
+    refused_at_once(seen)
     joint(seen)
     sharded(seen)
     torch.save(vars(seen), folder / f"{rank}.pt")
@@ -234,7 +258,8 @@ def main(folder: Path) -> None:
     compile_quickly()
     toys.run_toy(toys.toy_backend(), steps=1)
     collect_seldom()
-    torch.multiprocessing.start_processes(of_rank, args=(folder,), nprocs=RANKS, start_method="fork")
+    start: Callable[..., Any] = start_processes
+    start(of_rank, args=(folder,), nprocs=RANKS, start_method="fork")
 
 
 if __name__ == "__main__":
