@@ -138,7 +138,7 @@ DEFECTS: dict[str, tuple[type[defects.Small], str, dict[str, Any], Callable[[pyt
     "repeats": (defects.GathersRepeats, "collapsed form", {}, any_index),
     "alias": (defects.ReturnsUpdate, "kept outputs", {"policy": "fora", "grid": None}, outputs_as_they_are),
     "autocast": (defects.AutocastInside, "matrix products", {}, regions_as_they_are),
-    "region": (defects.AutocastAround, "steps", {"policy": "fora", "grid": None}, regions_as_they_are),
+    "region": (defects.AutocastAround, "steps", {}, regions_as_they_are),
     "twin": (defects.Small, "two models, one backend", {"policy": "fora", "grid": None}, one_model),
 }
 # As they are, these hold as others here do; that the steps of "label" and "repeats" are right is what test_legality.py tests.
