@@ -264,8 +264,8 @@ def test_full_and_cached_steps_compute_in_the_same_dtypes(policy: str, where: st
     ("where", "weights", "inner"),
     [
         ("layers", BF16, "aot_eager"),
-        ("whole", torch.float32, "aot_eager"),
         ("around", torch.float32, "aot_eager"),
+        pytest.param("whole", torch.float32, "aot_eager", marks=pytest.mark.exhaustive),
         pytest.param("layers", torch.float32, "aot_eager", marks=pytest.mark.exhaustive),
         pytest.param("around", torch.float32, "eager", marks=pytest.mark.exhaustive),
     ],

@@ -61,6 +61,7 @@ def test_a_sound_model_holds(options: dict[str, Any]) -> None:
     assert failed(verified(toys.toy(), **options)) == set()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("keys", ["landmarks"])
 def test_a_published_model_holds(keys: Any) -> None:
     model, call = tiny.cogvideox(layers=2), tiny.inputs()
