@@ -1,8 +1,7 @@
 """Compiled trajectories against the eager reference, step by step.
 
 All options run on the step graphs as they are; `AOT` has each of them once more through AOTAutograd, most of them where
-exhaustive tests are asked for. Through Inductor:
-test_inductor.py.
+exhaustive tests are asked for. Through Inductor: test_inductor.py.
 """
 
 from __future__ import annotations
