@@ -6,20 +6,24 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
+
+# Read when torch is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A pool of processes takes longer to start than tests compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Else a program for each set of vector instructions is compiled.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._logging import _internal
 
+import hero_fx
+
+from .support import toys
 from .support.quick import collect_seldom, compile_quickly
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "TORCHINDUCTOR_COMPILE_THREADS", "1"
-)  # a pool of processes takes longer to start than tests compile
-
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else a program for each set of vector instructions is compiled
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
@@ -79,6 +83,20 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def compiled_toy() -> tuple[Any, hero_fx.Backend]:
+    torch._dynamo.reset()
+    return toys.compiled(warmup=1, cooldown=0)
+
+
+@pytest.fixture
+def toy(compiled_toy: tuple[Any, hero_fx.Backend]) -> Iterator[tuple[Any, hero_fx.Backend]]:
+    """One that the tests of a module share, without trajectories."""
+    hero_fx.reset()
+    yield compiled_toy
+    hero_fx.reset()
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from functools import cache
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -22,22 +21,9 @@ FULL = [True, True, False, True, False, True, False, True, False]
 """Of the toys' schedule."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@cache
-def traced() -> hero_fx.StepGraphs:
-    return hero_fx.trace(toys.toy(), toys.latents(), toys.times(1)[0], backend=hero_fx.backend("fora"))
-
-
 def bounded(lanes: int, **options: Any) -> tuple[Any, hero_fx.Backend]:
     """A toy whose sessions may hold as many lanes together."""
-    probe = hero_fx.backend(**{"grid": toys.GRID, **options}).rewrite(traced())
-    return toys.compiled(max_state_bytes=lanes * probe.state_bytes, **options)
+    return toys.made(max_state_bytes=lanes * toys.state_bytes(**options), **options)
 
 
 def run(call: Any, name: str, x: Tensor, time: Tensor) -> Tensor:
@@ -103,7 +89,7 @@ def test_features_of_before_are_not_extrapolated_from() -> None:
         run(call, "request", x, times[step])
     run(call, "other", x, times[0])
     ours = [run(call, "request", x, times[step]) for step in (3, 4)]  # full, cached
-    reuse, _ = toys.compiled(policy="fora", grid=None, warmup=1)
+    reuse, _ = toys.made(policy="fora", grid=None, warmup=1)
     with torch.no_grad():
         theirs = [reuse(x, times[step]) for step in (3, 4)]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -111,8 +97,7 @@ def test_features_of_before_are_not_extrapolated_from() -> None:
 
 def test_what_does_not_fit_is_refused_or_computed_in_full() -> None:
     for strict in (True, False):
-        torch._dynamo.reset()
-        call, backend = toys.compiled(max_state_bytes=100, strict=strict)
+        call, backend = toys.made(max_state_bytes=100, strict=strict)
         if strict:
             with pytest.raises(
                 RuntimeError, match=r"max_state_bytes=100: a call needs \d+ bytes of feature state more"
@@ -171,7 +156,7 @@ def test_state_that_is_being_allocated_counts() -> None:
 
 
 def test_an_abort_drops_the_session() -> None:
-    call, backend = toys.compiled()
+    call, backend = toys.made()
 
     async def request(name: str) -> AsyncIterator[Tensor]:
         for time in toys.times(STEPS):

@@ -15,7 +15,7 @@ from torch import Tensor
 import hero_fx
 
 from .support import toys
-from .support.loops import OPTIONS, STEPS, Loop, guided, lone, plain_times, text
+from .support.loops import OPTIONS, STEPS, Loop, lone, made, plain_times, text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("skipped", [{3, 4}, {1}, {0}, {6, 7, 8}], ids=str)
 @pytest.mark.parametrize("first", ["cond", "uncond"])
 def test_guidance_that_is_switched_off_for_some_steps(first: str, skipped: set[int]) -> None:
-    call, _ = guided()
+    call, _ = made()
     times = plain_times()
     cond, uncond = Loop(call, 1, text(1)), Loop(call, 2, text(2))
     hero_fx.reset()
@@ -45,7 +45,7 @@ def test_guidance_that_is_switched_off_for_some_steps(first: str, skipped: set[i
 
 
 def test_lanes_in_changing_order() -> None:
-    call, backend = guided()
+    call, backend = made()
     loops, times = [Loop(call, seed, text(seed)) for seed in (1, 2, 3)], plain_times()
     for step, t in enumerate(times):
         for i in range(3):
@@ -57,7 +57,7 @@ def test_lanes_in_changing_order() -> None:
 
 
 def test_texts_that_are_new_tensors_at_each_call_go_by_their_order() -> None:
-    call, backend = guided(warmup=2)
+    call, backend = made(warmup=2)
     words, times = [text(1), text(2)], plain_times()
 
     def run() -> list[Loop]:
@@ -78,7 +78,7 @@ def test_texts_that_are_new_tensors_at_each_call_go_by_their_order() -> None:
 
 
 def test_calls_that_come_and_go_without_evidence_are_refused() -> None:
-    call, _ = toys.compiled(**OPTIONS)
+    call, _ = toys.made(**OPTIONS)
     loops, times = [Loop(call, seed, None) for seed in (1, 2)], plain_times()
     for step, t in enumerate(times[:4]):
         for loop in loops[: 1 if step == 3 else 2]:
@@ -111,7 +111,7 @@ def windows(call: Any, left_out: dict[int, set[int]], *, views: bool, times: lis
 
 
 def test_sliding_windows_that_are_left_out_at_some_steps() -> None:
-    call, backend = guided()
+    call, backend = made()
     times = plain_times()
     expected = []
     for window in range(3):
@@ -140,7 +140,7 @@ def test_sliding_windows_that_are_left_out_at_some_steps() -> None:
 @pytest.mark.parametrize("stop", [1, 4])
 @pytest.mark.parametrize("evidence", ["text", "table"])
 def test_a_run_that_stops_early_and_one_that_starts_lower(evidence: str, stop: int) -> None:
-    call, backend = guided()
+    call, backend = made()
     words = [text(1), text(2)] if evidence == "text" else [text(1)] * 2
     tables = [plain_times(), plain_times()] if evidence == "text" else [toys.times(STEPS), toys.times(STEPS)]
     first = Loop(call, 1, words[0])
@@ -160,7 +160,7 @@ def test_a_run_that_stops_early_and_one_that_starts_lower(evidence: str, stop: i
 
 
 def test_timesteps_that_repeat() -> None:
-    call, backend = guided()
+    call, backend = made()
     table = torch.tensor([999, 999, 999, 700, 700, 400, 100, 100, 50])
     for times in ([t.expand(2) for t in table], [t.expand(2).clone() for t in [*table[2:], *table[-1:] - 20]]):
         hero_fx.reset()
@@ -174,7 +174,7 @@ def test_timesteps_that_repeat() -> None:
 
 
 def test_rows_at_different_timesteps() -> None:
-    call, backend = guided()
+    call, backend = made()
     with pytest.raises(hero_fx.AmbiguousCall, match=r"2 elements of the batch are at different timesteps \(100, 979\)"):
         Loop(call, 1, text(1)).step(torch.tensor([100, 979]))
     assert backend.stats().full_calls == 0

@@ -18,13 +18,13 @@ from torch import Tensor
 import hero_fx
 
 from .support import tiny, toys
-from .support.loops import OPTIONS, Loop, guided, lone, plain_times, text
+from .support.loops import OPTIONS, Loop, Told, guided, lone, made, plain_times, text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def test_threads_without_sessions_are_refused() -> None:
-    call, _ = guided()
+    call, _ = made()
     loops, times = [Loop(call, seed, text(seed)) for seed in (1, 2)], plain_times()
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
         first.submit(loops[0].step, times[0]).result()
@@ -57,12 +57,12 @@ def test_calls_that_overlap_without_a_session_are_refused() -> None:
 
         return run
 
-    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=inner, policy="fora"))
+    call, _ = toys.made(inner=inner, policy="fora", grid=None)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(call, timestep=toys.times(1)[0])
+        running = pool.submit(call, toys.latents(), toys.times(1)[0])
         assert inside.wait(60)
         with pytest.raises(hero_fx.AmbiguousCall, match=r"two calls without a session overlap.*hero_fx.session"):
-            call(timestep=toys.times(1)[0])
+            call(toys.latents(), toys.times(1)[0])
         leave.set()
         running.result()
 
@@ -95,7 +95,7 @@ def test_tasks_without_sessions_are_refused_and_with_sessions_are_not() -> None:
 
 
 def test_a_session_that_does_not_reach_the_thread_of_a_pool_is_refused() -> None:
-    call, _ = guided()
+    call, _ = made()
     loop = Loop(call, 1, text(1))
     with ThreadPoolExecutor(1) as pool, hero_fx.session("request 1"):
         with pytest.raises(
@@ -108,7 +108,7 @@ def test_a_session_that_does_not_reach_the_thread_of_a_pool_is_refused() -> None
 
 def test_a_session_in_a_generator_that_a_thread_pool_runs() -> None:
     """As frameworks run sync generators: each piece in a copy of the context, in any thread."""
-    call, _ = guided()
+    call, _ = made()
 
     def stream() -> Iterator[Tensor]:
         loop = Loop(call, 1, text(1))
@@ -174,7 +174,7 @@ def test_generators_that_take_turns(kind: str) -> None:
 
 def test_streams_that_take_turns_and_are_cut_short() -> None:
     """Sync and async generators, a task for each step. Who is aborted in the middle drops its session and disturbs nobody."""
-    call, backend = guided()
+    call, backend = made()
     times = plain_times()
     expected = [lone(call, toys.latents(seed=seed), times, text(seed)) for seed in range(6)]
     hero_fx.reset()
@@ -219,7 +219,7 @@ def test_streams_that_take_turns_and_are_cut_short() -> None:
 def test_a_context_manager_of_ones_own_around_a_session() -> None:
     from contextlib import contextmanager
 
-    call, backend = guided()
+    call, backend = made()
 
     @contextmanager
     def request(name: str) -> Iterator[None]:
@@ -235,16 +235,16 @@ def test_a_context_manager_of_ones_own_around_a_session() -> None:
 
 
 def test_cache_contexts_of_threads_and_tasks_are_their_own() -> None:
-    model = tiny.cogvideox(layers=2)
+    model = tiny.randomized(Told())
     backend = hero_fx.backend(**OPTIONS)
     call = toys.torch_compile(model, backend, fullgraph=True)
-    kwargs, times = tiny.inputs(), tiny.timesteps(4)
+    times = plain_times(4)
     seen: list[tuple[str, Any]] = []
-    lock = threading.Lock()
+    lock, words = threading.Lock(), text(1)
 
     def step(t: Tensor, name: str) -> None:
         with torch.no_grad(), lock:
-            call(**kwargs, timestep=t.expand(2), return_dict=False)
+            call(toys.latents(), t, words)
             last = backend.steppers[0].last
             assert last is not None
             seen.append((name, last.lane))
@@ -282,10 +282,10 @@ def test_cache_contexts_of_threads_and_tasks_are_their_own() -> None:
 
 
 def test_a_context_of_another_model_is_not_this_ones() -> None:
-    model, other = tiny.cogvideox(layers=2), tiny.cogvideox(layers=2)
+    model, other = Told().eval(), Told().eval()
     backend = hero_fx.backend(**OPTIONS)
-    call, kwargs = toys.torch_compile(model, backend, fullgraph=True), tiny.inputs()
+    call = toys.torch_compile(model, backend, fullgraph=True)
     with torch.no_grad(), other.cache_context("cond"):
-        call(**kwargs, timestep=tiny.timesteps(1).expand(2), return_dict=False)
+        call(toys.latents(), toys.times(1)[0], text(1))
     assert backend.steppers[0].last is not None
     assert backend.steppers[0].last.lane == 0

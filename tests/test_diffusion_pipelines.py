@@ -22,8 +22,9 @@ SETTINGS: dict[str, Any] = {"inner": tiny.INNER, "interval": 3, "warmup": 1, "pa
 ALL: dict[str, Any] = {**SETTINGS, "refresh_layers": 1.0, "refresh_ratio": 1.0, "text": "live"}
 
 
-# What they show, another one shows too.
-ALIKE = ("cogvideox_i2v", "cosmos", "flux", "qwen_image", "wan_i2v")
+# What they show, another one shows too: of HunyuanVideo, calls with texts of two lengths wan_t2v, masks ltx; of SD 3, guidance
+# in one batch cogvideox_t2v; of timesteps per token, test_runtime.py.
+ALIKE = ("cogvideox_i2v", "cosmos", "flux", "hunyuan_video", "qwen_image", "sd3", "wan_i2v", "wan_ti2v")
 ROWS = [
     pytest.param(name, marks=pytest.mark.exhaustive if name in ALIKE else ())
     for name in PIPELINES

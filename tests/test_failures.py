@@ -44,7 +44,7 @@ def test_models_that_cannot_be_accelerated(name: str) -> None:
     check_message(lambda: toys.torch_compile(make(), backend=backend())(toys.latents(), TIME), fix)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mlp", "break between", "break behind", "training", "no time"])
 def test_not_strict_warns_once_and_runs_the_plain_model(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name][0]()
@@ -156,10 +156,8 @@ def test_a_grid_that_the_graph_does_not_show_is_said(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("_steps", AssertionError("no")),
         ("_steps", KeyError("buf144")),
         ("_compile", NotImplementedError()),
-        ("_compile", RuntimeError("x")),
     ],
     ids=repr,
 )

@@ -46,7 +46,8 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch, policy
     assert asked == [("reduce-overhead", {})] * wanted
 
 
-@pytest.mark.parametrize("policy", ["lean", pytest.param("toca", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("policy", ["lean", "toca"])
 def test_inductor_gives_what_the_graphs_give(policy: str) -> None:
     """HERO is below, TaylorSeer in test_legality.py, a forecast in test_forecast.py."""
     ours, theirs = (run_toy(toy_backend(policy, inner=inner)) for inner in ("inductor", "eager"))

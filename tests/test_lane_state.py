@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,21 +18,6 @@ from .support.requests import COUNTS, Requests, apart, options, single, together
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 Compiled = tuple[Any, hero_fx.Backend]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Compiled]:
-    torch._dynamo.reset()
-    yield toys.compiled(warmup=1, cooldown=0)
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def toy(compiled: Compiled) -> Iterator[Compiled]:
-    """One that all tests share, without trajectories."""
-    hero_fx.reset()
-    yield compiled
-    hero_fx.reset()
 
 
 def lane(backend: hero_fx.Backend, session: str) -> LaneState:
@@ -130,9 +115,9 @@ def test_requests_that_come_and_go_hold_what_is_counted(toy: Compiled) -> None:
     assert lanes_held(backend) == 0
 
 
-def test_room_is_made_of_a_stack() -> None:
+def test_room_is_made_of_a_stack(toy: Compiled) -> None:
     """Memory of a request that is evicted is free at once, though another that runs was in its stack."""
-    call, backend = toys.compiled(warmup=1, cooldown=0)
+    call, backend = toy
     alone = [single(call, f"alone-{i}", step, i) for i, step in ((1, 0), (1, 1), (2, 0))]
     lanes = backend.graphs[0].state_bytes
     call, backend = toys.compiled(warmup=1, cooldown=0, max_state_bytes=2 * lanes)
@@ -156,7 +141,7 @@ def test_a_session_that_is_dropped_while_its_batch_runs() -> None:
 
         return run
 
-    call, backend = toys.compiled(warmup=1, cooldown=0, inner=inner)
+    call, backend = toys.compiled(policy="fora", grid=None, warmup=1, cooldown=0, inner=inner)
     alone = [[single(call, f"alone-{i}", step, i) for step in range(2)] for i in range(2)]
     hero_fx.reset()
     together(call, "ab", [0, 0])

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 import hero_fx
 
 from .support import tiny, toys
-from .support.loops import text
+from .support.loops import Told, text
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,7 +22,7 @@ STEPS = 9
 
 
 def test_two_calls_per_step_are_two_lanes() -> None:
-    call, backend = toys.compiled()
+    call, backend = toys.made()
     times, starts = toys.times(STEPS), [toys.latents(seed=1), toys.latents(seed=2)]
     both = toys.in_turns([call, call], starts, times)
     assert backend.steppers[0].last is not None
@@ -32,10 +31,6 @@ def test_two_calls_per_step_are_two_lanes() -> None:
     assert backend.stats().state_bytes == 2 * backend.graphs[0].state_bytes
     for outputs, start in zip(both, starts, strict=True):
         assert toys.same(outputs, toys.alone(call, backend, start, times))
-
-
-class Told(toys.Guided, CacheMixin):
-    """A guided toy that a pipeline can name its calls to."""
 
 
 def told() -> tuple[Any, hero_fx.Backend]:
@@ -57,9 +52,15 @@ def test_lanes_with_texts_of_different_length() -> None:
         assert toys.same(outputs, toys.alone(lane(length), backend, start, times))
 
 
-@pytest.mark.parametrize("with_index", [False, True])
-def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
+def test_cache_context_names_lanes_and_steps() -> None:
     call, backend = told()
+    for with_index in (False, True):
+        backend.reset()
+        _runs_as_named(call, backend, with_index)
+
+
+def _runs_as_named(call: Any, backend: hero_fx.Backend, with_index: bool) -> None:
+    """Two runs whose calls are named, with the index of their step or without."""
     times, words = toys.times(STEPS), text(1)
     step, seen = [0], []
 
@@ -92,7 +93,7 @@ def test_cache_context_names_lanes_and_steps(with_index: bool) -> None:
 
 @pytest.mark.parametrize("num_steps", [None, STEPS])
 def test_a_jump_back_starts_a_trajectory(num_steps: int | None) -> None:
-    call, backend = toys.compiled(num_steps=num_steps)
+    call, backend = toys.made(num_steps=num_steps)
     times = toys.times(STEPS)
     whole = toys.loop(call, toys.latents(), times)
     toys.loop(call, toys.latents(seed=9), times[:5])
@@ -108,9 +109,7 @@ def usual() -> list[Tensor]:
     return toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"), [("int", ()), ("float", (1,)), ("float", (2,)), ("scaled", (2,)), ("double", ())], ids=str
-)
+@pytest.mark.parametrize(("kind", "shape"), [("int", ()), ("float", (1,)), ("scaled", (2,)), ("double", ())], ids=str)
 def test_forms_of_timestep(kind: str, shape: tuple[int, ...]) -> None:
     table = tiny.timesteps(STEPS)
     times = {"int": table, "float": table.float(), "scaled": table.float() / 1000, "double": table.double()}[kind]
@@ -122,7 +121,7 @@ def test_forms_of_timestep(kind: str, shape: tuple[int, ...]) -> None:
 
 
 def test_ascending_timesteps() -> None:
-    call, backend = toys.compiled()
+    call, backend = toys.made()
     times = toys.times(STEPS)[::-1]
     whole = toys.loop(call, toys.latents(), times)
     assert toys.same(toys.loop(call, toys.latents(), times), whole)
@@ -150,7 +149,10 @@ def test_time_input_by_structure_and_by_argument() -> None:
         assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), usual())
 
 
-@pytest.mark.parametrize(("inner", "dynamic"), [("aot_eager", None), ("eager", True)])
+# More of `dynamic=True` is in test_dynamic_shapes.py.
+@pytest.mark.parametrize(
+    ("inner", "dynamic"), [("aot_eager", None), pytest.param("eager", True, marks=pytest.mark.exhaustive)]
+)
 def test_another_batch_compiles_once_more(inner: str, dynamic: bool | None) -> None:
     backend = hero_fx.backend(inner=inner, policy="taylorseer", warmup=2)
     call = toys.torch_compile(toys.toy(layers=2), backend=backend, fullgraph=True, dynamic=dynamic)
@@ -162,7 +164,7 @@ def test_another_batch_compiles_once_more(inner: str, dynamic: bool | None) -> N
 
 
 def test_too_many_calls_at_one_timestep() -> None:
-    call, _ = toys.compiled()
+    call, _ = toys.made()
     toys.loop(call, toys.latents(), toys.times(1) * 8)
     with pytest.raises(RuntimeError, match=r"9 calls in a row with timestep=.*hero_fx.session"):
         toys.loop(call, toys.latents(), toys.times(1))
@@ -187,19 +189,17 @@ def test_inference_mode() -> None:
 
 
 def test_inference_mode_in_the_middle_of_a_trajectory() -> None:
-    kwargs, times = tiny.inputs(), tiny.timesteps(STEPS)
-    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=tiny.INNER, warmup=2))
-    latents, outputs = kwargs["hidden_states"], []
+    call, _ = toys.made()
+    latents, outputs, times = toys.latents(), [], toys.times(STEPS)
     for i, t in enumerate(times):
         with torch.inference_mode(i % 3 == 0), torch.no_grad():
-            out = call(**{**kwargs, "hidden_states": latents}, timestep=t.expand(2), return_dict=False)[0]
-            latents = latents - out / STEPS
-        outputs.append(out)
-    assert toys.same(outputs, tiny.denoise(call, kwargs, times))
+            outputs.append(call(latents, t))
+            latents = latents - outputs[-1] / STEPS
+    assert toys.same(outputs, toys.loop(call, toys.latents(), times))
 
 
 def test_a_trajectory_of_nan_does_not_spoil_the_next() -> None:
-    call, _ = toys.compiled(warmup=1)
+    call, _ = toys.made(warmup=1)
     expected = toys.loop(call, toys.latents(), toys.times(STEPS))
     assert toys.loop(call, toys.latents() * torch.nan, toys.times(STEPS))[-1].isnan().all()
     assert toys.same(toys.loop(call, toys.latents(), toys.times(STEPS)), expected)
@@ -218,7 +218,7 @@ def test_a_call_that_fails_forgets_the_trajectory(at: int) -> None:
 
         return run
 
-    call, backend = toys.compiled(inner=inner)
+    call, backend = toys.made(inner=inner)
     times = toys.times(STEPS)
     expected = toys.loop(call, toys.latents(), times)
     toys.loop(call, toys.latents(), times[:at])

@@ -22,7 +22,7 @@ import hero_fx
 from hero_fx.passes.slots import StateSlot, slots_of
 from hero_fx.schedule import Schedule
 
-from .support import tiny
+from .support import tiny, toys
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Ledger:
     book: list[tuple[bool, int]]
     failing: list[bool] = field(default_factory=list)
     """Something in it makes the next call fail, half way through."""
+
+
+LATENTS = {batch: toys.latents(batch) for batch in (1, 2)}
+TEXT = {batch: torch.zeros(batch, 4, toys.WIDTH) for batch in (1, 2)}
+
+
+@cache
+def captured(batch: int) -> toys.Captured:
+    model = toys.Guided().eval().requires_grad_(False)
+    return toys.Captured(model, latents=LATENTS[batch], timestep=toys.times(1, batch)[0], text=TEXT[batch])
 
 
 @cache
@@ -78,7 +88,7 @@ def ledger(interval: int) -> Ledger:
         return run
 
     backend = hero_fx.backend(policy="fora", interval=interval, warmup=1, inner=inner)
-    runs = {batch: tiny.captured(layers=2, batch=batch).compiled(backend) for batch in (1, 2)}
+    runs = {batch: captured(batch).compiled(backend) for batch in (1, 2)}
     return Ledger(backend, runs, book, failing)
 
 
@@ -126,7 +136,7 @@ def test_every_call_finds_its_own_features(calls: list[Made], interval: int, ris
     times = tiny.timesteps(9).flip(0) if rising else tiny.timesteps(9)
     for call in calls:
         with hero_fx.session(f"request {call.session}"):
-            made.runs[call.batch](timestep=times[call.step].expand(call.batch))
+            made.runs[call.batch](LATENTS[call.batch], times[call.step].expand(call.batch), TEXT[call.batch])
         last = made.backend.steppers[call.batch - 1].last
         assert last is not None
         assert (last.step, last.lane, last.trajectory) == (call.step, call.lane, call.trajectory + 1)
@@ -203,15 +213,15 @@ def test_no_call_finds_the_features_of_another(calls: list[Served], interval: in
             if run in refused:
                 continue
             key = (*run, call.batch, call.lane)
-            inputs = {
-                "hidden_states": torch.zeros(call.batch, 3, tiny.CHANNELS, 8, 12),
-                "encoder_hidden_states": texts.setdefault(key, torch.zeros(call.batch, tiny.TEXT, tiny.WIDTH)),
-                "timestep": times[call.step].clone().expand(call.batch),
-            }
+            inputs = (
+                torch.zeros_like(LATENTS[call.batch]),
+                times[call.step].clone().expand(call.batch),
+                texts.setdefault(key, torch.zeros_like(TEXT[call.batch])),
+            )
 
-            def serve(call: Served = call, inputs: dict[str, Any] = inputs) -> None:
+            def serve(call: Served = call, inputs: tuple[torch.Tensor, ...] = inputs) -> None:
                 with word(call):
-                    made.runs[call.batch](**inputs)
+                    made.runs[call.batch](*inputs)
 
             made.failing[:] = [True] if call.fails else []
             number = len(made.book)

@@ -14,7 +14,7 @@ from torch import Tensor
 import hero_fx
 from hero_fx.runtime.timestep import TimestepReader
 
-from .support import tiny, toys
+from .support import toys
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -22,7 +22,7 @@ STEPS = 9
 
 
 def test_sessions_in_turns() -> None:
-    call, backend = toys.compiled()
+    call, backend = toys.made()
     times, starts = toys.times(STEPS), [toys.latents(seed=1), toys.latents(seed=2)]
 
     def within(name: str) -> Callable[..., Any]:
@@ -59,11 +59,11 @@ def test_calls_of_a_session_queue_up_and_sessions_do_not(names: list[str]) -> No
 
         return run
 
-    call = tiny.captured(layers=2).compiled(hero_fx.backend(inner=inner))
+    call, _ = toys.made(inner=inner)
 
     def work(name: str) -> None:
         with hero_fx.session(name):
-            call(timestep=toys.times(1)[0])
+            call(toys.latents(), toys.times(1)[0])
 
     threads = [threading.Thread(target=work, args=(name,)) for name in names]
     for thread in threads:
@@ -88,7 +88,7 @@ def test_no_two_threads_write_the_code_of_a_step() -> None:
 
 
 def test_sessions_nest_and_need_a_name() -> None:
-    call, backend = toys.compiled(timestep="timestep")
+    call, backend = toys.made(timestep="timestep")
     with torch.no_grad(), hero_fx.session("outer"):
         with hero_fx.session("inner"):
             call(toys.latents(), toys.times(1)[0])
@@ -101,8 +101,8 @@ def test_sessions_nest_and_need_a_name() -> None:
 
 
 def test_threads_with_sessions() -> None:
-    call, backend = toys.compiled()
-    times, count = toys.times(30), 6
+    call, backend = toys.made()
+    times, count = toys.times(12), 6
     starts = [toys.latents(seed=seed) for seed in range(count)]
     toys.loop(call, starts[0], times)
     expected = [toys.alone(call, backend, start, times) for start in starts]
@@ -114,7 +114,7 @@ def test_threads_with_sessions() -> None:
     def work(i: int) -> None:
         ready.wait()
         with hero_fx.session(f"request-{i}"):
-            results[i] = toys.loop(call, starts[i], toys.times(30))
+            results[i] = toys.loop(call, starts[i], toys.times(12))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
     for thread in threads:

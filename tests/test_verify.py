@@ -39,14 +39,15 @@ POLICIES: dict[str, dict[str, Any]] = {
     "hero": {"inner": "aot_eager"},
     "paper": {"unsampled": "reuse", "keys": "sampled", "selection": "per_layer"},
     "lean": {"policy": "lean", "order": 2},
-    "bytes": {"state_dtype": torch.int8},
+    "bytes": {"policy": "taylorseer", "grid": None, "state_dtype": torch.int8},
+    "bytes of all": {"state_dtype": torch.int8},
     "literal": {"form": "literal", "interval": 4},
     "toca": {"policy": "toca", "text": "live", "inner": "aot_eager"},
     "duca": {"policy": "duca", "interval": 3},
 }
 
 
-FURTHER = ("literal", "paper", "lean", "duca")
+FURTHER = ("literal", "paper", "lean", "duca", "bytes of all")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_a_sound_model_holds(options: dict[str, Any]) -> None:
     assert failed(verified(toys.toy(), **options)) == set()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("keys", ["landmarks"])
 def test_a_published_model_holds(keys: Any) -> None:
     model, call = tiny.cogvideox(layers=2), tiny.inputs()
@@ -138,10 +140,10 @@ DEFECTS: dict[str, tuple[type[defects.Small], str, dict[str, Any], Callable[[pyt
     "alias": (defects.ReturnsUpdate, "kept outputs", {"policy": "fora", "grid": None}, outputs_as_they_are),
     "autocast": (defects.AutocastInside, "matrix products", {}, regions_as_they_are),
     "region": (defects.AutocastAround, "steps", {}, regions_as_they_are),
-    "twin": (defects.Small, "two models, one backend", {}, one_model),
+    "twin": (defects.Small, "two models, one backend", {"policy": "fora", "grid": None}, one_model),
 }
-# As they are, these hold as others here do.
-ALIKE = ("negative", "region", "twin")
+# As they are, these hold as others here do; that the steps of "label" and "repeats" are right is what test_legality.py tests.
+ALIKE = ("label", "negative", "repeats", "autocast", "region", "twin")
 FOUND = [
     pytest.param(
         *row, put_back,
@@ -176,7 +178,7 @@ def test_weights_of_another_dtype_under_autocast() -> None:
 
 
 def test_the_loop_around_goes_on_as_if_nothing_had_been() -> None:
-    model, backend = toys.compiled(inner=tiny.INNER)
+    model, backend = toys.compiled(policy="taylorseer", grid=None)
     times = toys.times(8)
     undisturbed = toys.loop(model, toys.latents(), times)
     backend.reset()
@@ -270,7 +272,7 @@ def test_half_precision_timesteps_are_told_apart() -> None:
 
 def test_latents_move_and_conditions_are_the_same_objects() -> None:
     call = tiny.inputs()
-    config = hero_fx.Config(inner=tiny.INNER)
+    config = hero_fx.Config(policy="fora", inner=tiny.INNER)
     model, named = tiny.cogvideox(layers=2), {**call, "timestep": TIME, "return_dict": False}
     latents = named.pop("hidden_states")
     example = Trial(model, by_name(model, (latents,), named), config).example

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 import hero_fx
@@ -13,6 +15,10 @@ from . import tiny, toys
 
 STEPS = 9
 OPTIONS: dict[str, Any] = {"policy": "taylorseer", "interval": 3, "warmup": 1, "grid": None, "inner": tiny.INNER}
+
+
+class Told(toys.Guided, CacheMixin):
+    """A guided toy that a pipeline can name its calls to."""
 
 
 def text(seed: int) -> Tensor:
@@ -24,6 +30,21 @@ def guided(**options: Any) -> tuple[Any, hero_fx.Backend]:
     torch.manual_seed(0)
     backend = hero_fx.backend(**{**OPTIONS, **options})
     return toys.torch_compile(tiny.randomized(toys.Guided()), backend, fullgraph=True), backend
+
+
+@cache
+def captured() -> toys.Captured:
+    """A guided toy, for two rows."""
+    torch.manual_seed(0)
+    return toys.Captured(
+        tiny.randomized(toys.Guided()), latents=toys.latents(), timestep=toys.times(1)[0], text=text(1)
+    )
+
+
+def made(**options: Any) -> tuple[Any, hero_fx.Backend]:
+    """As `guided`, where Dynamo has no part in what is tested."""
+    backend = hero_fx.backend(**{**OPTIONS, **options})
+    return captured().compiled(backend), backend
 
 
 def lone(call: Any, start: Tensor, times: list[Tensor], words: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Two processes that share the tokens of one small Wan, and what each of them saw: `python -m tests.support.ranks RANK FOLDER`.
+"""Two processes that share the tokens of one small Wan, and what each of them saw: `python -m tests.support.ranks FOLDER`.
 
 The processes start once; `tests/test_ranks.py` compares what they saw with one process that has all tokens.
 """
@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 
 import hero_fx
 from hero_fx.fingerprint import model_config
 from hero_fx.passes.rewrite.forecast import OutputRule
 from hero_fx.plan import Plan, Timeline
 
-from . import ranks_joint
+from . import ranks_joint, toys
 from .quick import collect_seldom, compile_quickly
 from .tiny import randomized
 from .tracing import Variants
@@ -152,6 +154,18 @@ def of_each_policy(model: Any, seen: Seen) -> None:
     for name in REFUSED:
         variants.now = name
         seen.errors[name] = message(lambda: trajectory(call))
+    variants.now = "fora"
+    refused_calls(model, call, seen)
+
+
+def refused_calls(model: Any, fora: Any, seen: Seen) -> None:
+    hero_fx.reset()
+    with torch.no_grad():
+        seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
+        # As most pipelines of diffusers do: names alone.
+        seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
+        trajectory(fora, named=model.cache_context, steps=range(3))
+        seen.errors["cut short"] = message(lambda: trajectory(fora, named=model.cache_context, steps=range(5, 7)))
 
 
 def message(call: Callable[[], object]) -> str:
@@ -162,19 +176,30 @@ def message(call: Callable[[], object]) -> str:
     return ""
 
 
-def refusals(model: Any, seen: Seen) -> None:
+class Summed(torch.nn.Module):
+    """A toy whose output all ranks sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.toy()
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        group: Any = dist.group.WORLD
+        result: Tensor = all_reduce(self.inner(latents, timestep), "sum", group)
+        return result
+
+
+def refused_at_once(seen: Seen) -> None:
+    """What cannot be done with a model of several processes, whichever it is."""
     torch._dynamo.reset()
-    fora: Any = torch.compile(model, backend=backend("fora"), fullgraph=True)
-    with torch.no_grad():
-        seen.errors["no names"] = message(lambda: fora(**inputs(), timestep=torch.tensor([9.0, 9.0])))
-        # As most pipelines of diffusers do: names alone.
-        seen.outputs["names alone"] = trajectory(fora, named=model.cache_context)
-        trajectory(fora, named=model.cache_context, steps=range(3))
-        seen.errors["cut short"] = message(lambda: trajectory(fora, named=model.cache_context, steps=range(5, 7)))
-    seen.errors["save"] = message(lambda: hero_fx.save(fora, "never.hero"))
+    model, latents, times = Summed().eval(), toys.latents(), toys.times(STEPS)
+    call: Any = torch.compile(model, backend=hero_fx.backend("fora", inner="eager"), fullgraph=True)
+    with torch.no_grad(), hero_fx.calling(lane="only", step_index=0):
+        call(latents, times[0])
+    seen.errors["save"] = message(lambda: hero_fx.save(call, "never.hero"))
     seen.errors["calibrate"] = message(
         lambda: hero_fx.calibrate(
-            model, lambda model, scene: trajectory(model)[-1], num_steps=STEPS, budget=2.0, inner="eager"
+            model, lambda model, scene: toys.loop(model, latents, times)[-1], num_steps=STEPS, budget=2.0, inner="eager"
         )
     )
 
@@ -202,16 +227,12 @@ def joint(seen: Seen) -> None:
     with torch.no_grad():
         model(**call)
     seen.joint = ranks_joint.run_all(model)
-    backend = hero_fx.backend(inner="eager", grid=(1, 4, 6))
+    backend = hero_fx.backend(inner="eager", refresh_layers=0)
     checks = hero_fx.verify(model, backend=backend, show=False, **call).checks
     seen.failed = [str(check) for check in checks if not check.ok]
 
 
-def main(rank: int, folder: Path) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    compile_quickly()
-    collect_seldom()
+def of_rank(rank: int, folder: Path) -> None:
     torch.accelerator.device_count = lambda: RANKS  # what diffusers asks; there are none
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     seen, model = Seen(), wan()
@@ -223,12 +244,23 @@ def main(rank: int, folder: Path) -> None:
             **inputs(), timestep=torch.tensor([9.0, 9.0])
         )  # the hooks look the model's arguments up at their first call
     of_each_policy(model, seen)
-    refusals(model, seen)
+    refused_at_once(seen)
     joint(seen)
     sharded(seen)
     torch.save(vars(seen), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    """The ranks are forks of this process, which imports and compiles for the first time, both of which take seconds, once."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    compile_quickly()
+    toys.run_toy(toys.toy_backend(), steps=1)
+    collect_seldom()
+    start: Callable[..., Any] = start_processes
+    start(of_rank, args=(folder,), nprocs=RANKS, start_method="fork")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

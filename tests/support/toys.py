@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hero_fx
+from hero_fx.passes.compat import argument_name
 
 from . import tiny
+from .tracing import Shared, capture
 
 GRID = (2, 3, 5)
 TOKENS = 30
@@ -138,6 +141,52 @@ def compiled(model: Any = None, **options: Any) -> tuple[Any, hero_fx.Backend]:
     return torch_compile(model or toy(), backend=backend, fullgraph=True), backend
 
 
+class Captured:
+    """What Dynamo makes of a model for one example, traced and normalised once for many backends.
+
+    For tests of what a backend does at each call of one shape, in which Dynamo has no part.
+    """
+
+    def __init__(self, model: Any, **example: Tensor) -> None:
+        gm, self.inputs = capture(model, **example)
+        self.shared = Shared(gm, self.inputs)
+        names = [argument_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+        self.places = [names.index(name) for name in example]
+
+    def compiled(self, backend: hero_fx.Backend) -> Callable[..., Tensor]:
+        """Called with the values of `example`, in its order."""
+        run = self.shared.compiled(backend)
+
+        def call(*values: Tensor) -> Tensor:
+            inputs = list(self.inputs)
+            for place, value in zip(self.places, values, strict=True):
+                inputs[place] = value
+            result: Tensor = run(*inputs)[0]
+            return result
+
+        return call
+
+
+@cache
+def captured() -> Captured:
+    """A toy of two layers, for two rows."""
+    return Captured(toy(), latents=latents(), timestep=times(1)[0])
+
+
+def made(**options: Any) -> tuple[Callable[..., Tensor], hero_fx.Backend]:
+    """As `compiled`, of the captured toy."""
+    backend = hero_fx.backend(**{"inner": tiny.INNER, "grid": GRID, "warmup": 2, **options})
+    return captured().compiled(backend), backend
+
+
+def state_bytes(**options: Any) -> int:
+    """Of one lane of the captured toy."""
+    call, backend = made(**options)
+    (graphs,) = backend.graphs
+    del call  # a backend forgets what no one holds
+    return graphs.state_bytes
+
+
 def alone(call: Any, backend: hero_fx.Backend, start: Tensor, times: list[Any]) -> list[Tensor]:
     """What a trajectory gives by itself; nothing is compiled for it."""
     backend.reset()
@@ -158,6 +207,11 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 def toy_backend(policy: Any = "hero", **options: Any) -> hero_fx.Backend:
     """A backend for a toy."""
     return hero_fx.backend(policy, **{"inner": tiny.INNER, "grid": GRID, **options})
+
+
+def run_made(backend: hero_fx.Backend, steps: int = 8) -> list[Tensor]:
+    """A closed loop over the captured toy."""
+    return loop(captured().compiled(backend), latents(), times(steps))
 
 
 def run_toy(backend: Any, model: Any = None, steps: int = 8, **compile_options: Any) -> list[Tensor]:
