@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-import hero_fx
 from hero_fx.passes.analysis.follow import follow
 from hero_fx.passes.analysis.tokens import NoRule, Segment, Tokens
 from hero_fx.passes.attention import ATTENTION
 from hero_fx.passes.rewrite.plan import Refresh, ScoredRefresh
 
-from .support import tiny, toys
+from .support import toys
 from .support.attention_ops import registered
 from .support.axis import IMAGE_TOKENS, TEXT_TOKENS, TOKENS, stream
 from .support.layers import D, Model, Part, norm
 from .support.steps_by_hand import Toy
-from .support.tracing import trace
+from .support.tracing import Variants, trace
 from .test_architectures import repeats, trajectory
 
 aten = torch.ops.aten
@@ -131,7 +130,6 @@ def test_an_op_gives_what_sdpa_gives(name: str) -> None:
     for keys in ("all", "sampled"):
         found = trajectory(ours, refresh_layers=2, keys=keys)
         torch.testing.assert_close(found, by_sdpa(name in MASKED, keys), rtol=1e-5, atol=1e-5)
-    assert repeats(ours, lambda branch: Refresh()) == {}
     scored = ScoredRefresh()
     assert repeats(ours, lambda branch: scored if branch.kind == "ffn" else Refresh()) == {}
 
@@ -223,13 +221,18 @@ def test_flex_attention_is_cached_but_not_refreshed(made: str) -> None:
 
     mask = create_block_mask(nearby, 1, 1, toys.TOKENS, toys.TOKENS, device="cpu")
     model = flex_model(mask if made == "outside" else None)
-    for options in ({"policy": "taylorseer"}, {"grid": toys.GRID, "refresh_layers": 2}):
-        backend = hero_fx.backend(inner=tiny.INNER, warmup=2, **options)
-        torch._dynamo.reset()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ours = toys.loop(toys.torch_compile(model, backend, fullgraph=True), toys.latents(), toys.times(4))
-            assert torch.equal(ours[0], model(toys.latents(), toys.times(4)[0]))
-        assert backend.stats().cached_steps == 1
-    assert {f.branch for f in backend.graphs[0].fallbacks} == {"l0_attention", "l1_attention"}
-    assert all("score_mod, block_mask" in f.reason for f in backend.graphs[0].fallbacks)
+    variants = Variants(
+        taylorseer=toys.toy_backend("taylorseer", warmup=2, grid=None),
+        hero=toys.toy_backend(warmup=2, refresh_layers=2),
+    )
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call, plain = toys.torch_compile(model, variants, fullgraph=True), model(toys.latents(), toys.times(4)[0])
+        for policy, backend in variants.backends.items():
+            variants.now = policy
+            assert torch.equal(toys.loop(call, toys.latents(), toys.times(4))[0], plain)
+            assert backend.stats().cached_steps == 1
+    fallbacks = variants.backends["hero"].graphs[0].fallbacks
+    assert {f.branch for f in fallbacks} == {"l0_attention", "l1_attention"}
+    assert all("score_mod, block_mask" in f.reason for f in fallbacks)

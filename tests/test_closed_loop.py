@@ -122,7 +122,11 @@ def calibrated(run: Callable[[Any, int], Tensor], **options: Any) -> hero_fx.Cal
     return hero_fx.calibrate(Conditioned().eval().requires_grad_(False), run, **{**usual, **options})
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    # Halves with full steps of their own have coefficients of their own too.
+    [pytest.param(name, marks=pytest.mark.exhaustive) if name == "halves" else name for name in RUNS],
+)
 def test_the_closed_loop_is_nearer(name: str) -> None:
     """On trajectories that were not fitted, with the same full steps."""
     run, options = RUNS[name]

@@ -20,6 +20,9 @@ from .support.examples import FOLDER, example
 from .support.tiny import randomized
 
 STEPS, SCENES = 7, 2
+METHODS = ("FORA", "TaylorSeer 2", "DuCa", "HERO", "HERO reuse")
+"""One of each make: reuse, a second order, two kinds of cached steps, refreshed tokens; all of them are exhaustive."""
+MAIN = ["--intervals", "2,4", "--methods", ",".join(METHODS)]
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +55,19 @@ def weights(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run writes, its cache beside it."""
-    folder = tmp_path_factory.mktemp("results")
-    bench.main([*command(weights, folder), "--intervals", "2,4"])
+    """What a run writes, its cache beside it: all tables, so that the model is traced once for them."""
+    folder, tables = tmp_path_factory.mktemp("results"), "main,alpha,layers,choices,stability"
+    arguments = [*command(weights, folder), *MAIN, "--tables", tables, "--only", "text,dtype of the state"]
+    alphas = bench.alphas
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "alphas", lambda depth: alphas(depth)[::2])
+        bench.main(arguments)
     return folder
 
 
 def command(weights: Path, folder: Path) -> list[str]:
-    numbers = ["--scenes", str(SCENES), "--batch", str(SCENES), "--converged", "9", "--converged-scenes", "1"]
+    # Of one scene each, as is the only one of converged sampling: another size would be traced anew.
+    numbers = ["--scenes", str(SCENES), "--batch", "1", "--converged", "9", "--converged-scenes", "1"]
     folders = ["--weights", str(weights), "--results", str(folder), "--cache", str(folder / "cache")]
     return [*folders, *numbers, "--tasks", "reconstruction"]
 
@@ -105,11 +113,10 @@ def test_a_setting_runs_what_torch_compile_would(bench: Any, weights: Path) -> N
 
 def test_every_method_at_equal_full_steps(results: Path) -> None:
     found = rows(results)
-    methods = ("FORA", "TaylorSeer 1", "TaylorSeer 2", "ToCa", "DuCa", "HERO", "HERO reuse", "HERO lean")
-    cached = [f"{method}, N={n}" for n in (2, 4) for method in methods]
-    assert [name for name in found if not name.startswith("plain")] == ["full compute", *cached]
-    assert {found[name]["full_steps"] for name in cached[:8]} == {5}  # 0 1 2 4 6
-    assert {found[name]["full_steps"] for name in cached[8:]} == {4}  # 0 1 2 6
+    two, four = ([f"{method}, N={n}" for method in METHODS] for n in (2, 4))
+    assert [name for name in found if not name.startswith("plain")] == ["full compute", *two, *four]
+    assert {found[name]["full_steps"] for name in two} == {5}  # 0 1 2 4 6
+    assert {found[name]["full_steps"] for name in four} == {4}  # 0 1 2 6
     for name, row in found.items():
         assert row["speed_gemm"] >= 1.0
         assert ("rgb_l2" in row["metrics"]) == (name != "full compute")
@@ -118,6 +125,14 @@ def test_every_method_at_equal_full_steps(results: Path) -> None:
             assert of["low"] <= of["mean"] <= of["high"]
             assert of["scenes"] == (1 if metric == "rgb_converged" else SCENES)
     assert 0 < found["HERO, N=2"]["metrics"]["rgb_l2"]["mean"] < found["HERO, N=4"]["metrics"]["rgb_l2"]["mean"] < 1
+
+
+@pytest.mark.exhaustive
+def test_all_methods(bench: Any, weights: Path, tmp_path: Path) -> None:
+    bench.main([*command(weights, tmp_path), "--intervals", "4"])
+    found = rows(tmp_path)
+    assert [name for name in found if name.endswith("N=4")] == [f"{method}, N=4" for method in bench.METHODS]
+    assert len({row["metrics"]["rgb_l2"]["mean"] for name, row in found.items() if name != "full compute"}) > 8
 
 
 def test_the_rival_has_equal_flops(results: Path) -> None:
@@ -169,36 +184,24 @@ def test_reports(results: Path) -> None:
 
 
 def test_a_second_run_samples_nothing_again(
-    bench: Any, weights: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    bench: Any, weights: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("sampled again")
 
     monkeypatch.setattr(bench.Runner, "_denoise", refuse)
-    before = (results / "fidelity.json").read_text()
-    bench.main([*command(weights, results), "--intervals", "2,4", "--json"])
-    assert json.loads(capsys.readouterr().out) == json.loads(before)
-    with pytest.raises(AssertionError, match="sampled again"):
-        bench.main([*command(weights, results), "--intervals", "3"])
-
-
-def test_ablations_and_choices(
-    bench: Any, weights: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     arguments = [*command(weights, tmp_path), "--cache", str(results / "cache")]
-    bench.main(
-        [
-            *arguments,
-            "--tables",
-            "alpha,layers,choices,stability",
-            "--only",
-            "text,dtype of the state",
-            "--intervals",
-            "2",
-        ]
-    )
-    found = json.loads((tmp_path / "fidelity.json").read_text())["tasks"]["reconstruction"]
-    assert [row["name"] for row in found["alpha"]] == [f"α = {k}/6" for k in (5, 4, 3, 2, 1)]
+    bench.main([*arguments, *MAIN, "--json"])
+    found = json.loads(capsys.readouterr().out)["tasks"]["reconstruction"]["main"]
+    assert {row["name"]: row for row in found} == rows(results) == rows(tmp_path)
+    with pytest.raises(AssertionError, match="sampled again"):
+        bench.main([*arguments, "--intervals", "3"])
+
+
+def test_ablations_and_choices(results: Path) -> None:
+    found = json.loads((results / "fidelity.json").read_text())["tasks"]["reconstruction"]
+    assert [row["name"] for row in found["alpha"]] == [f"α = {k}/6" for k in (5, 3, 1)]
     flops = [row["gflops_gemm"] for row in found["alpha"]]
     assert flops == sorted(flops, reverse=True)
     assert [row["name"] for row in found["layers"]] == ["M = 0 of 2", "M = 1 of 2", "M = 2 of 2"]
@@ -208,10 +211,10 @@ def test_ablations_and_choices(
     assert halved["state_mb"] == pytest.approx(default["state_mb"] / 2)
     for features in ("update", "hidden"):
         assert sorted(found["stability"][features]["score"]) == [0.0, 1.0]  # of two layers
-        assert (tmp_path / f"stability-{features}-reconstruction.png").exists()
-    out = capsys.readouterr().out
-    assert "dtype of the state" in out
-    assert f"updates of the residual stream, {STEPS} steps, 1 series" in out
+        assert (results / f"stability-{features}-reconstruction.png").exists()
+    tables = (results / "tables.md").read_text()
+    assert "dtype of the state" in tables
+    assert f"updates of the residual stream, {STEPS} steps, 1 series" in tables
 
 
 def test_all_settings_are_allowed(bench: Any) -> None:
@@ -264,16 +267,25 @@ def test_says_what_is_wrong(bench: Any, arguments: list[str], message: str, caps
 
 
 @pytest.fixture(scope="module")
-def rivals(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run with a plan and with rivals writes."""
-    folder = tmp_path_factory.mktemp("rivals")
-    more = ["--plans", "--search", "2", "--calibration-scenes", "2", "--rivals", "others", "--methods", "FORA"]
-    bench.main([*command(weights, folder), *more, "--intervals", "3"])
-    return folder
+def rivals(bench: Any, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """What a run with a plan and with rivals writes, and the scenes that its plan is fitted to."""
+    folder, seen = tmp_path_factory.mktemp("rivals"), list[int]()
+    calibrating = sys.modules["world.calibrate"]
+    draw = calibrating.sample_scenes
+
+    def spy(seeds: list[int]) -> Any:
+        seen.extend(seeds)
+        return draw(seeds)
+
+    more = ["--plans", "--search", "1", "--calibration-scenes", "1", "--rivals", "others", "--methods", "FORA"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating, "sample_scenes", spy)
+        bench.main([*command(weights, folder), *more, "--intervals", "3"])
+    return folder, seen
 
 
-def test_rivals_and_plans(rivals: Path) -> None:
-    found = rows(rivals)
+def test_rivals_and_plans(rivals: tuple[Path, list[int]]) -> None:
+    found = rows(rivals[0])
     fewer = next(name for name in found if name.startswith("plain, "))
     evaluations = found["HERO, N=3"]["full_steps"]
     assert set(found) == {
@@ -290,23 +302,13 @@ def test_rivals_and_plans(rivals: Path) -> None:
     assert all(0 < distance < 2 for distance in distances.values()), distances
 
 
-def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(bench: Any, weights: Path, rivals: Path) -> None:
+def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(rivals: tuple[Path, list[int]]) -> None:
     from world.scenes import TRAINING
 
-    (path,) = (rivals / "cache").glob("plan-*.safetensors")
+    folder, seen = rivals
+    (path,) = (folder / "cache").glob("plan-*.safetensors")
     assert path.with_suffix(".png").stat().st_size > 10_000
-    assert hero_fx.Plan.load(path).timelines[0].full == rows(rivals)["HERO, N=3"]["full_steps"]
-    seen: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        plans, calibrating = sys.modules["_fidelity_plans"], sys.modules["world.calibrate"]
-        draw = calibrating.sample_scenes
-
-        def spy(seeds: list[int]) -> Any:
-            seen.extend(seeds)
-            return draw(seeds)
-
-        patch.setattr(calibrating, "sample_scenes", spy)
-        plans.plan_for(weights, "reconstruction", 4, plans.Calibrating(scenes=1, search=1), rivals / "again")
+    assert hero_fx.Plan.load(path).timelines[0].full == rows(folder)["HERO, N=3"]["full_steps"]
     assert seen
     assert min(seen) >= TRAINING
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import hero_fx
 
 from .support import tiny, toys
+from .support.tracing import Variants
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -44,19 +45,16 @@ TEXTS = {
 
 @pytest.mark.parametrize("what", TEXTS)
 def test_text_under_the_name_of_a_timestep_is_none(what: str) -> None:
-    model = tiny.randomized(Named(what))
-    run, backend = toys.compiled(model, inner=tiny.INNER)
+    """And is refused where it is named by argument."""
+    variants = Variants(found=toys.toy_backend(warmup=2), named=hero_fx.backend(timestep="t", inner="eager"))
+    run = toys.torch_compile(tiny.randomized(Named(what)), variants, fullgraph=True)
+    variants.now = "found"
     toys.loop(lambda x, time: run(x, TEXTS[what], time), toys.latents(), toys.times(9))
-    assert (backend.stats().full_steps, backend.stats().cached_steps) == (5, 4)
-
-
-@pytest.mark.parametrize("what", TEXTS)
-def test_text_named_by_argument_is_refused(what: str) -> None:
-    run = toys.torch_compile(tiny.randomized(Named(what)), backend=hero_fx.backend(timestep="t", inner="eager"))
-    with (
-        torch.no_grad(),
-        pytest.raises(Exception, match=r"timestep='t' is t \[2, .*which is no timestep: .*Name the input"),
-    ):
+    stats = variants.backends["found"].stats()
+    assert (stats.full_steps, stats.cached_steps) == (5, 4)
+    variants.now = "named"
+    refused = r"timestep='t' is t \[2, .*which is no timestep: .*Name the input"
+    with torch.no_grad(), pytest.raises(hero_fx.UnsupportedModel, match=refused):
         run(toys.latents(), TEXTS[what], toys.times(1)[0])
 
 

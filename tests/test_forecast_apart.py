@@ -15,7 +15,7 @@ from hero_fx.plan import Plan, Timeline
 
 from .reference_forecast import forecast_trajectory
 from .support import tiny, toys
-from .support.forecasts import FITTING, STEPS, Conditioned, theta, times
+from .support.forecasts import CAPTURED, FITTING, STEPS, Conditioned, fitting, theta, times
 from .support.steps_by_hand import numbers
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -58,13 +58,19 @@ def by_halves(model: Any, kwargs: dict[str, Any], plan: Plan) -> list[Tensor]:
     return result
 
 
+TRACED = apart("out0", model=fitting(**CAPTURED))
+"""For what `tiny.captured` traced once for all tests."""
+
+
 @pytest.mark.parametrize(("inner", "batch"), [("aot_eager", 2), ("eager", 4)])
 def test_trajectories_equal_the_equation(inner: str, batch: int, tmp_path: Path) -> None:
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs(batch=batch)
-    apart("out0").save(tmp_path / "plan.safetensors")
+    through_dynamo = inner == "aot_eager"
+    (apart("out0") if through_dynamo else TRACED).save(tmp_path / "plan.safetensors")
     plan = Plan.load(tmp_path / "plan.safetensors")
     backend = hero_fx.backend(plan=plan, inner=inner)
-    call = toys.torch_compile(model, backend, fullgraph=True)
+    traced = tiny.captured(layers=2, batch=batch)
+    call = toys.torch_compile(model, backend, fullgraph=True) if through_dynamo else traced.compiled(backend)
     for _ in range(2):  # the second trajectory finds the state of the first
         ours = tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
         assert tiny.worst(ours, by_halves(model, kwargs, plan)) < 1e-5
@@ -79,9 +85,8 @@ def test_trajectories_equal_the_equation(inner: str, batch: int, tmp_path: Path)
 
 
 def test_explain_shows_the_parts() -> None:
-    backend = hero_fx.backend(plan=apart("out0"), inner=tiny.INNER)
-    model = toys.torch_compile(tiny.cogvideox(layers=2), backend, fullgraph=True)
-    tiny.denoise(model, tiny.inputs(), tiny.timesteps(STEPS))
+    backend = hero_fx.backend(plan=TRACED, inner=tiny.INNER)
+    tiny.denoise(tiny.captured(layers=2).compiled(backend), tiny.inputs(), tiny.timesteps(STEPS))
     text = str(hero_fx.explain(backend))
     for part in ("█▄▄··█·▄·█", "3 + 3 in part", "full for one of 2 parts of the batch", "10 steps, 3 + 3 in part full"):
         assert part in text
@@ -91,8 +96,8 @@ def test_explain_shows_the_parts() -> None:
 def test_a_state_that_was_freed_computes_all_parts() -> None:
     """At a partial step, a cached one and a full one: there is no past to forecast from, so all is full to the end."""
     model, kwargs, cached = tiny.cogvideox(layers=2), tiny.inputs(), 0
-    backend = hero_fx.backend(plan=apart("out0"), inner=tiny.INNER)
-    compiled = toys.torch_compile(model, backend, fullgraph=True)
+    backend = hero_fx.backend(plan=TRACED, inner=tiny.INNER)
+    compiled = tiny.captured(layers=2).compiled(backend)
     for at in (1, 3, 5, 7):
         backend.reset()
         for step, time in enumerate(tiny.timesteps(STEPS)):
@@ -103,7 +108,7 @@ def test_a_state_that_was_freed_computes_all_parts() -> None:
             out = compiled(**inputs)[0]
             if step >= at:
                 torch.testing.assert_close(out, model(**inputs)[0], atol=1e-5, rtol=1e-5)
-        cached += sum(not level for level in apart("out0").timelines[0].levels[:at])
+        cached += sum(not level for level in TRACED.timelines[0].levels[:at])
         assert backend.stats().cached_steps == cached, at
 
 
@@ -111,7 +116,7 @@ def test_a_state_that_was_freed_computes_all_parts() -> None:
 def test_a_doubt_computes_all_parts() -> None:
     """Text that is another at the second step may be of a new trajectory: nothing of the first step is used."""
     model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    compiled = toys.torch_compile(model, hero_fx.backend(plan=apart("out0"), inner=tiny.INNER), fullgraph=True)
+    compiled = tiny.captured(layers=2).compiled(hero_fx.backend(plan=TRACED, inner=tiny.INNER))
     first, second = (torch.full((2,), float(time)) for time in tiny.timesteps(STEPS)[:2])  # no views of one table
     compiled(**kwargs, timestep=first, return_dict=False)
     other = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"] + 1}
@@ -121,7 +126,7 @@ def test_a_doubt_computes_all_parts() -> None:
 
 @torch.no_grad()
 def test_as_long_as_two_timelines_fit_a_partial_step_is_ambiguous() -> None:
-    plan, short = apart("out0"), apart("out0").timelines[0]
+    plan, short = TRACED, TRACED.timelines[0]
     cut = {name: table[:8] for name, table in short.coefficients.items()}
     eight = Timeline(
         schedule=short.schedule[:8], timesteps=short.timesteps[:8], coefficients=cut,
@@ -130,8 +135,8 @@ def test_as_long_as_two_timelines_fit_a_partial_step_is_ambiguous() -> None:
     both = plan.with_timelines(
         Plan(**{**{n: getattr(plan, n) for n in ("policy", "outputs", "model", "batch")}, "timelines": (eight,)})
     )
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs()
-    compiled = toys.torch_compile(model, hero_fx.backend(plan=both, inner=tiny.INNER), fullgraph=True)
+    kwargs = tiny.inputs()
+    compiled = tiny.captured(layers=2).compiled(hero_fx.backend(plan=both, inner=tiny.INNER))
     first, second, *_ = tiny.timesteps(STEPS)
     compiled(**kwargs, timestep=first.expand(2), return_dict=False)
     with pytest.raises(hero_fx.AmbiguousCall, match="these differ here"):
@@ -150,14 +155,18 @@ class Meeting(nn.Module):
         return out - out.mean(dim=0, keepdim=True)
 
 
-@pytest.mark.filterwarnings("ignore:hero_fx. the plan was calibrated on another model")
-@torch.no_grad()
-def test_a_model_whose_rows_meet_is_refused() -> None:
-    rule = OutputRule(index=0, axis=1)
+def of_convolution(**more: Any) -> Plan:
+    """A plan for halves of the batch of `Conditioned`, which compiles in no time."""
     table = {"out0": theta(1, 3, 1, 1), "out0@1": theta(1, 3, 1, 1)}
     union = tuple(a or b for a, b in zip(FIRST, SECOND, strict=True))
     line = Timeline(schedule=union, timesteps=times(), coefficients=table, parts=(FIRST, SECOND))
-    plan = Plan(policy="forecast", timelines=(line,), outputs=(rule,), batch=2)
+    return Plan(policy="forecast", timelines=(line,), outputs=(OutputRule(index=0, axis=1),), batch=2, **more)
+
+
+@pytest.mark.filterwarnings("ignore:hero_fx. the plan was calibrated on another model")
+@torch.no_grad()
+def test_a_model_whose_rows_meet_is_refused() -> None:
+    plan = of_convolution()
     compiled = toys.torch_compile(Meeting().eval(), hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
     with pytest.raises(Exception, match=r"not known to be independent: .*reduces over.*without apart=True"):
         compiled(numbers(2, 3, 4, 4, seed=0), torch.tensor([900, 900]))
@@ -175,15 +184,17 @@ def test_plans_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="one call a step"):
         apart("out0", lanes=2)
     with pytest.raises(ValueError, match="follows a plan"):
-        hero_fx.verify(tiny.cogvideox(layers=2), backend=hero_fx.backend(plan=apart("out0")), **tiny.inputs())
+        hero_fx.verify(
+            Conditioned().eval(), backend=hero_fx.backend(plan=apart("out0")), sample=numbers(2, 3, 4, 4, seed=0)
+        )
     with pytest.raises(ValueError, match=r"hero_fx\.batch: .*apart=True"):
         _in_a_batch()
 
 
 def _in_a_batch() -> None:
-    model, kwargs = tiny.cogvideox(layers=2), tiny.inputs(batch=2)
-    compiled = toys.torch_compile(model, hero_fx.backend(plan=apart("out0"), inner=tiny.INNER), fullgraph=True)
-    tiny.denoise(compiled, kwargs, tiny.timesteps(STEPS)[:1])
-    both = {n: torch.cat([v, v]) if isinstance(v, Tensor) else v for n, v in kwargs.items()}
-    with torch.no_grad(), hero_fx.batch([hero_fx.calling(session=name, step_index=0) for name in "ab"]):
-        compiled(**both, timestep=torch.full((4,), 999), return_dict=False)
+    plan = of_convolution(model=hero_fx.Fingerprint(name="Conditioned", outputs=((3,),)))
+    compiled = toys.torch_compile(Conditioned().eval(), hero_fx.backend(plan=plan, inner=tiny.INNER), fullgraph=True)
+    with torch.no_grad():
+        compiled(numbers(2, 3, 4, 4, seed=0), torch.full((2,), 999))
+        with hero_fx.batch([hero_fx.calling(session=name, step_index=0) for name in "ab"]):
+            compiled(numbers(4, 3, 4, 4, seed=0), torch.full((4,), 999))

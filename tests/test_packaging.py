@@ -9,8 +9,6 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-import hero_fx
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -73,31 +71,10 @@ def test_wheel_holds_the_licence(wheel: Path) -> None:
     assert licence == (ROOT / "LICENSE").read_bytes()
 
 
-def test_unpacked_wheel_gives_the_passes_and_the_backend_by_name(wheel: Path, tmp_path: Path) -> None:
+def test_import_of_the_unpacked_wheel_is_light_and_has_no_side_effects(wheel: Path, tmp_path: Path) -> None:
+    """And the passes and the backend, by its name, are those of the wheel: one process for all, for each imports torch."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = """
-import hero_fx.passes.pipeline
-from importlib.metadata import distribution
-(entry,) = distribution("hero_fx").entry_points.select(group="torch_dynamo_backends", name="hero_fx")
-print(hero_fx.passes.pipeline.__file__)
-print(entry.load().__code__.co_filename)
-"""
-    result = python(code, cwd=tmp_path, path=tmp_path / "site")
-    assert result.returncode == 0, result.stderr
-    pipeline, backend = map(Path, result.stdout.splitlines())
-    assert pipeline == tmp_path / "site/hero_fx/passes/pipeline.py"
-    assert backend.parent == tmp_path / "site/hero_fx"
-
-
-def test_passes_refuses_to_be_a_package_of_its_own() -> None:
-    result = python("import passes", cwd=ROOT, path=ROOT)
-    assert result.returncode == 1
-    assert "ImportError: `passes` is part of hero_fx" in result.stderr
-    assert "import `hero_fx.passes`" in result.stderr
-
-
-def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
     code = """
 import logging, warnings
 import torch, torch._dynamo  # which torch.compile needs anyway, and which has side effects of its own
@@ -112,10 +89,25 @@ before = state()
 import hero_fx
 assert state() == before, "importing hero_fx changed the state of the process"
 heavy = {"diffusers", "transformers", "matplotlib", "torch._inductor.compile_fx", "triton", "hero_fx.stability"}
-print(*sorted(heavy & sys.modules.keys()))
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 print(hero_fx.stability.Recorder.__name__)  # there without an import of its own
+
+import hero_fx.passes.pipeline
+from importlib.metadata import distribution
+(entry,) = distribution("hero_fx").entry_points.select(group="torch_dynamo_backends", name="hero_fx")
+print(hero_fx.passes.pipeline.__file__)
+print(entry.load().__code__.co_filename)
 """
-    assert hero_fx.__file__ is not None
-    result = python(code, cwd=tmp_path, path=Path(hero_fx.__file__).parents[1])
+    result = python(code, cwd=tmp_path, path=tmp_path / "site")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["Recorder"]
+    recorder, pipeline, backend = result.stdout.splitlines()
+    assert recorder == "Recorder"
+    assert Path(pipeline) == tmp_path / "site/hero_fx/passes/pipeline.py"
+    assert Path(backend).parent == tmp_path / "site/hero_fx"
+
+
+def test_passes_refuses_to_be_a_package_of_its_own() -> None:
+    result = python("import passes", cwd=ROOT, path=ROOT)
+    assert result.returncode == 1
+    assert "ImportError: `passes` is part of hero_fx" in result.stderr
+    assert "import `hero_fx.passes`" in result.stderr

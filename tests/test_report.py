@@ -215,7 +215,7 @@ def test_trace_leaves_no_compiled_code_behind() -> None:
     """Dynamo compiles a function eight times at most (here: two): looking at a model must not use that up."""
     model = toys.toy(layers=2)
     with torch._dynamo.config.patch(recompile_limit=2):
-        for _ in range(3):
+        for _ in range(2):
             explain_toy(model, policy="fora")
         call = torch.compile(model, backend=hero_fx.backend("fora", inner="eager"), fullgraph=True)
         assert len(toys.loop(call, toys.latents(), toys.times(5))) == 5

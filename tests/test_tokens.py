@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -14,7 +12,18 @@ from hero_fx.passes.analysis.exchange import EXCHANGING
 from hero_fx.passes.analysis.follow import RULES, follow
 from hero_fx.passes.analysis.tokens import NoRule, Segment, Source, Tokens
 
-from .support.axis import IMAGE_TOKENS, TEXT, TEXT_TOKENS, TOKENS, WIDTH, Function, check, stream, tokens_of
+from .support.axis import (
+    IMAGE_TOKENS,
+    TEXT,
+    TEXT_TOKENS,
+    TOKENS,
+    WIDTH,
+    Function,
+    check,
+    check_texts,
+    stream,
+    tokens_of,
+)
 from .support.tracing import trace
 
 aten = torch.ops.aten
@@ -182,11 +191,10 @@ def test_parts_that_are_joined_again_are_one_segment() -> None:
     assert str(joined) == "dim 1: text[0:3] image[0:5] text[0:2]"
 
 
-@pytest.mark.parametrize("text", ["all", "none"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_rule(name: str, text: Any) -> None:
+def test_rule(name: str) -> None:
     function, externals = EXAMPLES[name]
-    check(function, *externals, image=torch.tensor([4, 1]), text=text)
+    check_texts(function, *externals, image=torch.tensor([4, 1]), texts=("all", "none"))
 
 
 @pytest.mark.parametrize("name", ["squeeze", "squeeze of longer axes", "slice", "expand", "cat with tokens of its own"])

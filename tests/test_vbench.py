@@ -69,6 +69,14 @@ def clips() -> Any:
     return np.stack([first, 1 - first])
 
 
+def stand_ins(folder: Path, count: int) -> Path:
+    """A folder with files in place of videos, which VBench alone would read."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        (folder / f"clip-{i:03d}.mp4").touch()
+    return folder
+
+
 def test_written_files_hold_the_frames(adapter: Any, tmp_path: Path) -> None:
     import imageio.v3 as iio
 
@@ -98,8 +106,7 @@ def test_what_cannot_be_written(adapter: Any, tmp_path: Path, shape: Any, names:
 def test_scores_come_from_vbench(
     adapter: Any, weights: Path, calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    videos = tmp_path / "videos"
-    adapter.write_videos(clips(), videos)
+    videos = stand_ins(tmp_path / "videos", 2)
     adapter.main(["score", "--videos", str(videos), "--device", "cpu", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found == pytest.approx({metric: 0.1 * i for i, metric in enumerate(adapter.METRICS)})
@@ -117,7 +124,7 @@ def test_scores_come_from_vbench(
 def test_missing_weights_are_named(
     adapter: Any, weights: Path, calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter.write_videos(clips()[:1], tmp_path / "videos")
+    stand_ins(tmp_path / "videos", 1)
     lost = weights / "raft_model/models/raft-things.pth"
     lost.unlink()
     with pytest.raises(adapter.VBenchMissing, match="weights are missing") as raised:
@@ -135,7 +142,7 @@ def test_missing_weights_are_named(
 def test_other_errors_say_what_to_do(adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"holds no \.mp4 file: write some first"):
         adapter.score(tmp_path, tmp_path)
-    adapter.write_videos(clips()[:1], tmp_path)
+    stand_ins(tmp_path, 1)
     with pytest.raises(ValueError, match="metrics charm are none of VBench's planning metrics: subject_consistency"):
         adapter.score(tmp_path, tmp_path, metrics=["charm"])
     monkeypatch.setitem(sys.modules, "vbench", None)

@@ -174,7 +174,14 @@ def test_trajectories_equal_the_reference(policy: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:hero_fx. the plan was calibrated on another model")
 @pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize("channels", [(), (WIDTH,)], ids=["scalars", "channels"])
+@pytest.mark.parametrize(
+    "channels",
+    [
+        pytest.param((), id="scalars"),
+        # Also in `test_trajectories_equal_the_reference`.
+        pytest.param((WIDTH,), id="channels", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_taylors_coefficients_give_the_uncalibrated_result(policy: str, channels: tuple[int, ...]) -> None:
     options, _ = POLICIES[policy]
     terms = options.get("order", 1) + 1

@@ -42,19 +42,19 @@ def test_each_scene_uses_fewer_numbers_than_it_draws(monkeypatch: pytest.MonkeyP
 
 
 def test_clips_are_what_they_say() -> None:
-    c = clips(64)
-    assert c.rgb.shape == (64, 6, 3, 32, 32)
-    assert c.depth.shape == c.moving.shape == (64, 6, 32, 32)
-    assert c.poses.shape == (64, 6, 4, 4)
+    c = clips(32)
+    assert c.rgb.shape == (32, 6, 3, 32, 32)
+    assert c.depth.shape == c.moving.shape == (32, 6, 32, 32)
+    assert c.poses.shape == (32, 6, 4, 4)
     assert 0 <= c.rgb.min() < 0.1
     assert 0.9 < c.rgb.max() <= 1
     assert 0.3 < c.depth.min() < 1
     assert 6 < c.depth.max() <= render.FAR
     assert 0.01 < c.moving.float().mean() < 0.2
-    torch.testing.assert_close(c.poses[:, 0], torch.eye(4).expand(64, 4, 4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(c.poses[:, 0], torch.eye(4).expand(32, 4, 4), atol=1e-6, rtol=0)
     last = c.poses[:, -1]
     assert 0.3 < last[:, :3, 3].norm(dim=-1).mean() < 1.5
-    torch.testing.assert_close(last[:, :3, :3] @ last[:, :3, :3].mT, torch.eye(3).expand(64, 3, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(last[:, :3, :3] @ last[:, :3, :3].mT, torch.eye(3).expand(32, 3, 3), atol=1e-5, rtol=0)
 
 
 def test_depth_and_pose_agree_between_frames() -> None:
@@ -115,13 +115,13 @@ def test_boxes_are_met_on_their_faces() -> None:
 
 
 def test_poses_from_raymap_are_exact_on_ground_truth() -> None:
-    c = clips(32)
+    c = clips(16)
     fitted = camera.poses_from_raymap(camera.raymap_from_poses(c.poses, 16))
     torch.testing.assert_close(fitted, c.poses, atol=2e-6, rtol=0)
 
 
 def test_poses_from_raymap_average_noise_and_stay_rotations() -> None:
-    c = clips(32)
+    c = clips(16)
     rays = camera.raymap_from_poses(c.poses, 16)
     noisy = rays + 0.05 * torch.randn(rays.shape, generator=torch.Generator().manual_seed(0))
     fitted = camera.poses_from_raymap(noisy)
@@ -145,7 +145,7 @@ def test_latents_and_back() -> None:
 
 
 def test_latents_have_zero_mean_and_unit_variance() -> None:
-    encoded = latents.encode(clips(128))
+    encoded = latents.encode(clips(64))
     spread, mean = torch.std_mean(encoded, dim=(0, 1, 3, 4))
     assert mean.abs().max() < 0.25
     assert 0.85 < spread.min() < spread.max() < 1.15

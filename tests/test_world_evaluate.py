@@ -58,16 +58,19 @@ def test_straightened_paths_keep_their_ends() -> None:
     torch.testing.assert_close(places.diff(n=2, dim=1), torch.zeros(3, 4, 3), atol=1e-6, rtol=0)
 
 
-def test_ends_do_not_tell_the_path_so_its_middle_is_nearest() -> None:
+def test_ends_do_not_tell_the_path_so_its_middle_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draw of the path misses the truth by more than the middle of all paths, and both look as sharp as the truth."""
     some = held_out(16)
-    found = evaluate.references(some, render.render(some))
+    clips = render.render(some)
+    monkeypatch.setattr(evaluate, "mean_world", lambda *_: clips)  # 256 scenes for a guess that is not looked at here
+    found = evaluate.references(some, clips)
     assert found["straight path"][PSNR] > found["other path"][PSNR] + 0.5
     assert found["straight path"][TURN] < found["other path"][TURN] - 0.2
     assert min(found[name][SHARPNESS] for name in ("straight path", "other path")) > 0.95
     assert found["cross-fade"][SHARPNESS] < 0.8
     straight = scenes.straightened(some)
-    assert evaluate.references(straight, render.render(straight))["straight path"][PSNR] == float("inf")
+    again = render.render(scenes.straightened(straight))
+    assert evaluate.image_errors(again.rgb, render.render(straight).rgb)[PSNR] == float("inf")
 
 
 def test_the_table_names_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

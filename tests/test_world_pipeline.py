@@ -200,7 +200,13 @@ def test_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
         pipe()(**{"video": video(), **options})
 
 
-@pytest.mark.parametrize(("task", "steps", "counts"), [("planning", 10, (7, 3)), ("reconstruction", 12, (8, 4))])
+@pytest.mark.parametrize(
+    ("task", "steps", "counts"),
+    [
+        pytest.param("planning", 10, (7, 3), marks=pytest.mark.exhaustive),  # as in `test_quickstart`
+        ("reconstruction", 12, (8, 4)),
+    ],
+)
 def test_compiled_with_hero_fx(task: str, steps: int, counts: tuple[int, int]) -> None:
     world_pipe, plain_pipe = pipe(), pipe()
     backend = hero_fx.backend(interval=2, num_steps=steps, inner=tiny.INNER)
@@ -213,6 +219,7 @@ def test_compiled_with_hero_fx(task: str, steps: int, counts: tuple[int, int]) -
     assert 0 < (first - plain).norm() / plain.norm() < 0.3
 
 
+@pytest.mark.exhaustive  # as in `test_aether_run`
 def test_compiled_with_policy_full_equals_plain() -> None:
     world_pipe, plain_pipe = pipe(), pipe()
     backend = hero_fx.backend(policy="full", inner="eager")

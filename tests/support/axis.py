@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from hero_fx.passes.rewrite.keep import Rows
 from hero_fx.passes.rewrite.subset import Subset
 from hero_fx.passes.rewrite.subset_ops import emit
 from hero_fx.passes.slots import IndexSlot
+from hero_fx.step_graphs import copy_graph
 
 from .tracing import trace
 
@@ -101,17 +102,26 @@ def check(function: Function, *externals: Tensor, x: Tensor | None = None, image
     `function` takes the stream and the externals. Which token is where in its result is checked too, by changing one
     token of the stream at a time, unless tokens meet in attention. Returns where the tokens are.
     """
+    return check_texts(function, *externals, x=x, image=image, texts=(text,))
+
+
+def check_texts(
+    function: Function, *externals: Tensor, x: Tensor | None = None, image: Tensor, texts: Sequence[Text]
+) -> Tokens:
+    """`check` for several texts, from one trace."""
     x = stream() if x is None else x
-    gm = trace(function, x, *externals)
-    tokens = emit_subset(gm, image, text)
-    whole, part = gm(x, *externals, image)
-    assert torch.equal(whole, function(x, *externals))
-    rows = kept_rows(tokens, image, text)
-    if rows.numel():
-        torch.testing.assert_close(part, take(whole, tokens.dim, rows), rtol=1e-6, atol=1e-6)
-    else:
-        assert part is None
-    if any(node.target in ATTENTION for node in gm.graph.nodes):
+    traced, whole = trace(function, x, *externals), function(x, *externals)
+    for text in texts:
+        gm = copy_graph(traced)
+        tokens = emit_subset(gm, image, text)
+        result, part = gm(x, *externals, image)
+        assert torch.equal(result, whole)
+        rows = kept_rows(tokens, image, text)
+        if rows.numel():
+            torch.testing.assert_close(part, take(whole, tokens.dim, rows), rtol=1e-6, atol=1e-6)
+        else:
+            assert part is None
+    if any(node.target in ATTENTION for node in traced.graph.nodes):
         return tokens
     places = origins(tokens)
     for number, origin in enumerate(origins(TOKENS)):
