@@ -55,6 +55,23 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return Published(weights, base, folder)
 
 
+def assert_full_is_plain(report: dict[str, Any]) -> None:
+    """Full compute gives what plain compute gives, bit for bit."""
+    for part in ("rgb", "disparity", "raymap"):
+        assert report["full"][f"{part}: relative L2 to full compute"] == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("task", ["planning", "prediction"])
+def test_full_compute_is_plain_compute(
+    task: str, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
+    monkeypatch.chdir(published.data)
+    inputs = INPUTS[task].partition(" --systems")[0]
+    published.run(tmp_path, f"--task {task} {inputs} --systems plain full --steps 2")
+    assert_full_is_plain(json.loads((tmp_path / "report.json").read_text()))
+
+
 @pytest.mark.parametrize("task", INPUTS)
 def test_every_task_runs_and_all_of_it_is_written(
     task: str, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
@@ -73,9 +90,8 @@ def test_every_task_runs_and_all_of_it_is_written(
         np.testing.assert_allclose(np.linalg.norm(path[:, 4:], axis=1), 1, atol=1e-6)
         assert iio.imread(folder / "picture.png").size
         assert report[name]["seconds of denoising, a window"] <= report[name]["seconds, all"]
-    if task == "reconstruction":  # full compute is plain compute
-        for part in ("rgb", "disparity", "raymap"):
-            assert report["full"][f"{part}: relative L2 to full compute"] == 0
+    if task == "reconstruction":
+        assert_full_is_plain(report)
     if task == "planning":
         of = report["hero"]
         assert of["full + cached steps"] == "5 + 1"

@@ -130,6 +130,7 @@ def test_an_op_gives_what_sdpa_gives(name: str) -> None:
     for keys in ("all", "sampled"):
         found = trajectory(ours, refresh_layers=2, keys=keys)
         torch.testing.assert_close(found, by_sdpa(name in MASKED, keys), rtol=1e-5, atol=1e-5)
+    assert repeats(ours, lambda branch: Refresh()) == {}
     scored = ScoredRefresh()
     assert repeats(ours, lambda branch: scored if branch.kind == "ffn" else Refresh()) == {}
 

@@ -320,7 +320,7 @@ def region(enabled: bool | None) -> Any:
     return nn.Identity().eval() and (compat.autocast(()) if enabled is None else on(enabled))
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(MODEL, st.sampled_from(["hero", "fora"]))
 def test_drawn_regions(plan: list[tuple[Any, ...]], policy: str) -> None:
     torch._dynamo.reset()

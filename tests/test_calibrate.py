@@ -118,6 +118,15 @@ def test_the_same_seed_gives_the_same_plan(tmp_path: Path) -> None:
     assert str(first) == str(again)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("policy", ["hero", "taylorseer", "lean"])
+def test_features_of_four_layers_are_calibrated(policy: str) -> None:
+    (candidate,) = calibrated(toys.toy(layers=4), policies=(policy,), budget=6).candidates
+    assert candidate.policy == policy
+    assert 0 < candidate.error["sample"] < 0.1
+    assert all(table.shape[2:] == (toys.WIDTH,) for table in candidate.plan.timelines[0].coefficients.values())
+
+
 def test_candidates_are_compared_and_shown(tmp_path: Path) -> None:
     """Outputs and features: every policy that there are plans for."""
     policies = ("forecast", "hero", "taylorseer", "lean")

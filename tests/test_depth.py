@@ -8,7 +8,6 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 
 import hero_fx
@@ -64,7 +63,6 @@ def test_twice_the_layers_are_twice_the_work() -> None:
     assert is_linear(lambda layers: traced(layers)[0])
 
 
-@pytest.mark.exhaustive
 def test_of_tokens_chosen_by_score_too() -> None:
     """The literal form and other policies run no pass that these two do not."""
     assert is_linear(lambda layers: rewritten(layers, policy="duca"))

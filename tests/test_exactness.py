@@ -88,6 +88,13 @@ PAPER = HERO | {"cache_point": ("pre_gate", "post_gate"), "unsampled": "reuse"}
 
 
 POINTS = ("pre_gate", "post_gate")
+
+
+def further(*rows: tuple[Any, ...]) -> list[Any]:
+    """Rows that are left out unless asked for."""
+    return [pytest.param(*row, marks=pytest.mark.exhaustive) for row in rows]
+
+
 MODELS = pytest.mark.parametrize(("rotary", "batch"), [(False, 1), (True, 2)], ids=["sincos", "rotary"])
 
 
@@ -97,7 +104,9 @@ def test_hero_as_it_is_by_default(batch: int, rotary: bool, form: str) -> None:
     check(HERO, batch=batch, rotary=rotary, form=form)
 
 
-@pytest.mark.parametrize(("interval", "form"), [(2, "literal"), (4, "collapsed")])
+@pytest.mark.parametrize(
+    ("interval", "form"), [(2, "literal"), (4, "collapsed"), *further((2, "collapsed"), (4, "literal"))]
+)
 def test_hero_as_in_the_paper(interval: int, form: str) -> None:
     """`unsampled="reuse"` alone gives Eq. 4, on features before the gate."""
     check(PAPER, form=form, interval=interval, unsampled="reuse")
@@ -158,26 +167,24 @@ BASELINES: list[tuple[str, dict[str, Any], str]] = [
     ("duca", {"text": "skip"}, "post_gate"),
     ("duca", {"text": "live"}, "pre_gate"),
 ]
+OTHER_POINT = [(policy, options, POINTS[1 - POINTS.index(point)]) for policy, options, point in BASELINES]
+"""Exhaustive rows; those of FORA, which has no further option, are `BASELINES`'."""
 
 
 @pytest.mark.parametrize(
     ("policy", "options", "point"),
-    BASELINES,
+    [*BASELINES, *further(*(row for row in OTHER_POINT if row not in BASELINES))],
     ids=lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else o,
 )
 def test_baselines(policy: str, options: dict[str, Any], point: str) -> None:
     """Each policy on both models, in turns."""
-    rotary = BASELINES.index((policy, options, point)) % 2 == 0
+    row = (policy, options, point)
+    rotary = (BASELINES.index(row) if row in BASELINES else OTHER_POINT.index(row)) % 2 == 0
     reference = {"policy": policy, "cache_point": (point, point), "interval": 3, **options}
     if policy in ("toca", "duca"):
         reference |= {"grid": tiny.GRID, "ratio": 0.25}
         options = options | {"refresh_ratio": 0.25}
     check(reference, policy=policy, interval=3, cache_point=point, batch=1 + rotary, rotary=rotary, **options)
-
-
-def further(*rows: tuple[dict[str, Any], dict[str, Any]]) -> list[Any]:
-    """Rows that are left out unless asked for."""
-    return [pytest.param(*row, marks=pytest.mark.exhaustive) for row in rows]
 
 
 TOKENS: dict[str, Any] = {"grid": tiny.GRID, "ratio": 0.25}  # the reference's names

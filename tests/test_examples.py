@@ -96,8 +96,20 @@ def test_benchmark_as_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert " .. " in lines[-1]
 
 
+@pytest.mark.exhaustive
+def test_benchmark_of_the_model_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of systems and requests in one call, of which the tests below have the stand-in."""
+    benchmark("--systems", "hero-sampled,inductor")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["hero-sampled", "inductor"]
+    check_requests(capsys)
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_benchmark_of_requests_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
+    check_requests(capsys)
+
+
+def check_requests(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark("--requests", "3", "--json")
     seconds = json.loads(capsys.readouterr().out)
     assert list(seconds) == [
@@ -243,6 +255,16 @@ def test_compile_cost_runs_a_system_in_a_process_of_its_own(
     measured = json.loads(capsys.readouterr().out)
     assert 0 < measured["passes_s"] < measured["processor_s"]
     assert measured["wall_s"] > 0
+
+
+@pytest.mark.exhaustive
+def test_the_measuring_process_of_compile_cost(tmp_path: Path) -> None:
+    """Itself, with an empty cache of Inductor's."""
+    module = example("compile_cost")
+    with pytest.raises(RuntimeError, match="nonesuch: the measuring process failed"):
+        module.in_process("tiny", "nonesuch", 1, str(tmp_path))
+    measured = module.in_process("tiny", "fora", 1, str(tmp_path))
+    assert 0 < measured["passes_s"] < measured["processor_s"]
 
 
 def test_compile_cost_as_table() -> None:

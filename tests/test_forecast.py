@@ -21,7 +21,7 @@ from hero_fx.step_graphs import copy_graph
 
 from .reference_forecast import forecast_trajectory
 from .support import tiny, toys
-from .support.forecasts import CAPTURED, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
+from .support.forecasts import CAPTURED, FITTING, MASK, STEPS, Conditioned, by_reference, fitting, plan_of, theta, times
 from .support.steps_by_hand import numbers
 from .support.tracing import run_passes, trace
 
@@ -121,6 +121,19 @@ def toy_by_reference(model: Any, table: Tensor, batch: int) -> list[Tensor]:
             result.append(out)
             x = x - out / STEPS
     return result
+
+
+@pytest.mark.exhaustive
+def test_a_batch_of_a_published_model_that_changes_keeps_the_plan() -> None:
+    model, table = tiny.cogvideox(layers=2), theta(1, 1, tiny.CHANNELS, 1, 1)
+    plan = plan_of(OutputRule(index=0, axis=2, latent="hidden_states", history=2), table, FITTING)
+    backend = hero_fx.backend(plan=plan, inner="aot_eager")
+    call = toys.torch_compile(model, backend, fullgraph=True)
+    for batch in (2, 3):
+        kwargs = tiny.inputs(batch=batch)
+        ours = tiny.denoise(call, kwargs, tiny.timesteps(STEPS))
+        assert tiny.worst(ours, by_reference(model, kwargs, table, slice(None), 2)) < 1e-5
+    assert backend.stats().graphs == 2
 
 
 def test_a_batch_that_changes_keeps_the_plan() -> None:

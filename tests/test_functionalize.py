@@ -213,7 +213,7 @@ VIEWS: dict[str, Function] = {
 STEPS = st.tuples(st.sampled_from([*VIEWS, "mul_", "copy_", "copy_ from another", "add_ another"]), st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(STEPS, min_size=2, max_size=9))
 def test_writes_and_views_in_any_order(steps: list[tuple[str, int]]) -> None:
     def function(x: Tensor) -> Any:

@@ -137,7 +137,7 @@ def test_end_to_end(form: str) -> None:
             assert op_count(steps.cached[0], "aten.linear", "aten.scaled_dot_product_attention").total() == 5
 
 
-@pytest.mark.parametrize("parallel", [pytest.param(5, marks=pytest.mark.exhaustive), 17])
+@pytest.mark.parametrize("parallel", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 5)), 17])
 def test_any_number_of_parallel_updates_is_found(parallel: int) -> None:
     torch.manual_seed(0)
     model = tiny.randomized(Fused("plain", parallel))

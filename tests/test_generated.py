@@ -153,7 +153,7 @@ def test_what_was_wrong_once(name: str) -> None:
     check(((name, "attend", "feed"), (name, "attend", "feed_gated")), FOUND[name])
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(PROGRAMS, st.sampled_from(sorted(POLICIES)))
 def test_models_of_any_make(programs: tuple[tuple[str, ...], ...], policy: str) -> None:
     try:

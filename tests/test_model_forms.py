@@ -68,6 +68,7 @@ def test_lora_loaded_and_fused() -> None:
     assert tiny.worst(loaded, before) > 1e-2
     assert backend.stats().graphs == 2
     model.fuse_lora()
+    assert tiny.worst(outputs(hero(model)[0]), loaded) < 1e-4
     model.unload_lora()
     assert tiny.worst(outputs(hero(model)[0]), loaded) < 1e-4
     assert backend.stats().cached_steps == 2 * 3

@@ -109,7 +109,9 @@ def usual() -> list[Tensor]:
     return toys.loop(toys.compiled()[0], toys.latents(), toys.times(STEPS))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("int", ()), ("float", (1,)), ("scaled", (2,)), ("double", ())], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("int", ()), ("float", (1,)), ("float", (2,)), ("scaled", (2,)), ("double", ())], ids=str
+)
 def test_forms_of_timestep(kind: str, shape: tuple[int, ...]) -> None:
     table = tiny.timesteps(STEPS)
     times = {"int": table, "float": table.float(), "scaled": table.float() / 1000, "double": table.double()}[kind]

@@ -192,7 +192,7 @@ rows = st.lists(st.integers(0, IMAGE - 1), min_size=1, max_size=IMAGE, unique=Tr
 texts = st.sampled_from(["all", "none"])
 
 
-@settings(max_examples=60, deadline=None, phases=PHASES)
+@settings(max_examples=100, deadline=None, phases=PHASES)
 @given(chains, rows, texts)
 def test_chains(ops: list[tuple[str, int]], image: list[int], text: Text) -> None:
     last: list[Chain] = []
@@ -210,7 +210,7 @@ def test_chains(ops: list[tuple[str, int]], image: list[int], text: Text) -> Non
     assert tokens.length == sum(chain.lengths)
 
 
-@settings(max_examples=15, deadline=None, phases=PHASES)
+@settings(max_examples=20, deadline=None, phases=PHASES)
 @given(
     st.lists(st.tuples(st.sampled_from(BATCH_IN_FRONT), numbers), min_size=2, max_size=6),
     st.lists(st.permutations(range(IMAGE)), min_size=BATCH, max_size=BATCH),

@@ -30,6 +30,11 @@ Function = Callable[..., Any]
 Text = Literal["all", "none"]
 
 
+def table(*shape: int) -> Tensor:
+    """A tensor from outside of the branch."""
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+
+
 def stream(seed: int = 0, width: int = WIDTH) -> Tensor:
     """Hidden states [BATCH, TEXT + IMAGE, width]."""
     return torch.randn(BATCH, TEXT + IMAGE, width, generator=torch.Generator().manual_seed(seed))
