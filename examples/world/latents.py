@@ -27,9 +27,9 @@ FOLD = 2
 RGB, DISPARITY, RAYMAP = slice(0, 12), slice(12, 16), slice(16, 22)
 MODALITIES = {"rgb": RGB, "disparity": DISPARITY, "raymap": RAYMAP}
 LATENT = 22
-CONDITION = 28
-"""RGB latents of the frames that are given (12), a mask of them (1), where a pixel is (time, y, x: 3), and how a given frame
-differs from a given one before it (12)."""
+CONDITION = 40
+"""RGB latents of the frames that are given (12), a mask of them (1), where a pixel is (time, y, x: 3), and of each frame the
+given ones that are next to it in time, before and after (2 x 12)."""
 RGB_SHIFT, RGB_SCALE = 0.49, 0.165
 DISPARITY_SHIFT, DISPARITY_SCALE = 0.505, 0.17
 RAY_SCALE = (0.128, 0.036, 0.063, 0.35, 0.099, 0.303)
@@ -90,7 +90,7 @@ def _rays(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def condition(rgb: Tensor, given: Tensor) -> Tensor:
-    """Condition channels [B, F, 28, S / 2, S / 2] for frames [B, F, 3, S, S] of which those in `given` [B, F] are told."""
+    """Condition channels [B, F, 40, S / 2, S / 2] for frames [B, F, 3, S, S] of which those in `given` [B, F] are told."""
     latents = rgb_latents(rgb)
     batch, frames, _, height, width = latents.shape
     mask = given.to(latents)[:, :, None, None, None].expand(-1, -1, 1, height, width)
@@ -100,6 +100,9 @@ def condition(rgb: Tensor, given: Tensor) -> Tensor:
     where = torch.stack(places, dim=1).to(latents).expand(batch, -1, -1, -1, -1)
     # A frame that is not told may hold anything, also what is not a number.
     told = torch.where(mask > 0, latents, 0)
-    change = torch.zeros_like(told)
-    change[:, 1:] = 2 * torch.where(mask[:, 1:] * mask[:, :-1] > 0, told[:, 1:] - told[:, :-1], 0)
-    return torch.cat([told, mask, where, change], dim=2)
+    # In planning every frame between the ends gets both ends, and need not search for them; 0 where there is none.
+    before, after = torch.zeros_like(told), torch.zeros_like(told)
+    for f in range(1, frames):
+        before[:, f] = torch.where(mask[:, f - 1] > 0, told[:, f - 1], before[:, f - 1])
+        after[:, -f - 1] = torch.where(mask[:, -f] > 0, told[:, -f], after[:, -f])
+    return torch.cat([told, mask, where, before, after], dim=2)

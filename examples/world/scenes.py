@@ -91,7 +91,7 @@ def sample_scenes(seeds: Sequence[int]) -> Scenes:
 
     objects = 2 * KINDS
     camera = between([-1.0, -0.25, -0.6, -0.38, -0.09, -0.05], [1.0, 0.25, 1.0, 0.38, 0.09, 0.25])
-    bend = between([-0.2, -0.08, -0.2, -0.08, -0.03], [0.2, 0.08, 0.2, 0.08, 0.03])
+    bend = between([-0.06, -0.025, -0.06, -0.025, -0.01], [0.06, 0.025, 0.06, 0.025, 0.01])
     waves = torch.stack([uniform(1.4, 2.8, 2), uniform(0.7, 1.5, 2)], dim=1)
     texture = torch.cat([waves, uniform(0, 2 * math.pi, 2, 2), uniform(1.0, 3.0, 2, 1)], dim=2)
     base = uniform(0, 1, 2)
