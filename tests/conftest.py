@@ -23,11 +23,12 @@ from torch._logging import _internal
 import hero_fx
 
 from .support import toys
-from .support.quick import collect_seldom, compile_quickly
+from .support.quick import close_quickly, collect_seldom, compile_quickly
 
 torch.set_num_threads(1)  # tiny tensors: threads only get in each other's way
 
 compile_quickly()
+close_quickly()
 
 # pytest listens to every logger that does not propagate; to torch that means TORCH_TRACE is on, and each graph would
 # be rendered after each pass.

@@ -34,6 +34,9 @@ from world.pipeline import WEIGHTS, WorldModelPipeline
 from world.render import Clips, render
 from world.scenes import HELD_OUT, TRAINING, Scenes, sample_scenes, straightened
 
+GUESSED_FROM = 256
+"""Training scenes whose mean is the guess."""
+
 
 def load(checkpoint: Path | None) -> WorldModelPipeline:
     """The shipped pipeline, or that of a run's moving average."""
@@ -98,8 +101,8 @@ def references(scenes: Scenes, clips: Clips) -> dict[str, dict[str, float]]:
 
 
 def mean_world(frames: int, size: int, count: int) -> World:
-    """What a model that looks at nothing could say: the mean latents of 256 training scenes, `count` times."""
-    mean = encode(render(sample_scenes(range(TRAINING, TRAINING + 256)), frames, size)).mean(dim=0)
+    """What a model that looks at nothing could say: the mean latents of `GUESSED_FROM` training scenes, `count` times."""
+    mean = encode(render(sample_scenes(range(TRAINING, TRAINING + GUESSED_FROM)), frames, size)).mean(dim=0)
     return decode(mean.expand(count, *mean.shape))
 
 
