@@ -5,8 +5,8 @@
 
     python examples/world/train.py --run RUN --weights examples/world/weights --first 3000 --steps 5000            # more
 
-`--bf16 --compile` halves the time of a step on a CPU that has bfloat16 matrix units, and `--planning 3` gives planning, which is
-the harder task, more of each batch: the shipped weights were trained so in the end.
+With `--bf16 --compile` a step takes little more than half the time on a CPU that has matrix units for bfloat16; `--planning 3`
+gives planning, the harder task, more of each batch. The shipped weights were trained so in the end.
 
 Planning is trained on straight camera paths: its end frames do not tell how a path bows between them, and a model that draws
 a bow at random is further from the truth than one that draws none (`evaluate.py` prints both). Reconstruction, which sees all
