@@ -46,7 +46,7 @@ def rows(names: list[str], *more: object, default: Collection[str] = FAMILIES) -
 
 
 # With default options through AOTAutograd: one of each family, and past frames in front of the image, long skip connections, a mixture
-# of experts, a T5's decoder, latents in lists. Others go through it in `test_hero`.
+# of experts, a T5's decoder, latents in lists. All others go through it in `test_hero`.
 DEFAULTS = (*FAMILIES, "helios", "hunyuan_dit", "nucleus_moe", "t5_film", "z_image")
 LEAN = ("ernie_image", "flux", "latte", "ltx", "sana", "transformer_2d")
 
@@ -124,14 +124,12 @@ def within(modules: set[str]) -> Callable[[str], bool]:
     return lambda path: any(f"{a}.".startswith(f"{b}.") for m in modules for a, b in ((m, path), (path, m)))
 
 
-# Beside `DEFAULTS`, those whose builders name something that none of them has. The rest are near relatives of these and run where
-# exhaustive tests are asked for.
-APART = (
-    "ace_step", "allegro", "anyflow_far", "bria_fibo2", "consisid", "cosmos", "dreamlite", "easyanimate", "flux3", "framepack",
-    "hidream_image_dense", "ideogram4", "joyimage_edit_plus", "krea2", "longcat_audio", "ltx2", "motif_video", "prior", "wan_per_token",
+# Built like another of the zoo that is here by default, with other options: they run where exhaustive tests are asked for.
+RELATIVES = (
+    "anyflow", "flux_controlled", "hunyuan_image", "joyimage_edit", "kandinsky6_silent", "prior_shap_e", "sana_video", "skyreels_v2",
 )  # fmt: skip
 HERO = [
-    *rows(NAMES, "extrapolate", default=(*DEFAULTS, *APART)),
+    *rows(NAMES, "extrapolate", default=[name for name in NAMES if name not in RELATIVES]),
     *((name, "reuse") for name in ("flux", "hunyuan_video", "latte", "qwen_image", "sd3", "wan")),
 ]
 
