@@ -3,10 +3,10 @@
     python examples/world/train.py --run RUN --size 16 --batch 32 --steps 600 --decay 0            # a cheap start
     python examples/world/train.py --run RUN --steps 3000 --decay 600 --export examples/world/weights
 
-    python examples/world/train.py --run RUN --weights examples/world/weights --first 5650 --steps 7000            # more
+    python examples/world/train.py --run RUN --weights examples/world/weights --first 7600 --steps 9000            # more
 
-With `--bf16 --compile` a step takes little more than half the time on a CPU that has matrix units for bfloat16; `--planning 3`
-gives planning, the harder task, more of each batch. The shipped weights were trained so in the end, up to step 5,650: `--first`
+With `--bf16 --compile` a step takes little more than half the time on a CPU that has matrix units for bfloat16; `--planning 7`
+gives planning, the harder task, more of each batch. The shipped weights were trained so in the end, up to step 7,600: `--first`
 keeps a new run from scenes that they have seen.
 
 Planning is trained on straight camera paths: its end frames do not tell how a path bows between them, and a model that draws
