@@ -17,6 +17,7 @@ include_patterns = [
     "*.md",
     "docs/**",
     *(f"examples/{model}/{page}" for model in ("world", "shapes") for page in ("*.md", "weights/*.md")),
+    "examples/world/results/*/*.md",
 ]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"

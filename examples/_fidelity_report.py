@@ -18,7 +18,7 @@ from _fidelity_settings import APART, METHODS, PLAN, Setting
 from _metrics import depth_errors, intervals, pose_errors, psnr, relative_l2, ssim
 from world.latents import DISPARITY_SCALE, DISPARITY_SHIFT, FOLD, MODALITIES, decode
 
-__all__ = ["Row", "figures", "measure", "plot", "summary", "table", "triple"]
+__all__ = ["Row", "figures", "glance", "measure", "plot", "summary", "table", "triple"]
 
 Array = NDArray[Any]
 
@@ -196,6 +196,18 @@ def summary(rows: Sequence[dict[str, Any]], first: str, form: str = "github") ->
     names = [COLUMNS[m][0] for m in single]
     headers = [first, "full steps", full, *names[:2], converged, *names[2:], "GEMM GFLOPs", "speed", "with attention"]
     return tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True)
+
+
+def glance(rows: Sequence[dict[str, Any]], form: str = "github") -> str:
+    """A line per method and a column per N: distance to full compute, and the speed-up by FLOPs, attention's included."""
+    found: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if (interval := row.get("interval")) is not None:
+            name = "fewer steps" if row["name"].startswith("plain, ") else row["name"].removesuffix(f", N={interval}")
+            found.setdefault(name, {})[interval] = f"{triple(row['metrics'], 'l2')} ({row['speed_total']:.2f})"
+    intervals = list(dict.fromkeys(n for cells in found.values() for n in cells))
+    lines = [[name, *[cells.get(n, "") for n in intervals]] for name, cells in found.items()]
+    return tabulate(lines, headers=["method", *[f"N={n}" for n in intervals]], tablefmt=form, disable_numparse=True)
 
 
 PANELS = ("rgb_l2", "disparity_l2", "raymap_l2", "rgb_converged", "abs_rel", "ate")

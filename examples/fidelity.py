@@ -11,7 +11,8 @@ changes. To *converged* sampling (200 steps from the same noise): whether the ch
 truth. To the *rendered truth*: whether anyone would notice; in planning the truth is one of many possible futures. Beside the
 methods stands plain sampling with fewer steps at HERO's FLOPs, attention's included, and with timesteps that are not rounded.
 
-With `--plans` stand calibrated plans with as many full steps as HERO, fitted to training scenes alone; with `--rivals`
+With `--plans` stand calibrated plans with as many full steps as HERO, fitted to training scenes alone, by halves where there
+is guidance; with `--rivals`
 DPM-Solver++ 2M and UniPC with as many evaluations of the model as HERO has full steps, other schedules of HERO with as many
 (`others`), and `cache-dit`, which must be installed, with HERO's full steps.
 
@@ -33,7 +34,7 @@ import torch
 from tabulate import tabulate
 
 from _fidelity_plans import Calibrating
-from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, measure, plot, summary, table, triple
+from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, glance, measure, plot, summary, table, triple
 from _fidelity_rivals import rivals
 from _fidelity_run import Runner
 from _fidelity_settings import APART, CHOICES, HERO, METHODS, PLAN, Setting, alphas, boundaries, choices, full, methods
@@ -67,10 +68,10 @@ class Bench:
         ]
 
     def main(
-        self, intervals: Sequence[int], only: Sequence[str], plans: bool, more: Sequence[str]
+        self, intervals: Sequence[int], only: Sequence[str], plans: Sequence[bool], more: Sequence[str]
     ) -> list[dict[str, Any]]:
-        """Tables 1 and 2: methods at every N, and fewer steps at HERO's FLOPs; `plans`: a calibrated plan of as many full
-        steps; `more`: rivals."""
+        """Tables 1 and 2: methods at every N, and fewer steps at HERO's FLOPs; `plans`: calibrated ones of as many full
+        steps, for each whether the halves of guidance have full steps of their own; `more`: rivals."""
         result = [self._figures(self.rows([full()], "full compute")[0])]
         for interval in intervals:
             settings = [s for s in methods(interval) if s.name.split(", N=")[0] in (HERO, *only)]
@@ -80,17 +81,16 @@ class Bench:
             if all(row["name"] != fewer.name for row in result):
                 settings.append(fewer)
             fulls = self.runner.cost(self.task, hero).full_steps
-            if plans:
-                settings.append(Setting(f"{PLAN}, N={interval}", plan=fulls))
-                if GUIDANCE[self.task] > 1:
-                    settings.append(Setting(f"{APART}, N={interval}", plan=fulls, apart=True))
+            settings += [
+                Setting(f"{APART if apart else PLAN}, N={interval}", plan=fulls, apart=apart) for apart in plans
+            ]
             known = {row["name"] for row in result}
             if more:
                 found = rivals(interval, self.plain.steps, cache_dit="cache-dit" in more)
                 settings += [s for s in found if s.name not in known and ("others" in more or s.cache_dit is not None)]
             rows = self.rows(settings, f"N={interval}")
             base = next(row for row in rows if row.setting is hero)
-            result += [self._figures(row, base) for row in rows]
+            result += [{**self._figures(row, base), "interval": interval} for row in rows]
         return result
 
     def ablation(self, settings: Sequence[Setting], label: str) -> list[dict[str, Any]]:
@@ -150,13 +150,17 @@ def report(found: dict[str, Any]) -> str:
         parts.append(f"## {task.capitalize()}, {STEPS[task]} steps, {found['scenes']} scenes")
         for name, title in TITLES.items():
             if name in tables:
+                if name == "main":
+                    parts.append(
+                        f"### relative L2 to full compute, ‰: RGB / disparity / raymap (speed)\n\n{glance(tables[name])}"
+                    )
                 parts.append(f"### {name}: summary\n\n{summary(tables[name], title)}")
                 parts.append(f"### {name}: to full compute\n\n{table(tables[name], TO_FULL, title)}")
                 parts.append(
                     f"### {name}: to converged sampling and to the truth\n\n{table(tables[name], TO_TRUTH, title)}"
                 )
-        for found in tables.get("stability", {}).values():
-            parts.append(f"### stability of the layers\n\n```\n{found['text']}\n```")
+        for features, measured in tables.get("stability", {}).items():
+            parts.append(f"### stability of the layers, {features}\n\n```\n{measured['text']}\n```")
         if "choices" in tables:
             parts.append(
                 f"### choices (relative L2 in thousandths: RGB / disparity / raymap)\n\n{choice_table(tables['choices'])}"
@@ -187,7 +191,10 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         tables: dict[str, Any] = {}
         result["tasks"][task] = tables
         if "main" in arguments.tables:
-            tables["main"] = bench.main(arguments.intervals, arguments.methods, arguments.plans, arguments.rivals)
+            kinds = (
+                sorted({GUIDANCE[task] > 1, GUIDANCE[task] > 1 and not arguments.together}) if arguments.plans else []
+            )
+            tables["main"] = bench.main(arguments.intervals, arguments.methods, kinds, arguments.rivals)
         if "alpha" in arguments.tables:
             tables["alpha"] = bench.ablation(alphas(runner.depth), "α")
         if "layers" in arguments.tables:
@@ -205,7 +212,10 @@ def save(result: dict[str, Any], folder: Path) -> None:
     """Writes what there is: `fidelity.json`, `tables.md` and a plot per task."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fidelity.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    (folder / "tables.md").write_text(report(result) + "\n")
+    names = dict.fromkeys(name for tables in result["tasks"].values() for name in tables)
+    title = f"Caching on the world model: {', '.join(names)}"
+    made = f"Written by `examples/fidelity.py`: weights {result['weights']}, torch {result['torch']}."
+    (folder / "tables.md").write_text(f"# {title}\n\n{made}\n\n{report(result)}\n")
     for task, tables in result["tasks"].items():
         if "main" in tables:
             plot(tables["main"], f"{task}, {STEPS[task]} steps, {result['scenes']} scenes", folder / f"{task}.png")
@@ -232,6 +242,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=listed(str, tuple(CHOICES)), help="of the choices, these")
     parser.add_argument("--methods", type=listed(str, tuple(METHODS)), default=list(METHODS), help="beside HERO")
     parser.add_argument("--plans", action="store_true", help="also plans, calibrated on training scenes")
+    parser.add_argument(
+        "--together", action="store_true", help="where there is guidance, also plans with one schedule for both halves"
+    )
     parser.add_argument("--rivals", type=listed(str, RIVALS), default=[], help=f"also rivals, of {', '.join(RIVALS)}")
     parser.add_argument("--calibration-scenes", type=int, default=4, help="scenes that plans are fitted to")
     parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -175,9 +176,14 @@ def test_differences_are_paired(results: Path) -> None:
 def test_reports(results: Path) -> None:
     tables = (results / "tables.md").read_text()
     assert f"## Reconstruction, {STEPS} steps, {SCENES} scenes" in tables
+    found = rows(results)["HERO, N=4"]
+    (line,) = [
+        line for line in tables.splitlines() if re.match(r"\| HERO +\|", line)
+    ]  # at a glance: a column for each N
+    assert f"({found['speed_total']:.2f})" in line.split("|")[3]
     lines = [line for line in tables.splitlines() if line.startswith("| HERO, N=4")]
     assert len(lines) == 3  # the summary, to full compute, to converged sampling and the truth
-    value = rows(results)["HERO, N=4"]["metrics"]["rgb_l2"]["mean"]
+    value = found["metrics"]["rgb_l2"]["mean"]
     assert lines[0].split("|")[3].strip().startswith(f"{1000 * value:.1f} / ")
     assert lines[1].split("|")[3].strip().startswith(f"{value:.4f} ± ")
     assert (results / "reconstruction.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

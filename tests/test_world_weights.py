@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from .support.examples import world
+from .support.examples import example, world
 
 evaluate, pipeline, render, scenes = (world(name) for name in ("evaluate", "pipeline", "render", "scenes"))
 COUNT = 2
@@ -67,3 +69,11 @@ def test_planning_keeps_the_given_frames_and_fills_the_rest(pipe: Any) -> None:
     assert found["RGB of frames 1 to 4, PSNR dB"] > faded["RGB of frames 1 to 4, PSNR dB"]
     assert found["their gradient energy over the truth's"] > 0.8 > faded["their gradient energy over the truth's"]
     assert found["camera turn error, degrees"] < 0.85 * guess()["camera turn error, degrees"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((pipeline.WEIGHTS.parent / "results").glob("*/fidelity.json")), ids=lambda path: path.parent.name
+)
+def test_results_of_the_bench_are_of_these_weights(path: Path) -> None:
+    run = example("_fidelity_run")
+    assert json.loads(path.read_text())["weights"] == run.digest(sorted(pipeline.WEIGHTS.rglob("*.safetensors")))
