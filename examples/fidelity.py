@@ -266,6 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.intervals = [2, 3, 4, 6] if arguments.tables == ["choices"] else [2, 3, 4]
     if arguments.scenes < 1 or arguments.batch < 1:
         parser.error(f"--scenes {arguments.scenes} --batch {arguments.batch}: at least 1")
+    if arguments.together and not arguments.plans:
+        parser.error("--together: it says what plans are calibrated, and there are none without --plans; add it")
     if not (arguments.weights / "model_index.json").exists():
         parser.error(f"--weights {arguments.weights}: there is no pipeline; train one with examples/world/train.py")
     return arguments

@@ -177,9 +177,8 @@ def test_reports(results: Path) -> None:
     tables = (results / "tables.md").read_text()
     assert f"## Reconstruction, {STEPS} steps, {SCENES} scenes" in tables
     found = rows(results)["HERO, N=4"]
-    (line,) = [
-        line for line in tables.splitlines() if re.match(r"\| HERO +\|", line)
-    ]  # at a glance: a column for each N
+    # At a glance: a column for each N.
+    (line,) = [line for line in tables.splitlines() if re.match(r"\| HERO +\|", line)]
     assert f"({found['speed_total']:.2f})" in line.split("|")[3]
     lines = [line for line in tables.splitlines() if line.startswith("| HERO, N=4")]
     assert len(lines) == 3  # the summary, to full compute, to converged sampling and the truth
@@ -263,6 +262,7 @@ def test_marks_say_what_is_surely_better(bench: Any) -> None:
         (["--tasks", "cooking"], "cooking is unknown; choose from planning, reconstruction"),
         (["--tables", "main,beta"], "beta is unknown; choose from main, alpha, layers, choices, stability"),
         (["--scenes", "0"], "at least 1"),
+        (["--together"], "there are none without --plans; add it"),
         (["--weights", "nowhere"], "there is no pipeline; train one with examples/world/train.py"),
     ],
 )
