@@ -24,7 +24,7 @@ def collect_seldom() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 50)
+    gc.set_threshold(1_000_000, 1000, 1000)
 
 
 def close_quickly() -> None:
