@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--steps", type=int, help="50 for planning, 30 for reconstruction if not given")
     parser.add_argument("--interval", type=int, default=2, help="N: a full step every N steps")
-    parser.add_argument("--scenes", type=int, default=4, help="denoised as one batch")
+    parser.add_argument("--scenes", type=int, default=3, help="denoised as one batch; the pictures show three")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")

@@ -235,7 +235,7 @@ def table_rows(page: Path, heading: str) -> list[list[str]]:
 def test_readme_fits_on_two_screens_and_has_the_two_commands() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 150
-    assert 'pip install -c constraints.txt -e ".[examples]" && python examples/quickstart.py\n' in text
+    assert 'pip install --no-compile -c constraints.txt -e ".[examples]" && python examples/quickstart.py\n' in text
     assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in text
 
 
