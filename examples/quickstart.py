@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="50 for planning, 30 for reconstruction if not given")
     parser.add_argument("--interval", type=int, default=2, help="N: a full step every N steps")
     parser.add_argument("--scenes", type=int, default=3, help="denoised as one batch; the pictures show three")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns; several for figures to rely on")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--plan", type=Path, help="a calibrated plan; the shipped one for shipped weights if not given")
