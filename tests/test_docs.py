@@ -180,8 +180,10 @@ def check_command(words: list[str]) -> None:
     if program in ("sglang", "vllm"):
         return  # theirs; what is ours is in the environment
     if program == "pip":
-        assert rest[:2] == ["install", "-c"]
-        assert (ROOT / rest[2]).is_file()
+        assert rest[0] == "install"
+        options = [word for word in rest if word != "--no-compile"]
+        assert options[1] == "-c"
+        assert (ROOT / options[2]).is_file()
         extras = re.fullmatch(r"\.\[([\w,-]+)\]", rest[-1])
         assert extras is not None, rest[-1]
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
