@@ -191,10 +191,10 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         tables: dict[str, Any] = {}
         result["tasks"][task] = tables
         if "main" in arguments.tables:
-            kinds = (
-                sorted({GUIDANCE[task] > 1, GUIDANCE[task] > 1 and not arguments.together}) if arguments.plans else []
-            )
-            tables["main"] = bench.main(arguments.intervals, arguments.methods, kinds, arguments.rivals)
+            apart = GUIDANCE[task] > 1
+            kinds = [False, True] if apart and arguments.together else [apart]
+            plans = kinds if arguments.plans else []
+            tables["main"] = bench.main(arguments.intervals, arguments.methods, plans, arguments.rivals)
         if "alpha" in arguments.tables:
             tables["alpha"] = bench.ablation(alphas(runner.depth), "α")
         if "layers" in arguments.tables:

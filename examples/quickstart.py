@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, help="a calibrated plan; the shipped one for shipped weights if not given")
     parser.add_argument("--picture", type=Path, default=Path("quickstart.png"), help="the animation is saved beside it")
     arguments = parser.parse_args(argv)
+    for name in ("steps", "interval", "scenes", "rounds"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            parser.error(f"--{name} {given}: at least 1")
     torch.set_grad_enabled(False)
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
     pipe = WorldModelPipeline.from_pretrained(arguments.weights)

@@ -69,6 +69,13 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"frames side by side: {picture}" in out
 
 
+@pytest.mark.parametrize("option", ["--steps", "--interval", "--scenes", "--rounds"])
+def test_counts_below_one_are_errors(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example("quickstart").main([option, "0"])
+    assert f"{option} 0: at least 1" in capsys.readouterr().err
+
+
 def reusing(scheduler: Any, schedule: list[bool]) -> hero_fx.Plan:
     """Cached steps return the last output, for the steps of a scheduler."""
     scheduler.set_timesteps(len(schedule))
