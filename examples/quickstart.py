@@ -5,19 +5,17 @@
 The model in `examples/world/` has Aether's layout at a size for a CPU: a CogVideoX transformer that denoises RGB, disparity
 and camera rays together. Given the first and the last frame of scenes it has never seen, it imagines the frames between,
 their depth and the camera's path (planning: 50 DDIM steps, classifier-free guidance as a batch of two). The plan in
-`examples/world/plans/` was learned by `hero_fx.calibrate` on training scenes. The ways of running the model take turns, so
-that whatever else the machine does slows all of them.
+`examples/world/plans/` was learned by `hero_fx.calibrate` on training scenes. Each way of running the model has a process of
+its own. They compile beside each other, which is most of the wait, and then take turns, so that whatever else the machine
+does slows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,82 +24,77 @@ from tqdm import tqdm
 
 import hero_fx
 from _quickstart_pictures import animate, picture
-from _systems import System, compiled_with, plain_system
+from _quickstart_ways import Apart, Here, Outcome, Runner, Settings, clips_of
 from world.calibrate import PLANS
 from world.evaluate import errors
 from world.latents import MODALITIES
 from world.model import TASKS
 from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
-from world.render import Clips, render
-from world.scenes import HELD_OUT, sample_scenes
+from world.render import Clips
 
 
-def run(pipe: WorldModelPipeline, system: System, clips: Clips, task: str, steps: int, bar: Any = None) -> list[float]:
-    """Denoises once from the noise of seed 0; the seconds of each step."""
-    marks = [time.perf_counter()]
-
-    def mark(_pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        marks.append(time.perf_counter())
-        if bar is not None:
-            bar.update()
-        return tensors
-
-    pipe.transformer = system.transformer
-    generator = torch.Generator().manual_seed(0)
-    system.output = pipe(clips.rgb, task, steps, generator=generator, callback_on_step_end=mark)
-    return [after - before for before, after in pairwise(marks)]
-
-
-def column(system: System, plain: System, graphs: hero_fx.StepGraphs, clips: Clips, num_steps: int) -> dict[str, str]:
-    """The table's column for one way of running the model; `graphs`: of any backend, whose `normal` is the model itself."""
-    kinds = system.kinds(num_steps)
-    seconds = system.by_kind(num_steps)
-    plain_s = median(s for of_run in plain.seconds for s in of_run)
-    whole = hero_fx.flops(graphs.normal) * num_steps
-    spent = system.flops(num_steps, graphs.normal)
-    state = 0 if system.backend is None else system.backend.stats().state_bytes
+def column(of: Outcome, plain: Outcome, whole: hero_fx.Flops, clips: Clips) -> dict[str, str]:
+    """The table's column for one way of running the model; `whole`: FLOPs of the model itself."""
+    spent = of.spent or whole
     found = {
-        "full + cached steps": system.counted(num_steps),
-        "seconds per full step (median)": f"{seconds[None]:.3f}",
-        "seconds per cached step (median)": f"{seconds[0]:.3f}" if 0 in seconds else "",
-        "seconds per trajectory (median)": f"{system.total():.1f}",
-        "speed-up of the trajectory": f"{plain.total() / system.total():.2f}",
-        "speed-up by the medians of steps": f"{num_steps * plain_s / sum(seconds[kind] for kind in kinds):.2f}",
+        "full + cached steps": of.counted,
+        "seconds per full step (median)": f"{of.by_kind[None]:.3f}",
+        "seconds per cached step (median)": f"{of.by_kind[0]:.3f}" if 0 in of.by_kind else "",
+        "seconds per trajectory (median)": f"{of.seconds:.1f}",
+        "speed-up of the trajectory": f"{plain.seconds / of.seconds:.2f}",
+        "speed-up by the medians of steps": f"{plain.of_medians / of.of_medians:.2f}",
         "speed-up that the FLOPs with attention allow": f"{whole.total / spent.total:.2f}",
         "GEMM TFLOPs": f"{spent.gemm / 1e12:.3f}",
-        "feature state, MB": f"{state / 1e6:.1f}",
+        "feature state, MB": f"{of.state_bytes / 1e6:.1f}",
     }
     for name, channels in MODALITIES.items():
-        true, ours = (of.output.latents[:, :, channels] for of in (plain, system))
+        true, ours = (way.output.latents[:, :, channels] for way in (plain, of))
         found[f"{name}: relative L2 to full compute"] = f"{float((ours - true).norm() / true.norm()):.4f}"
-    difference = (system.output.rgb - plain.output.rgb).square().mean()
-    found["rgb: PSNR to full compute, dB"] = "" if system is plain else f"{float(-10 * difference.log10()):.1f}"
-    return found | {f"to the truth: {name}": f"{error:.3f}" for name, error in errors(system.output, clips).items()}
+    difference = (of.output.rgb - plain.output.rgb).square().mean()
+    found["rgb: PSNR to full compute, dB"] = "" if of is plain else f"{float(-10 * difference.log10()):.1f}"
+    return found | {f"to the truth: {name}": f"{error:.3f}" for name, error in errors(of.output, clips).items()}
 
 
-def report(systems: Sequence[System], clips: Clips, num_steps: int) -> str:
-    """The table."""
-    graphs = next(system.backend.graphs[-1] for system in systems if system.backend is not None)
-    columns = [column(system, systems[0], graphs, clips, num_steps) for system in systems]
+def report(outcomes: Mapping[str, Outcome], clips: Clips) -> str:
+    """The table; the first of the outcomes is of plain `torch.compile`."""
+    plain = next(iter(outcomes.values()))
+    whole = next(of.whole for of in outcomes.values() if of.whole is not None)
+    columns = [column(of, plain, whole, clips) for of in outcomes.values()]
     rows = [[name, *(of[name] for of in columns)] for name in columns[0]]
-    return tabulate(rows, headers=["", *(s.name for s in systems)], disable_numparse=True, stralign="right")
+    return tabulate(rows, headers=["", *outcomes], disable_numparse=True, stralign="right")
 
 
-def compiled(model: Any, arguments: argparse.Namespace, task: str, steps: int) -> tuple[System, ...]:
+def ways_of(arguments: argparse.Namespace, settings: Settings) -> list[Here | Apart]:
     """The model compiled in every way that is compared."""
-
-    model_of = partial(compiled_with, model, inner=arguments.inner)
-    full, hero = plain_system(model, arguments.inner), model_of("HERO", interval=arguments.interval, num_steps=steps)
-    shipped = arguments.weights == WEIGHTS and steps == STEPS[task]
-    path = arguments.plan or (PLANS / f"{task}.safetensors" if shipped else None)
+    options: dict[str, dict[str, Any] | None] = {
+        "torch.compile": None,
+        "HERO": {"interval": arguments.interval, "num_steps": settings.steps},
+    }
+    shipped = settings.weights == WEIGHTS and settings.steps == STEPS[settings.task]
+    path = arguments.plan or (PLANS / f"{settings.task}.safetensors" if shipped else None)
     if path is None:
-        print(f"no plan: the shipped ones are for the shipped weights and {STEPS[task]} steps; see --plan")
-        return full, hero
-    return full, hero, model_of("plan", plan=path)
+        print(f"no plan: the shipped ones are for the shipped weights and {STEPS[settings.task]} steps; see --plan")
+    else:
+        options["plan"] = {"plan": path}
+    together = arguments.one_process or settings.inner == "eager"  # nothing to compile
+    return [(Here if together else Apart)(name, settings, of_way) for name, of_way in options.items()]
+
+
+def first_calls(ways: list[Here | Apart]) -> None:
+    """Lets all ways compile, beside each other where they have processes of their own."""
+    print(f"compiling {', '.join(way.name for way in ways)} ...", flush=True)
+    with tqdm(total=len(ways), desc="compiled") as bar:
+        waited: dict[Future[float], str] = {way.ask(Runner.first_call): way.name for way in ways}
+        while waited:
+            done, _ = wait(waited, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                bar.write(f"{waited.pop(future)}: first call took {future.result():.0f} s")
+            bar.update(len(done))
+            bar.refresh()  # the clock
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compiles both ways, denoises in turns, prints the table, saves the picture."""
+    """Compiles all ways, denoises in turns, prints the table, saves the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="planning", choices=TASKS)
     parser.add_argument("--steps", type=int, help="50 for planning, 30 for reconstruction if not given")
@@ -109,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=3, help="denoised as one batch; the pictures show three")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns; several for figures to rely on")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--one-process", action="store_true", help="compile one way after the other, in less memory")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a saved pipeline")
     parser.add_argument("--plan", type=Path, help="a calibrated plan; the shipped one for shipped weights if not given")
     parser.add_argument("--picture", type=Path, default=Path("quickstart.png"), help="the animation is saved beside it")
@@ -118,25 +112,23 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} {given}: at least 1")
     torch.set_grad_enabled(False)
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
-    pipe = WorldModelPipeline.from_pretrained(arguments.weights)
-    pipe.set_progress_bar_config(disable=True)
-    clips = render(sample_scenes(range(HELD_OUT, HELD_OUT + arguments.scenes)))
-    config = pipe.transformer.config
+    clips = clips_of(arguments.scenes)
+    config = WorldModelPipeline.from_pretrained(arguments.weights).transformer.config
     print(
         f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}, {task} of "
         f"{arguments.scenes} scenes, guidance {GUIDANCE[task]}, {steps} DDIM steps, {torch.get_num_threads()} threads"
     )
-    systems = compiled(pipe.transformer, arguments, task, steps)
-    for system in systems:
-        print(f"{system.name}: compiling ...", flush=True)
-        print(f"{system.name}: first call took {run(pipe, system, clips, task, 1)[0]:.0f} s", flush=True)
-    for system in arguments.rounds * systems:
-        if system.backend is not None:
-            system.backend.reset()
-        with tqdm(total=steps, desc=system.name) as bar:
-            system.seconds.append(run(pipe, system, clips, task, steps, bar))
-    print("\n" + report(systems, clips, steps))
-    worlds = {"truth": clips, **{system.name: system.output for system in systems}}
+    ways = ways_of(arguments, Settings(arguments.weights, task, steps, arguments.scenes, arguments.inner))
+    try:
+        first_calls(ways)
+        for way in arguments.rounds * ways:
+            way.ask(Runner.denoise).result()
+        outcomes = {way.name: way.ask(Runner.outcome).result() for way in ways}
+    finally:
+        for way in ways:
+            way.close()
+    print("\n" + report(outcomes, clips))
+    worlds = {"truth": clips, **{name: of.output for name, of in outcomes.items()}}
     frames = clips.rgb.shape[1]
     picture(worlds, arguments.picture, given=(0, frames - 1) if task == "planning" else range(frames))
     animation = arguments.picture.with_suffix(".gif")

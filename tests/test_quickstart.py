@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import StatisticsError
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from PIL import GifImagePlugin, Image
 import hero_fx
 from hero_fx.passes.rewrite.forecast import OutputRule
 
-from .support.examples import example, world
+from .support.examples import FOLDER, example, package, world
 from .support.tiny import randomized
 
 model, pipeline = (world(name) for name in ("model", "pipeline"))
@@ -29,13 +32,18 @@ def alone() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def saved(folder: Path) -> Any:
+    """A tiny world model; its scheduler."""
     torch.manual_seed(0)
-    transformer = randomized(model.world_transformer(2, 1))
-    pipe = pipeline.WorldModelPipeline(transformer, model.world_scheduler())
-    pipe.save_pretrained(tmp_path / "weights")
+    pipe = pipeline.WorldModelPipeline(randomized(model.world_transformer(2, 1)), model.world_scheduler())
+    pipe.save_pretrained(folder)
+    return pipe.scheduler
+
+
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scheduler = saved(tmp_path / "weights")
     plan = tmp_path / "plan.safetensors"
-    reusing(pipe.scheduler, [True, True, False, True, False, True]).save(plan)
+    reusing(scheduler, [True, True, False, True, False, True]).save(plan)
     picture = tmp_path / "frames.png"
     arguments = {
         "--weights": tmp_path / "weights", "--plan": plan, "--picture": picture, "--steps": 6, "--scenes": 1, "--rounds": 1,
@@ -67,6 +75,35 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert len([float(cell) for cell in rows[name]]) == 3
     assert float(rows["rgb: PSNR to full compute, dB"][0]) > 15
     assert f"frames side by side: {picture}" in out
+
+
+def test_a_way_apart_is_the_way_here(tmp_path: Path) -> None:
+    """A process of its own compiles and denoises as this one does; its errors arrive."""
+    saved(tmp_path)
+    ways = package("_quickstart_ways")
+    settings = ways.Settings(tmp_path, task="planning", steps=6, scenes=1, inner="eager")
+    hero = {"interval": 2, "num_steps": 6}
+    outcomes = []
+    with patch.object(sys, "path", [str(FOLDER), *sys.path]):  # as the quickstart's own process has it
+        for made in (ways.Apart, ways.Here):
+            way = made("HERO", settings, hero)
+            assert way.ask(ways.Runner.first_call).result() > 0
+            with pytest.raises(StatisticsError):  # nothing has been measured
+                way.ask(ways.Runner.outcome).result()
+            for _ in range(2):
+                way.ask(ways.Runner.denoise).result()
+            outcomes.append(way.ask(ways.Runner.outcome).result())
+            way.close()
+    apart, here = outcomes
+    assert torch.equal(apart.output.latents, here.output.latents)
+    assert (apart.counted, apart.whole, apart.spent, apart.state_bytes) == (
+        here.counted,
+        here.whole,
+        here.spent,
+        here.state_bytes,
+    )
+    assert apart.by_kind.keys() == here.by_kind.keys() == {None, 0}
+    assert 0 < apart.by_kind[0] < apart.seconds
 
 
 @pytest.mark.parametrize("option", ["--steps", "--interval", "--scenes", "--rounds"])
