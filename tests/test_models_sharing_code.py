@@ -87,7 +87,6 @@ def test_a_batch_that_changes_in_the_middle_is_warned_of() -> None:
 
 
 def test_state_goes_with_the_model_and_with_its_code() -> None:
-    gc.collect()
     gc.freeze()  # else each collection below walks all that tests before have made
     call, backend = guided()
     loop = Loop(call, 1, text(1))
