@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers.utils import logging
 from tqdm import tqdm
 
 import hero_fx
@@ -21,7 +22,7 @@ from world.pipeline import WorldModelPipeline
 from world.render import Clips, render
 from world.scenes import HELD_OUT, sample_scenes
 
-__all__ = ["Apart", "Here", "Outcome", "Runner", "Settings", "clips_of"]
+__all__ = ["Apart", "Here", "Outcome", "Runner", "Settings", "clips_of", "load"]
 
 T = TypeVar("T")
 
@@ -56,6 +57,15 @@ class Outcome:
     output: Any
 
 
+def load(weights: Path) -> WorldModelPipeline:
+    """The pipeline, without the bar of its parts: several processes would draw it at once."""
+    logging.disable_progress_bar()
+    try:
+        return WorldModelPipeline.from_pretrained(weights)
+    finally:
+        logging.enable_progress_bar()
+
+
 def clips_of(scenes: int) -> Clips:
     """The first of the held-out scenes."""
     return render(sample_scenes(range(HELD_OUT, HELD_OUT + scenes)))
@@ -67,7 +77,7 @@ class Runner:
     def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
         torch.set_grad_enabled(False)
         self.settings = settings
-        self.pipe = WorldModelPipeline.from_pretrained(settings.weights)
+        self.pipe = load(settings.weights)
         self.pipe.set_progress_bar_config(disable=True)
         model = self.pipe.transformer
         self.system: System = (

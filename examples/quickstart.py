@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 import hero_fx
 from _quickstart_pictures import animate, picture
-from _quickstart_ways import Apart, Here, Outcome, Runner, Settings, clips_of
+from _quickstart_ways import Apart, Here, Outcome, Runner, Settings, clips_of, load
 from world.calibrate import PLANS
 from world.evaluate import errors
 from world.latents import MODALITIES
 from world.model import TASKS
-from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
+from world.pipeline import GUIDANCE, STEPS, WEIGHTS
 from world.render import Clips
 
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_grad_enabled(False)
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
     clips = clips_of(arguments.scenes)
-    config = WorldModelPipeline.from_pretrained(arguments.weights).transformer.config
+    config = load(arguments.weights).transformer.config
     print(
         f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}, {task} of "
         f"{arguments.scenes} scenes, guidance {GUIDANCE[task]}, {steps} DDIM steps, {torch.get_num_threads()} threads"
