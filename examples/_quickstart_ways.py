@@ -1,41 +1,26 @@
-"""The ways in which the quickstart runs its model, each in a process of its own: they compile beside each other, and denoise in
-turns."""
+"""A way in which the quickstart runs its model: what a process of `_quickstart_processes.py` holds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 from tqdm import tqdm
 
 import hero_fx
+from _quickstart_processes import Settings
 from _systems import System, compiled_with, plain_system
 from world.pipeline import WorldModelPipeline
 from world.render import Clips, render
 from world.scenes import HELD_OUT, sample_scenes
+from world.settings import GUIDANCE
 
-__all__ = ["Apart", "Here", "Outcome", "Runner", "Settings", "clips_of", "load"]
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all ways have in common."""
-
-    weights: Path
-    task: str
-    steps: int
-    scenes: int
-    inner: str
+__all__ = ["Outcome", "Runner", "clips_of", "load"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +73,15 @@ class Runner:
         self.pipe.transformer = self.system.transformer
         self.rgb = clips_of(settings.scenes).rgb
 
+    def description(self) -> str:
+        """Of the model, and of what is done with it."""
+        settings, config = self.settings, self.pipe.transformer.config
+        return (
+            f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}, {settings.task} of "
+            f"{settings.scenes} scenes, guidance {GUIDANCE[settings.task]}, {settings.steps} DDIM steps, "
+            f"{torch.get_num_threads()} threads"
+        )
+
     def first_call(self) -> float:
         """The seconds of the first step, which compiles."""
         return self._run(1)[0]
@@ -130,47 +124,3 @@ class Runner:
             self.rgb, self.settings.task, steps, generator=generator, callback_on_step_end=mark
         )
         return [after - before for before, after in pairwise(marks)]
-
-
-class Here:
-    """A way in this process."""
-
-    def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
-        self.name = name
-        self._runner = Runner(name, settings, options)
-
-    def ask(self, question: Callable[[Runner], T]) -> Future[T]:
-        """What a method of `Runner` returns."""
-        answer: Future[T] = Future()
-        answer.set_result(question(self._runner))
-        return answer
-
-    def close(self) -> None:
-        """Nothing is left to end."""
-
-
-class Apart:
-    """A way in a process of its own, which lives until it is closed."""
-
-    def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
-        self.name = name
-        self._makes = name, settings, options
-        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-
-    def ask(self, question: Callable[[Runner], T]) -> Future[T]:
-        """What a method of `Runner` returns, once it is there."""
-        return self._process.submit(_answer, self._makes, question)
-
-    def close(self) -> None:
-        """Ends the process once it has answered; waits for neither."""
-        self._process.shutdown(wait=False, cancel_futures=True)
-
-
-_held: list[Runner] = []
-"""The one of this process, where it is one of `Apart`."""
-
-
-def _answer(makes: tuple[str, Settings, dict[str, Any] | None], question: Callable[[Runner], T]) -> T:
-    if not _held:
-        _held.append(Runner(*makes))
-    return question(_held[0])

@@ -13,55 +13,14 @@ does slows all of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
-import hero_fx
-from _quickstart_pictures import animate, picture
-from _quickstart_ways import Apart, Here, Outcome, Runner, Settings, clips_of, load
-from world.calibrate import PLANS
-from world.evaluate import errors
-from world.latents import MODALITIES
-from world.model import TASKS
-from world.pipeline import GUIDANCE, STEPS, WEIGHTS
-from world.render import Clips
-
-
-def column(of: Outcome, plain: Outcome, whole: hero_fx.Flops, clips: Clips) -> dict[str, str]:
-    """The table's column for one way of running the model; `whole`: FLOPs of the model itself."""
-    spent = of.spent or whole
-    found = {
-        "full + cached steps": of.counted,
-        "seconds per full step (median)": f"{of.by_kind[None]:.3f}",
-        "seconds per cached step (median)": f"{of.by_kind[0]:.3f}" if 0 in of.by_kind else "",
-        "seconds per trajectory (median)": f"{of.seconds:.1f}",
-        "speed-up of the trajectory": f"{plain.seconds / of.seconds:.2f}",
-        "speed-up by the medians of steps": f"{plain.of_medians / of.of_medians:.2f}",
-        "speed-up that the FLOPs with attention allow": f"{whole.total / spent.total:.2f}",
-        "GEMM TFLOPs": f"{spent.gemm / 1e12:.3f}",
-        "feature state, MB": f"{of.state_bytes / 1e6:.1f}",
-    }
-    for name, channels in MODALITIES.items():
-        true, ours = (way.output.latents[:, :, channels] for way in (plain, of))
-        found[f"{name}: relative L2 to full compute"] = f"{float((ours - true).norm() / true.norm()):.4f}"
-    difference = (of.output.rgb - plain.output.rgb).square().mean()
-    found["rgb: PSNR to full compute, dB"] = "" if of is plain else f"{float(-10 * difference.log10()):.1f}"
-    return found | {f"to the truth: {name}": f"{error:.3f}" for name, error in errors(of.output, clips).items()}
-
-
-def report(outcomes: Mapping[str, Outcome], clips: Clips) -> str:
-    """The table; the first of the outcomes is of plain `torch.compile`."""
-    plain = next(iter(outcomes.values()))
-    whole = next(of.whole for of in outcomes.values() if of.whole is not None)
-    columns = [column(of, plain, whole, clips) for of in outcomes.values()]
-    rows = [[name, *(of[name] for of in columns)] for name in columns[0]]
-    return tabulate(rows, headers=["", *outcomes], disable_numparse=True, stralign="right")
+from _quickstart_processes import Apart, Here, Settings
+from world.settings import PLANS, STEPS, TASKS, WEIGHTS
 
 
 def ways_of(arguments: argparse.Namespace, settings: Settings) -> list[Here | Apart]:
@@ -80,15 +39,13 @@ def ways_of(arguments: argparse.Namespace, settings: Settings) -> list[Here | Ap
     return [(Here if together else Apart)(name, settings, of_way) for name, of_way in options.items()]
 
 
-def first_calls(ways: list[Here | Apart]) -> None:
-    """Lets all ways compile, beside each other where they have processes of their own."""
-    print(f"compiling {', '.join(way.name for way in ways)} ...", flush=True)
-    with tqdm(total=len(ways), desc="compiled") as bar:
-        waited: dict[Future[float], str] = {way.ask(Runner.first_call): way.name for way in ways}
-        while waited:
-            done, _ = wait(waited, timeout=1, return_when=FIRST_COMPLETED)
+def wait_for(first_calls: dict[Future[float], str]) -> None:
+    """Says what each took, when it is done."""
+    with tqdm(total=len(first_calls), desc="compiled") as bar:
+        while first_calls:
+            done, _ = wait(first_calls, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
-                bar.write(f"{waited.pop(future)}: first call took {future.result():.0f} s")
+                bar.write(f"{first_calls.pop(future)}: first call took {future.result():.0f} s")
             bar.update(len(done))
             bar.refresh()  # the clock
 
@@ -110,23 +67,25 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("steps", "interval", "scenes", "rounds"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             parser.error(f"--{name} {given}: at least 1")
-    torch.set_grad_enabled(False)
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
-    clips = clips_of(arguments.scenes)
-    config = load(arguments.weights).transformer.config
-    print(
-        f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}, {task} of "
-        f"{arguments.scenes} scenes, guidance {GUIDANCE[task]}, {steps} DDIM steps, {torch.get_num_threads()} threads"
-    )
     ways = ways_of(arguments, Settings(arguments.weights, task, steps, arguments.scenes, arguments.inner))
     try:
-        first_calls(ways)
+        description = ways[0].ask("description")
+        first_calls = {way.ask("first_call"): way.name for way in ways}
+        # They import torch, and so does this process.
+        from _quickstart_pictures import animate, picture
+        from _quickstart_report import report
+        from _quickstart_ways import clips_of
+
+        print(f"{description.result()}\ncompiling {', '.join(way.name for way in ways)} ...", flush=True)
+        wait_for(first_calls)
         for way in arguments.rounds * ways:
-            way.ask(Runner.denoise).result()
-        outcomes = {way.name: way.ask(Runner.outcome).result() for way in ways}
+            way.ask("denoise").result()
+        outcomes = {way.name: way.ask("outcome").result() for way in ways}
     finally:
         for way in ways:
             way.close()
+    clips = clips_of(arguments.scenes)
     print("\n" + report(outcomes, clips))
     worlds = {"truth": clips, **{name: of.output for name, of in outcomes.items()}}
     frames = clips.rgb.shape[1]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import StatisticsError
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,7 +38,7 @@ def saved(folder: Path) -> Any:
     return pipe.scheduler
 
 
-def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = saved(tmp_path / "weights")
     plan = tmp_path / "plan.safetensors"
     reusing(scheduler, [True, True, False, True, False, True]).save(plan)
@@ -49,6 +47,7 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "--weights": tmp_path / "weights", "--plan": plan, "--picture": picture, "--steps": 6, "--scenes": 1, "--rounds": 1,
         "--inner": "eager",
     }  # fmt: skip
+    monkeypatch.syspath_prepend(FOLDER)
     example("quickstart").main([str(part) for pair in arguments.items() for part in pair])
     with Image.open(picture) as image:
         assert min(image.size) > 300
@@ -77,23 +76,23 @@ def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"frames side by side: {picture}" in out
 
 
-def test_a_way_apart_is_the_way_here(tmp_path: Path) -> None:
+def test_a_way_apart_is_the_way_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own compiles and denoises as this one does; its errors arrive."""
     saved(tmp_path)
-    ways = package("_quickstart_ways")
+    ways = package("_quickstart_processes")
     settings = ways.Settings(tmp_path, task="planning", steps=6, scenes=1, inner="eager")
     hero = {"interval": 2, "num_steps": 6}
     outcomes = []
-    with patch.object(sys, "path", [str(FOLDER), *sys.path]):  # as the quickstart's own process has it
-        for made in (ways.Apart, ways.Here):
-            way = made("HERO", settings, hero)
-            assert way.ask(ways.Runner.first_call).result() > 0
-            with pytest.raises(StatisticsError):  # nothing has been measured
-                way.ask(ways.Runner.outcome).result()
-            for _ in range(2):
-                way.ask(ways.Runner.denoise).result()
-            outcomes.append(way.ask(ways.Runner.outcome).result())
-            way.close()
+    monkeypatch.syspath_prepend(FOLDER)
+    for made in (ways.Apart, ways.Here):
+        way = made("HERO", settings, hero)
+        assert way.ask("first_call").result() > 0
+        with pytest.raises(StatisticsError):  # nothing has been measured
+            way.ask("outcome").result()
+        for _ in range(2):
+            way.ask("denoise").result()
+        outcomes.append(way.ask("outcome").result())
+        way.close()
     apart, here = outcomes
     assert torch.equal(apart.output.latents, here.output.latents)
     assert (apart.counted, apart.whole, apart.spent, apart.state_bytes) == (

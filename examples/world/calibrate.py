@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hero_fx
 from world.latents import MODALITIES
-from world.model import FRAMES, SIZE, TASKS
-from world.pipeline import GUIDANCE, STEPS, WEIGHTS, WorldModelPipeline
+from world.model import FRAMES, SIZE
+from world.pipeline import WorldModelPipeline
 from world.render import render
 from world.scenes import TRAINING, sample_scenes
+from world.settings import GUIDANCE, PLANS, STEPS, TASKS, WEIGHTS
 
 __all__ = ["PLANS", "by_modality", "calibrate"]
 
-PLANS = WEIGHTS.parent / "plans"
 FULL = {"planning": 19, "reconstruction": 12}
 """Full steps of the shipped plans."""
 

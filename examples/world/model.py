@@ -10,8 +10,8 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor
 
 from .latents import CONDITION, FOLD, LATENT
+from .settings import TASKS
 
-TASKS = ("planning", "reconstruction")
 FRAMES, SIZE = 6, 32
 TOKENS = 4
 """Text tokens of a task."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .latents import FOLD, LATENT, condition, decode
-from .model import TASKS, rotary, task_text
+from .model import rotary, task_text
+from .settings import GUIDANCE, STEPS, TASKS, WEIGHTS
 
-WEIGHTS = Path(__file__).parent / "weights"
-"""Where the trained weights lie."""
-STEPS = {"planning": 50, "reconstruction": 30}
-"""Default steps, as in the paper."""
-GUIDANCE = {"planning": 3.0, "reconstruction": 1.0}
-"""Default guidance scales, as in the paper."""
+__all__ = ["GUIDANCE", "STEPS", "WEIGHTS", "WorldModelOutput", "WorldModelPipeline"]
 
 
 @dataclass

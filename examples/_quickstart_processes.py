@@ -1,0 +1,78 @@
+"""The ways in which the quickstart runs its model, each in a process of its own: they compile beside each other, and denoise in
+turns.
+
+Nothing here imports torch, so that processes start at once: each imports it itself, beside the others.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Apart", "Here", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all ways have in common."""
+
+    weights: Path
+    task: str
+    steps: int
+    scenes: int
+    inner: str
+
+
+class Here:
+    """A way in this process."""
+
+    def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
+        """`options`: of `hero_fx.backend`; None for plain `torch.compile`."""
+        self.name = name
+        self._runner = _runner(name, settings, options)
+
+    def ask(self, question: str) -> Future[Any]:
+        """What a method of `Runner` returns."""
+        answer: Future[Any] = Future()
+        answer.set_result(getattr(self._runner, question)())
+        return answer
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+
+class Apart:
+    """A way in a process of its own, which lives until it is closed."""
+
+    def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
+        """`options`: of `hero_fx.backend`; None for plain `torch.compile`."""
+        self.name = name
+        self._makes = name, settings, options
+        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    def ask(self, question: str) -> Future[Any]:
+        """What a method of `Runner` returns, once it is there."""
+        return self._process.submit(_answer, self._makes, question)
+
+    def close(self) -> None:
+        """Ends the process once it has answered; waits for neither."""
+        self._process.shutdown(wait=False, cancel_futures=True)
+
+
+_held: list[Any] = []
+"""The `Runner` of this process, where it is one of `Apart`."""
+
+
+def _answer(makes: tuple[str, Settings, dict[str, Any] | None], question: str) -> Any:
+    if not _held:
+        _held.append(_runner(*makes))
+    return getattr(_held[0], question)()
+
+
+def _runner(name: str, settings: Settings, options: dict[str, Any] | None) -> Any:
+    from _quickstart_ways import Runner
+
+    return Runner(name, settings, options)
