@@ -1,11 +1,13 @@
 """The ways in which the quickstart runs its model, each in a process of its own: they compile beside each other, and denoise in
 turns.
 
-Nothing here imports torch, so that processes start at once: each imports it itself, beside the others.
+Nothing here imports torch, so that the processes start at once. On Linux they are forked from one that has imported what all
+of them need and has done nothing else; elsewhere each imports it.
 """
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = ["Apart", "Here", "Settings"]
+
+NEEDED = ["hero_fx", "diffusers.models.transformers.cogvideox_transformer_3d", "diffusers.pipelines.pipeline_utils"]
+"""What takes long to import."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Apart:
         """`options`: of `hero_fx.backend`; None for plain `torch.compile`."""
         self.name = name
         self._makes = name, settings, options
-        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._process = ProcessPoolExecutor(1, mp_context=_context())
 
     def ask(self, question: str) -> Future[Any]:
         """What a method of `Runner` returns, once it is there."""
@@ -60,6 +65,14 @@ class Apart:
     def close(self) -> None:
         """Ends the process once it has answered; waits for neither."""
         self._process.shutdown(wait=False, cancel_futures=True)
+
+
+def _context() -> Any:
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(NEEDED)
+    return context
 
 
 _held: list[Any] = []
