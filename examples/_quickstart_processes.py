@@ -32,7 +32,7 @@ class Settings:
 
 
 class Here:
-    """A way in this process."""
+    """A way in this process, which answers before it returns."""
 
     def __init__(self, name: str, settings: Settings, options: dict[str, Any] | None) -> None:
         """`options`: of `hero_fx.backend`; None for plain `torch.compile`."""

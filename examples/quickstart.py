@@ -39,15 +39,23 @@ def ways_of(arguments: argparse.Namespace, settings: Settings) -> list[Here | Ap
     return [(Here if together else Apart)(name, settings, of_way) for name, of_way in options.items()]
 
 
-def wait_for(first_calls: dict[Future[float], str]) -> None:
-    """Says what each took, when it is done."""
-    with tqdm(total=len(first_calls), desc="compiled") as bar:
-        while first_calls:
-            done, _ = wait(first_calls, timeout=1, return_when=FIRST_COMPLETED)
+def first_calls(ways: list[Here | Apart]) -> None:
+    """Lets all ways compile, beside each other where they have processes of their own, and says what each took."""
+    with tqdm(total=len(ways), desc="compiled") as bar:
+        waited: dict[Future[float], str] = {}
+
+        def look(seconds: float) -> None:
+            done, _ = wait(waited, timeout=seconds, return_when=FIRST_COMPLETED)
             for future in done:
-                bar.write(f"{first_calls.pop(future)}: first call took {future.result():.0f} s")
+                bar.write(f"{waited.pop(future)}: first call took {future.result():.0f} s")
             bar.update(len(done))
             bar.refresh()  # the clock
+
+        for way in ways:
+            waited[way.ask("first_call")] = way.name
+            look(0)
+        while waited:
+            look(1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,15 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
     ways = ways_of(arguments, Settings(arguments.weights, task, steps, arguments.scenes, arguments.inner))
     try:
-        description = ways[0].ask("description")
-        first_calls = {way.ask("first_call"): way.name for way in ways}
+        descriptions = [way.ask("description") for way in ways]
         # They import torch, and so does this process.
         from _quickstart_pictures import animate, picture
         from _quickstart_report import report
         from _quickstart_ways import clips_of
 
-        print(f"{description.result()}\ncompiling {', '.join(way.name for way in ways)} ...", flush=True)
-        wait_for(first_calls)
+        print(f"{descriptions[0].result()}\ncompiling {', '.join(way.name for way in ways)} ...", flush=True)
+        first_calls(ways)
         for way in arguments.rounds * ways:
             way.ask("denoise").result()
         outcomes = {way.name: way.ask("outcome").result() for way in ways}
