@@ -20,7 +20,7 @@ from world.render import Clips, render
 from world.scenes import HELD_OUT, sample_scenes
 from world.settings import GUIDANCE
 
-__all__ = ["Outcome", "Runner", "clips_of", "load"]
+__all__ = ["Outcome", "Runner", "clips_of"]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("steps", "interval", "scenes", "rounds"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             parser.error(f"--{name} {given}: at least 1")
+    if not (arguments.weights / "model_index.json").is_file():
+        parser.error(
+            f"--weights {arguments.weights}: not the folder of a saved pipeline, there is no model_index.json in it"
+        )
+    if arguments.plan is not None and not arguments.plan.is_file():
+        parser.error(f"--plan {arguments.plan}: there is no such file; `hero_fx.Plan.save` writes one")
     task, steps = arguments.task, arguments.steps or STEPS[arguments.task]
     ways = ways_of(arguments, Settings(arguments.weights, task, steps, arguments.scenes, arguments.inner))
     try:
@@ -84,7 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         from _quickstart_report import report
         from _quickstart_ways import clips_of
 
-        print(f"{descriptions[0].result()}\ncompiling {', '.join(way.name for way in ways)} ...", flush=True)
+        of_model, *_ = [
+            description.result() for description in descriptions
+        ]  # what cannot be run ends here, not after minutes
+        print(f"{of_model}\ncompiling {', '.join(way.name for way in ways)} ...", flush=True)
         first_calls(ways)
         for way in arguments.rounds * ways:
             way.ask("denoise").result()

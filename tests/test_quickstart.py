@@ -112,6 +112,13 @@ def test_counts_below_one_are_errors(option: str, capsys: pytest.CaptureFixture[
     assert f"{option} 0: at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "said"), [("--weights", "no model_index.json"), ("--plan", "no such file")])
+def test_files_that_are_not_there_are_errors(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example("quickstart").main([option, "nowhere"])
+    assert re.search(f"{option} nowhere: .*{said}", capsys.readouterr().err)
+
+
 def reusing(scheduler: Any, schedule: list[bool]) -> hero_fx.Plan:
     """Cached steps return the last output, for the steps of a scheduler."""
     scheduler.set_timesteps(len(schedule))

@@ -1,4 +1,4 @@
-"""What there is to choose from, and where it lies; imports nothing, so that a command can answer at once."""
+"""What there is to choose from, and where it lies; imports no torch, so that a command can answer at once."""
 
 from __future__ import annotations
 
