@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import hero_fx
+from _fidelity_rivals import even
 from world.calibrate import calibrate
 from world.pipeline import GUIDANCE, STEPS
 
-__all__ = ["Calibrating", "plan_for"]
+__all__ = ["Calibrating", "check", "plan_for"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Calibrating:
     guidance: float | None = None
     """The guidance scale that is fitted to; None: the task's own."""
     start: Path | None = None
-    """A plan whose schedule comes first; with `search=1` it is kept."""
+    """A plan whose schedule comes first for as many steps and full steps as it has; with `search=1` it is kept."""
+    closed_loop: int = 1
+    """Rounds in which coefficients are fitted again to trajectories that follow the plan."""
 
 
 def plan_for(
@@ -35,18 +39,48 @@ def plan_for(
     """The plan with `full` full steps of a task's usual number, from the folder or calibrated now; `apart`: the halves of
     guidance have full steps of their own, as many together."""
     fitted, guidance = how.fitted or task, GUIDANCE[task] if how.guidance is None else how.guidance
-    start = "" if how.start is None else f"-{hashlib.sha256(how.start.read_bytes()).hexdigest()[:12]}"
-    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}{'-apart' * apart}{start}"
+    first = how.start if how.start is not None and _size(how.start) == (STEPS[task], full) else None
+    start = "" if first is None else f"-{hashlib.sha256(first.read_bytes()).hexdigest()[:12]}"
+    rounds = "" if how.closed_loop == 1 else f"-closed-{how.closed_loop}"
+    name = f"{fitted}-{STEPS[task]}-{full}-{how.scenes}-{how.search}-{how.guidance}{'-apart' * apart}{start}{rounds}"
     path = folder / f"plan-{_digest(weights)}-{name}.safetensors"
     if path.exists():
         return hero_fx.Plan.load(path)
     found = calibrate(
         weights, fitted, full, scenes=how.scenes, search=how.search, guidance=guidance, apart=apart,
-        start=how.start, steps=STEPS[task], folder=folder / path.stem,
+        start=first, steps=STEPS[task], closed_loop=how.closed_loop, folder=folder / path.stem,
     )  # fmt: skip
     found.plan.save(path)
     found.plot(path.with_suffix(".png"))
     return found.plan
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that no plan listens to, and for a `--start-plan` that has no N of its full steps."""
+    of_plans = {
+        "--together": arguments.together,
+        "--fitted-on": arguments.fitted_on,
+        "--fitted-guidance": arguments.fitted_guidance is not None,
+        "--start-plan": arguments.start_plan,
+        "--closed-loop": arguments.closed_loop != 1,
+    }
+    if not arguments.plans and (given := [name for name, value in of_plans.items() if value]):
+        raise ValueError(f"{', '.join(given)}: of plans, and there are none without --plans; add it")
+    if arguments.start_plan is None:
+        return
+    asked = [(STEPS[task], sum(even(STEPS[task], n))) for task in arguments.tasks for n in arguments.intervals]
+    if (own := _size(arguments.start_plan)) not in asked:
+        of = ", ".join(f"{full:g} of {steps}" for steps, full in asked)
+        raise ValueError(
+            f"--start-plan {arguments.start_plan}: it has {own[1]:g} full steps of {own[0]}, and what runs has {of}: "
+            "change --tasks or --intervals"
+        )
+
+
+def _size(path: Path) -> tuple[int, float]:
+    """Steps and full steps of a plan; those of halves count as a half each."""
+    line = hero_fx.Plan.load(path).timelines[0]
+    return len(line.schedule), sum(line.levels) / max(1, len(line.parts))
 
 
 def _digest(weights: Path) -> str:

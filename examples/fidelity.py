@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from _fidelity_plans import Calibrating
+from _fidelity_plans import Calibrating, check
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, glance, measure, plot, summary, table, triple
 from _fidelity_rivals import rivals
 from _fidelity_run import Runner
@@ -171,12 +171,9 @@ def report(found: dict[str, Any]) -> str:
 def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Everything that was asked for, as JSON."""
     how = Calibrating(
-        arguments.calibration_scenes,
-        arguments.search,
-        arguments.fitted_on,
-        arguments.fitted_guidance,
-        arguments.start_plan,
-    )
+        arguments.calibration_scenes, arguments.search, arguments.fitted_on, arguments.fitted_guidance, arguments.start_plan,
+        arguments.closed_loop,
+    )  # fmt: skip
     runner = Runner(arguments.weights, cache, arguments.batch, how)
     result: dict[str, Any] = {
         "weights": runner.weights,
@@ -250,7 +247,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
     parser.add_argument("--fitted-on", choices=tuple(STEPS), help="fit plans to this task, use them on each")
     parser.add_argument("--fitted-guidance", type=float, help="fit plans at this guidance scale")
-    parser.add_argument("--start-plan", type=Path, help="a plan whose schedule is tried first; kept with --search 1")
+    parser.add_argument(
+        "--start-plan",
+        type=Path,
+        help="its schedule is tried first, where N has as many full steps; kept with --search 1",
+    )
+    parser.add_argument(
+        "--closed-loop", type=int, default=1, help="rounds of a calibration in the closed loop; 0 for none"
+    )
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
     parser.add_argument("--converged-scenes", type=int, default=64, help="at most so many scenes of it")
@@ -266,10 +270,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.intervals = [2, 3, 4, 6] if arguments.tables == ["choices"] else [2, 3, 4]
     if arguments.scenes < 1 or arguments.batch < 1:
         parser.error(f"--scenes {arguments.scenes} --batch {arguments.batch}: at least 1")
-    if arguments.together and not arguments.plans:
-        parser.error("--together: it says what plans are calibrated, and there are none without --plans; add it")
     if not (arguments.weights / "model_index.json").exists():
         parser.error(f"--weights {arguments.weights}: there is no pipeline; train one with examples/world/train.py")
+    try:
+        check(arguments)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return arguments
 
 

@@ -263,6 +263,20 @@ def test_marks_say_what_is_surely_better(bench: Any) -> None:
         (["--tables", "main,beta"], "beta is unknown; choose from main, alpha, layers, choices, stability"),
         (["--scenes", "0"], "at least 1"),
         (["--together"], "there are none without --plans; add it"),
+        (["--closed-loop", "0"], "--closed-loop: of plans, and there are none without --plans; add it"),
+        (["--plans", "--start-plan", "nowhere"], "there is no such file"),
+        (
+            [
+                "--plans",
+                "--start-plan",
+                str(FOLDER / "world/plans/planning.safetensors"),
+                "--intervals",
+                "2",
+                "--tasks",
+                "planning",
+            ],
+            "it has 19 full steps of 50, and what runs has 5 of 7: change --tasks or --intervals",
+        ),
         (["--weights", "nowhere"], "there is no pipeline; train one with examples/world/train.py"),
     ],
 )
@@ -317,6 +331,27 @@ def test_a_plan_of_the_bench_is_fitted_to_training_scenes_and_kept(rivals: tuple
     assert hero_fx.Plan.load(path).timelines[0].full == rows(folder)["HERO, N=3"]["full_steps"]
     assert seen
     assert min(seen) >= TRAINING
+
+
+@pytest.mark.parametrize(("full", "fits"), [(4.0, True), (5.0, False)])
+def test_how_a_plan_is_calibrated(
+    bench: Any, weights: Path, tmp_path: Path, full: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds in the closed loop are handed on; a plan to start with only where it has as many full steps."""
+    plans, asked = sys.modules["_fidelity_plans"], dict[str, Any]()
+
+    def calibrate(*args: Any, **options: Any) -> None:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(plans, "calibrate", calibrate)
+    monkeypatch.setattr(plans, "_size", lambda path: (STEPS, full))
+    (start := tmp_path / "start.safetensors").touch()
+    how = plans.Calibrating(scenes=1, search=1, start=start, closed_loop=0)
+    with pytest.raises(InterruptedError):
+        plans.plan_for(weights, "planning", 4, how, tmp_path)
+    assert asked["start"] == (start if fits else None)
+    assert asked["closed_loop"] == 0
 
 
 @pytest.mark.parametrize("name", ["dpm++", "unipc"])

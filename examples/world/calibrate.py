@@ -34,12 +34,13 @@ FULL = {"planning": 19, "reconstruction": 12}
 
 def calibrate(
     weights: Path, task: str, full: int, *, scenes: int = 8, search: int = 60, guidance: float | None = None,
-    apart: bool = False, rgb: float = 1.0, start: Path | None = None, steps: int | None = None, folder: Path | None = None,
+    apart: bool = False, rgb: float = 1.0, start: Path | None = None, steps: int | None = None, closed_loop: int = 1,
+    folder: Path | None = None,
 ) -> hero_fx.Calibration:  # fmt: skip
     """The plan of `steps` steps (the task's own, if not given) with `full` full ones, fitted to `scenes` training scenes.
 
     `apart`: the halves of guidance have full steps of their own, as many together; `start`: a plan whose schedule comes first;
-    `rgb`: how much RGB counts in the search, against 1 for disparity and raymap.
+    `rgb`: how much RGB counts in the search, against 1 for disparity and raymap; `closed_loop`: rounds in the closed loop.
     """
     pipeline = WorldModelPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
@@ -60,7 +61,7 @@ def calibrate(
     return hero_fx.calibrate(
         pipeline.transformer, run, num_steps=steps or STEPS[task], budget=full, scenes=scenes, holdout=2,
         search=search, by=("frames", "batch"), apart=apart, start=start, distances=by_modality,
-        weights={"rgb": rgb}, folder=folder, inner="eager",
+        weights={"rgb": rgb}, closed_loop=closed_loop, folder=folder, inner="eager",
     )  # fmt: skip
 
 
