@@ -12,7 +12,7 @@ from _fidelity_rivals import even
 from world.calibrate import calibrate
 from world.pipeline import GUIDANCE, STEPS
 
-__all__ = ["Calibrating", "check", "plan_for"]
+__all__ = ["Calibrating", "check_options", "plan_for"]
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,32 @@ def plan_for(
     return found.plan
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for options that no plan listens to, and for a `--start-plan` that has no N of its full steps."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that no plan could follow: none is made, or none has the full steps of `--start-plan`."""
+    usual = Calibrating()
     of_plans = {
         "--together": arguments.together,
+        "--calibration-scenes": arguments.calibration_scenes != usual.scenes,
+        "--search": arguments.search != usual.search,
         "--fitted-on": arguments.fitted_on,
         "--fitted-guidance": arguments.fitted_guidance is not None,
         "--start-plan": arguments.start_plan,
-        "--closed-loop": arguments.closed_loop != 1,
+        "--closed-loop": arguments.closed_loop != usual.closed_loop,
     }
     if not arguments.plans and (given := [name for name, value in of_plans.items() if value]):
         raise ValueError(f"{', '.join(given)}: of plans, and there are none without --plans; add it")
+    if arguments.plans and "main" not in arguments.tables:
+        raise ValueError("--plans: plans are rows of the main table; add main to --tables")
+    if arguments.closed_loop < 0:
+        raise ValueError(f"--closed-loop {arguments.closed_loop}: at least 0")
     if arguments.start_plan is None:
         return
+    try:
+        own = _size(arguments.start_plan)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--start-plan: {error}") from error
     asked = [(STEPS[task], sum(even(STEPS[task], n))) for task in arguments.tasks for n in arguments.intervals]
-    if (own := _size(arguments.start_plan)) not in asked:
+    if own not in asked:
         of = ", ".join(f"{full:g} of {steps}" for steps, full in asked)
         raise ValueError(
             f"--start-plan {arguments.start_plan}: it has {own[1]:g} full steps of {own[0]}, and what runs has {of}: "

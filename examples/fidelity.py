@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from _fidelity_plans import Calibrating, check
+from _fidelity_plans import Calibrating, check_options
 from _fidelity_report import TO_FULL, TO_TRUTH, Row, figures, glance, measure, plot, summary, table, triple
 from _fidelity_rivals import rivals
 from _fidelity_run import Runner
@@ -243,17 +243,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--together", action="store_true", help="where there is guidance, also plans with one schedule for both halves"
     )
     parser.add_argument("--rivals", type=listed(str, RIVALS), default=[], help=f"also rivals, of {', '.join(RIVALS)}")
-    parser.add_argument("--calibration-scenes", type=int, default=4, help="scenes that plans are fitted to")
-    parser.add_argument("--search", type=int, default=60, help="schedules that a calibration may try")
+    parser.add_argument(
+        "--calibration-scenes", type=int, default=Calibrating.scenes, help="scenes that plans are fitted to"
+    )
+    parser.add_argument("--search", type=int, default=Calibrating.search, help="schedules that a calibration may try")
     parser.add_argument("--fitted-on", choices=tuple(STEPS), help="fit plans to this task, use them on each")
     parser.add_argument("--fitted-guidance", type=float, help="fit plans at this guidance scale")
     parser.add_argument(
-        "--start-plan",
-        type=Path,
-        help="its schedule is tried first, where N has as many full steps; kept with --search 1",
+        "--start-plan", type=Path, help="a plan to start with where N has its full steps; kept with --search 1"
     )
     parser.add_argument(
-        "--closed-loop", type=int, default=1, help="rounds of a calibration in the closed loop; 0 for none"
+        "--closed-loop",
+        type=int,
+        default=Calibrating.closed_loop,
+        help="rounds of a calibration in the closed loop; 0 for none",
     )
     parser.add_argument("--intervals", type=listed(int), help="values of N; 2,3,4, and for choices 2,3,4,6")
     parser.add_argument("--converged", type=int, default=200, help="steps of converged sampling; 0 for none")
@@ -273,8 +276,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not (arguments.weights / "model_index.json").exists():
         parser.error(f"--weights {arguments.weights}: there is no pipeline; train one with examples/world/train.py")
     try:
-        check(arguments)
-    except (OSError, ValueError) as error:
+        check_options(arguments)
+    except ValueError as error:
         parser.error(str(error))
     return arguments
 
