@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,14 @@ from torch import Tensor
 
 import hero_fx
 
+from .support import fidelity
 from .support.examples import example
-from .support.fidelity import SCENES, STEPS, command, rows, save_pipeline, short_bench
+from .support.fidelity import SCENES, STEPS, command, rows
 
+bench, weights = fidelity.bench, fidelity.weights
 METHODS = ("FORA", "TaylorSeer 2", "DuCa", "HERO", "HERO reuse")
 """One of each make: reuse, a second order, two kinds of cached steps, refreshed tokens; all of them are exhaustive."""
 MAIN = ["--intervals", "2,4", "--methods", ",".join(METHODS)]
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    with short_bench() as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def weights(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,12 @@ import torch
 
 import hero_fx
 
+from .support import fidelity
 from .support.examples import FOLDER
-from .support.fidelity import STEPS, command, rows, save_pipeline, short_bench
+from .support.fidelity import STEPS, command, rows
 
+bench, weights = fidelity.bench, fidelity.weights
 SHIPPED = str(FOLDER / "world/plans/planning.safetensors")
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    with short_bench() as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def weights(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""The fidelity bench with short trajectories, on a tiny untrained world model."""
+"""The fidelity bench with short trajectories, on a tiny untrained world model. A test file that wants the fixtures names them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from .tiny import randomized
 STEPS, SCENES = 7, 2
 
 
-@contextmanager
-def short_bench() -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
     """`examples/fidelity.py`, with short trajectories."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
@@ -32,11 +31,13 @@ def short_bench() -> Iterator[Any]:
         torch._dynamo.reset()
 
 
-def save_pipeline(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def weights(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of two layers, saved."""
     from world.model import world_scheduler, world_transformer  # type: ignore[import-not-found]
     from world.pipeline import WorldModelPipeline
 
+    folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     model = randomized(world_transformer(layers=2, heads=2, head=16))
     WorldModelPipeline(model, world_scheduler()).save_pretrained(folder)
